@@ -1,0 +1,109 @@
+"""The roster of attention implementations: the one place where a backend is registered."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+
+import jax
+
+from pallas_kernels import reference, xla
+from pallas_kernels.operands import Gradients, Operands, Options
+
+Forward = Callable[[Operands, Options], tuple[jax.Array, jax.Array]]
+Refusal = Callable[[Operands, Options, str], str | None]
+
+
+class SlowAttentionWarning(UserWarning):
+    """The chosen implementation is not the one built for this kind of device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One implementation of the operator. See `pallas_kernels` for the two functions' contract."""
+
+    name: str
+    forward: Forward
+    backward: Callable[..., Gradients] | None
+    """None: JAX differentiates the forward."""
+    refusal: Refusal
+    """Why this backend cannot do a call on a platform ("cpu", "gpu", "tpu"); None if it can."""
+    fast_on: tuple[str, ...]
+    """Platforms for which it was built; chosen elsewhere, the user is warned."""
+
+
+def _xla_refusal(operands: Operands, options: Options, platform: str) -> str | None:
+    if operands.query.dtype.itemsize == 8:
+        return "float64 is for the reference only"
+    return None
+
+
+def _reference_refusal(operands: Operands, options: Options, platform: str) -> str | None:
+    return None
+
+
+# Fastest first: `implementation=None` takes the first that does not refuse.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("xla", xla.forward, xla.backward, _xla_refusal, fast_on=("cpu",)),
+        Backend("reference", reference.forward, None, _reference_refusal, fast_on=()),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionChoice:
+    """Which implementation a call gets, and why the faster ones do not take it."""
+
+    name: str
+    platform: str
+    refusals: dict[str, str]
+    """Reason by backend, for every backend that cannot do the call."""
+    is_slow: bool
+    """No kernel built for this platform takes the call."""
+
+    def __str__(self) -> str:
+        reasons = "".join(f"; {name}: {reason}" for name, reason in self.refusals.items())
+        slow = f" (no kernel built for {self.platform} takes this call)" if self.is_slow else ""
+        return f"{self.name} on {self.platform}{slow}{reasons}"
+
+
+def choose(operands: Operands, options: Options, implementation: str | None) -> AttentionChoice:
+    """The first backend that takes the call, or the one asked for.
+
+    Raises:
+      ValueError: `implementation` is not a registered name.
+      NotImplementedError: the named backend, or every backend, refuses; with each reason.
+    """
+    if implementation is not None and implementation not in BACKENDS:
+        raise ValueError(
+            f"implementation: expected None or one of {', '.join(BACKENDS)}, got {implementation!r}"
+        )
+    platform = jax.default_backend()
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+    refusals = {
+        name: reason
+        for name, backend in BACKENDS.items()
+        if (reason := backend.refusal(operands, options, platform)) is not None
+    }
+    candidates = list(BACKENDS) if implementation is None else [implementation]
+    chosen = next((name for name in candidates if name not in refusals), None)
+    if chosen is None:
+        reasons = "; ".join(f"{name}: {refusals[name]}" for name in candidates)
+        raise NotImplementedError(f"no attention implementation takes this call: {reasons}")
+    is_slow = platform not in BACKENDS[chosen].fast_on
+    return AttentionChoice(chosen, platform, refusals, is_slow)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, SlowAttentionWarning, stacklevel=4)
+
+
+def resolve(operands: Operands, options: Options, implementation: str | None) -> Backend:
+    """`choose`, with a warning (once per reason) where nobody asked for the slow way."""
+    choice = choose(operands, options, implementation)
+    if choice.is_slow and implementation is None:
+        _warn_once(f"slow attention: {choice}")
+    return BACKENDS[choice.name]

@@ -1,0 +1,129 @@
+"""The functional depth-KV carry: what earlier layers wrote for the tokens at hand."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DepthCache:
+    """Depth keys and values, slot-major, and the number of slots written so far.
+
+    Three kinds, chosen by `empty`:
+      * unbounded: every written slot is visible;
+      * bounded (`window`, `reserved`): the buffer keeps every slot, but only the first `reserved`
+        and the last `window` written ones are visible. For training: the backward still finds
+        each layer's view as a range of one append-only buffer;
+      * ring (`ring=True`): the same visible slots in a buffer of only reserved + window slots;
+        an append to a full ring overwrites the oldest slot that is not reserved. For inference
+        only: what was overwritten cannot be differentiated.
+
+    Source: design of bounded slots, arXiv 2603.15619 section 6.2.
+    """
+
+    key: jax.Array  # [S, B, T, K, H]
+    value: jax.Array  # [S, B, T, K, H]
+    length: jax.Array  # int32 scalar: slots appended so far, evicted ones included
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    reserved: int = dataclasses.field(default=0, metadata={"static": True})
+    ring: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @classmethod
+    def empty(
+        cls,
+        num_slots: int,
+        batch: int,
+        length: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: Any = jnp.bfloat16,
+        *,
+        window: int | None = None,
+        reserved: int = 0,
+        ring: bool = False,
+    ) -> "DepthCache":
+        """A cache for `num_slots` appends to `length` tokens; a ring holds reserved + window.
+
+        Raises ValueError on negative sizes, on `reserved` or `ring` without a `window`.
+        """
+        for name, size in (("num_slots", num_slots), ("reserved", reserved)):
+            if size < 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {size}")
+        if window is not None and window < 1:
+            raise ValueError(f"window: expected None or a positive number of slots, got {window}")
+        if window is None and (reserved or ring):
+            raise ValueError(
+                f"window: expected a number of slots with reserved={reserved}, ring={ring}, got None"
+            )
+        if ring:
+            num_slots = min(num_slots, reserved + window)  # type: ignore[operator]
+        buffer = jnp.zeros((num_slots, batch, length, num_kv_heads, head_dim), dtype)
+        return cls(buffer, buffer, jnp.int32(0), window, reserved, ring)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of the buffer."""
+        return self.key.shape[0]
+
+    def evicts(self) -> jax.Array:
+        """int32: the buffer index that the next append overwrites, or -1 if it takes a free one.
+
+        Only a full ring evicts; the other kinds hide slots, but keep them.
+        """
+        if not self.ring:
+            return jnp.int32(-1)
+        return jnp.where(self.length < self.capacity, -1, self._next_index())
+
+    def _next_index(self) -> jax.Array:
+        if not self.ring:
+            return self.length
+        turning = max(self.capacity - self.reserved, 1)
+        wrapped = self.reserved + (self.length - self.reserved) % turning
+        return jnp.where(self.length < self.reserved, self.length, wrapped)
+
+    def append(self, key: jax.Array, value: jax.Array) -> "DepthCache":
+        """The cache with one more slot: key and value [B, T, K, H], one contiguous write each.
+
+        Raises ValueError on a wrong shape, and on a full cache where the length is concrete; where
+        it is traced, an append to a full cache that is no ring is dropped.
+        """
+        for name, x in (("key", key), ("value", value)):
+            if x.shape != self.key.shape[1:]:
+                raise ValueError(f"{name}: expected {self.key.shape[1:]}, got {x.shape}")
+        full = None if self.ring else self.length >= self.capacity
+        if full is not None and not isinstance(full, jax.core.Tracer):
+            if full:
+                raise ValueError(f"append: expected fewer than the {self.capacity} slots written")
+            full = None
+        index = self._next_index()
+        return dataclasses.replace(
+            self,
+            key=_write(self.key, key, index, full),
+            value=_write(self.value, value, index, full),
+            length=self.length + (1 if full is None else jnp.where(full, 0, 1)),
+        )
+
+    def attention_kwargs(self) -> dict[str, Any]:
+        """The depth arguments of `moda_attention` for the slots that are visible now."""
+        depth = {"depth_key": self.key, "depth_value": self.value}
+        if self.ring:  # a softmax does not care for the order of the slots
+            return depth | {"depth_length": jnp.minimum(self.length, self.capacity)}
+        return depth | {
+            "depth_length": self.length,
+            "depth_window": self.window,
+            "depth_reserved": self.reserved,
+        }
+
+
+def _write(buffer: jax.Array, slot: jax.Array, index: jax.Array, full: jax.Array | None):
+    slot = slot.astype(buffer.dtype)
+    if full is not None:  # dynamic_update_slice would clamp to the last slot: write that one back
+        last = buffer[-1] if buffer.shape[0] else slot
+        slot = jnp.where(full, last, slot)
+    if not buffer.shape[0]:
+        return buffer
+    return lax.dynamic_update_slice_in_dim(buffer, slot[None], index, 0)

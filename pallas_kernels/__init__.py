@@ -1,0 +1,9 @@
+"""Backends of Mixture-of-Depths Attention. Arrays and tiles only; nothing here imports `moda_jax`.
+
+A backend takes one checked call (`operands.Operands`, `operands.Options`) and offers
+
+    forward(operands, options) -> (o, lse)
+    backward(operands, options, o, lse, do, dlse, depth_grads=None) -> operands.Gradients
+
+`reference` is the specification: short, float32, differentiated by JAX. `xla` runs everywhere.
+"""

@@ -1,0 +1,130 @@
+"""The specification of Mixture-of-Depths Attention (Zhu et al., arXiv 2603.15619, eq. 7-9).
+
+One softmax over the sequence keys of the layer and the depth keys that earlier layers wrote at the
+query's own token. Dense masks and [T, T] scores: for reading and for tests, not for training.
+Gradients are JAX's own.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.operands import (
+    Operands,
+    Options,
+    Tokens,
+    accumulator_dtype,
+    depth_tokens,
+    key_tokens,
+    num_kv_heads,
+    query_tokens,
+)
+
+
+def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Returns o [B, Tq, N, H] in the query's dtype and lse [B, Tq, N], float32 or wider.
+
+    lse is the natural logarithm of the softmax's denominator. A query that sees nothing gets o = 0
+    and lse = -inf.
+    """
+    dtype = accumulator_dtype(operands.query.dtype)
+    batch, q_len, heads, head_dim = operands.query.shape
+    kv_heads = num_kv_heads(operands)
+    grouped = (batch, q_len, kv_heads, heads // kv_heads, head_dim)
+    query_BxTxKxGxH = operands.query.astype(dtype).reshape(grouped)
+
+    parts = []  # per key set: scores and mask [B, K, G, Tq, keys], values [B, K, Tq or 1, keys, H]
+    if operands.key is not None:
+        parts.append(_sequence_part(operands, options, query_BxTxKxGxH))
+    if operands.depth_key is not None and operands.depth_key.shape[0]:
+        part = _depth_part if options.depth_chunk is None else _chunk_part
+        parts.append(part(operands, options, query_BxTxKxGxH))
+
+    scores = [jnp.where(mask, options.scale * score, -jnp.inf) for score, mask, _ in parts]
+    lse = _log_sum_exp(jnp.concatenate(scores, axis=-1)) if parts else None
+    if lse is None:
+        return jnp.zeros_like(operands.query), jnp.full((batch, q_len, heads), -jnp.inf, dtype)
+    safe_lse = jnp.where(jnp.isneginf(lse), 0.0, lse)  # -inf - (-inf) is NaN
+    out = jnp.zeros((batch, kv_heads, heads // kv_heads, q_len, head_dim), dtype)
+    for score, (_, mask, value) in zip(scores, parts, strict=True):
+        weight = jnp.where(mask, jnp.exp(score - safe_lse[..., None]), 0.0)
+        out += jnp.einsum("bkgts,bktsh->bkgth", weight, value, precision="highest")
+    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, q_len, heads, head_dim)
+    return out.astype(operands.query.dtype), lse.transpose(0, 3, 1, 2).reshape(batch, q_len, heads)
+
+
+def _log_sum_exp(scores: jax.Array) -> jax.Array:
+    """logsumexp over the last axis whose gradient is 0, not NaN, where every score is -inf."""
+    seen = jnp.any(~jnp.isneginf(scores), axis=-1)
+    safe = jnp.where(seen[..., None], scores, 0.0)
+    return jnp.where(seen, jax.nn.logsumexp(safe, axis=-1), -jnp.inf)
+
+
+def _token_mask(query: Tokens, key: Tokens, *, causal: bool, chunk: int | None) -> jax.Array:
+    """[B, 1, 1, Tq, Tk]: which tokens a query may look at."""
+    q_pos, k_pos = query.position[:, :, None], key.position[:, None, :]
+    mask = k_pos <= q_pos if causal else jnp.full_like(k_pos <= q_pos, True)
+    if chunk is not None:
+        mask &= k_pos // chunk == q_pos // chunk
+    if query.segment is not None and key.segment is not None:
+        mask &= query.segment[:, :, None] == key.segment[:, None, :]
+    if query.valid is not None:
+        mask &= query.valid[:, :, None]
+    if key.valid is not None:
+        mask &= key.valid[:, None, :]
+    return mask[:, None, None]
+
+
+def _slot_mask(operands: Operands, options: Options) -> jax.Array:
+    """[S]: slots below depth_length and, if bounded, among the reserved or the newest ones."""
+    assert operands.depth_key is not None
+    slots = operands.depth_key.shape[0]
+    slot = jnp.arange(slots)
+    length = slots if operands.depth_length is None else operands.depth_length
+    mask = slot < length
+    if options.depth_window is not None:
+        mask &= (slot < options.depth_reserved) | (slot >= length - options.depth_window)
+    return mask
+
+
+def _sequence_part(operands: Operands, options: Options, query: jax.Array):
+    keys = key_tokens(operands)
+    mask = _token_mask(query_tokens(operands), keys, causal=options.is_causal, chunk=None)
+    key, value = operands.key, operands.value
+    if keys.valid is not None:  # 0 * NaN is NaN: what nobody wrote must not enter a product
+        written = keys.valid[:, :, None, None]
+        key, value = jnp.where(written, key, 0), jnp.where(written, value, 0)
+    score = jnp.einsum("btkgh,bskh->bkgts", query, key.astype(query.dtype), precision="highest")
+    mask = jnp.broadcast_to(mask, score.shape)
+    return score, mask, value.astype(query.dtype).transpose(0, 2, 1, 3)[:, :, None]
+
+
+def _visible_depth(operands: Operands, options: Options, dtype) -> tuple[jax.Array, ...]:
+    """Depth keys and values with invisible slots zeroed, and the mask of slots."""
+    slots = _slot_mask(operands, options)
+    seen = slots[:, None, None, None, None]
+    key, value = (
+        jnp.where(seen, x, 0).astype(dtype) for x in (operands.depth_key, operands.depth_value)
+    )
+    return key, value, slots
+
+
+def _depth_part(operands: Operands, options: Options, query: jax.Array):
+    key, value, slots = _visible_depth(operands, options, query.dtype)
+    score = jnp.einsum("btkgh,sbtkh->bkgts", query, key, precision="highest")
+    mask = jnp.broadcast_to(slots, score.shape)
+    valid = query_tokens(operands).valid
+    if valid is not None:
+        mask &= valid[:, None, None, :, None]
+    return score, mask, value.transpose(1, 3, 2, 0, 4)
+
+
+def _chunk_part(operands: Operands, options: Options, query: jax.Array):
+    key, value, slots = _visible_depth(operands, options, query.dtype)
+    tokens = depth_tokens(operands, options.depth_chunk)
+    mask = _token_mask(query_tokens(operands), tokens, causal=True, chunk=options.depth_chunk)
+    score = jnp.einsum("btkgh,sbukh->bkgtsu", query, key, precision="highest")
+    mask = jnp.broadcast_to(mask[..., None, :] & slots[:, None], score.shape)
+    flat = (*score.shape[:4], -1)
+    value = value.transpose(1, 3, 0, 2, 4).reshape(*value.shape[1:2], value.shape[3], 1, -1,
+                                                   value.shape[4])  # fmt: skip
+    return score.reshape(flat), mask.reshape(flat), value

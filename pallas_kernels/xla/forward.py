@@ -1,0 +1,165 @@
+"""Forward: one online softmax over the depth slots, then over the sequence tiles."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.operands import (
+    Operands,
+    Options,
+    Tokens,
+    accumulator_dtype,
+    depth_tokens,
+    key_tokens,
+    num_kv_heads,
+    query_tokens,
+    visible_slots,
+)
+from pallas_kernels.xla import tiles
+
+
+class Softmax(NamedTuple):
+    """Running state of an online softmax: o = total / denominator."""
+
+    total: jax.Array  # [B, K, T, G, H], float32 or wider
+    maximum: jax.Array  # [B, K, T, G]
+    denominator: jax.Array  # [B, K, T, G]
+
+
+def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
+    """o [B, Tq, N, H] in the query's dtype, lse [B, Tq, N] float32. See `reference.forward`."""
+    query = tiles.to_heads_first(operands.query, num_kv_heads(operands))
+    dtype = accumulator_dtype(query.dtype)
+    state = Softmax(
+        jnp.zeros(query.shape, dtype),
+        jnp.full(query.shape[:-1], -jnp.inf, dtype),
+        jnp.zeros(query.shape[:-1], dtype),
+    )
+    if operands.depth_key is not None and operands.depth_key.shape[0]:
+        attend = _attend_slots if options.depth_chunk is None else _attend_chunks
+        state = attend(state, query, operands, options)
+    if operands.key is not None:
+        state = attend_tokens(
+            state, query, operands.key, operands.value, query_tokens(operands),
+            key_tokens(operands), scale=options.scale, causal=options.is_causal, chunk=None,
+            offset_known=operands.query_offset is None, kv_length=operands.kv_length,
+        )  # fmt: skip
+    seen = state.denominator > 0
+    denominator = jnp.where(seen, state.denominator, 1.0)
+    out = state.total / denominator[..., None]
+    lse = jnp.where(seen, state.maximum + jnp.log(denominator), -jnp.inf)
+    return tiles.to_tokens_first(out.astype(query.dtype)), tiles.to_tokens_first(lse)
+
+
+def _update(state: Softmax, scores: jax.Array, weigh_values) -> Softmax:
+    """Adds keys whose scores are the last axis; weigh_values maps their weights to weighted sums."""
+    maximum = jnp.maximum(state.maximum, scores.max(axis=-1))
+    # A row that has seen nothing yet has maximum -inf: subtract 0, not -inf, to get 0, not NaN.
+    shift = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
+    weights = jnp.exp(scores - shift[..., None])
+    decay = jnp.exp(state.maximum - shift)
+    return Softmax(
+        state.total * decay[..., None] + weigh_values(weights),
+        maximum,
+        state.denominator * decay + weights.sum(axis=-1),
+    )
+
+
+def attend_tokens(
+    state: Softmax,
+    query: jax.Array,
+    key_BxTxKxH: jax.Array,
+    value_BxTxKxH: jax.Array,
+    query_side: Tokens,
+    key_side: Tokens,
+    *,
+    scale: float,
+    causal: bool,
+    chunk: int | None,
+    offset_known: bool,
+    kv_length: jax.Array | None,
+) -> Softmax:
+    """Continues the softmax over the tokens of one key set, tile by tile."""
+    batch, kv_heads, q_len, group, _ = query.shape
+    k_len = key_BxTxKxH.shape[1]
+    if k_len == 0 or q_len == 0:
+        return state
+    config = tiles.choose_config(batch * kv_heads * group, q_len, k_len, chunk)
+    q_block, k_block = config.q_block, config.k_block
+    query = tiles.pad_axis(query, 2, q_block)
+    key, value = (
+        tiles.pad_axis(jnp.moveaxis(x, 2, 1), 2, k_block) for x in (key_BxTxKxH, value_BxTxKxH)
+    )
+    state = Softmax(*(tiles.pad_axis(x, 2, q_block) for x in state))
+    sides = tiles.pad_side(query_side, q_block), tiles.pad_side(key_side, k_block)
+    schedule = tiles.tile_schedule(
+        q_len, k_len, (q_block, k_block), causal=causal, chunk=chunk, offset_known=offset_known
+    )
+    num_pairs: jax.Array | int = len(schedule)
+    if kv_length is not None and not (offset_known and causal):
+        # Decoding with a preallocated cache: key tiles past every row's length are not read.
+        num_q, num_k = query.shape[2] // q_block, key.shape[2] // k_block
+        num_pairs = jnp.minimum((kv_length.max() + k_block - 1) // k_block, num_k) * num_q
+
+    def body(i, j, state: Softmax) -> Softmax:
+        here = Softmax(*(tiles.take_tile(x, 2, i, q_block) for x in state))
+        query_tile = tiles.take_tile(query, 2, i, q_block)
+        key_tile, value_tile = (tiles.take_tile(x, 2, j, k_block) for x in (key, value))
+        key_here = tiles.take_side(sides[1], j, k_block)
+        mask = tiles.tile_mask(
+            tiles.take_side(sides[0], i, q_block), key_here, causal=causal, chunk=chunk
+        )
+        scores = scale * tiles.dot("bktgh,bksh->bktgs", query_tile, key_tile)
+        if mask is not None:
+            scores = jnp.where(mask, scores, -jnp.inf)
+        if kv_length is not None:  # unwritten cache rows may be NaN, and 0 * NaN is NaN
+            value_tile = jnp.where(key_here.valid[:, None, :, None], value_tile, 0)
+        new = _update(
+            here, scores,
+            lambda p: tiles.dot("bktgs,bksh->bktgh", p.astype(value.dtype), value_tile),
+        )  # fmt: skip
+        return Softmax(*(
+            jax.lax.dynamic_update_slice_in_dim(old, x, i * q_block, 2)
+            for old, x in zip(state, new, strict=True)
+        ))  # fmt: skip
+
+    state = tiles.for_each_pair(schedule, num_pairs, body, state)
+    return Softmax(*(x[:, :, :q_len] for x in state))
+
+
+def _attend_slots(state: Softmax, query: jax.Array, operands: Operands, options: Options):
+    """Depth slots of the query's own token: read once per key/value head, in blocks of slots."""
+    valid = query_tokens(operands).valid
+
+    def body(start, seen, state: Softmax) -> Softmax:
+        key = tiles.take_slots(operands.depth_key, start, seen)
+        value = tiles.take_slots(operands.depth_value, start, seen)
+        scores = options.scale * tiles.dot("bktgh,sbtkh->bktgs", query, key)
+        mask = seen if valid is None else seen & valid[:, None, :, None, None]
+        scores = jnp.where(mask, scores, -jnp.inf)
+        return _update(
+            state, scores, lambda p: tiles.dot("bktgs,sbtkh->bktgh", p.astype(value.dtype), value)
+        )
+
+    num_slots = operands.depth_key.shape[0]
+    slot_block = tiles.XlaConfig().slot_block
+    ranges = visible_slots(operands, options)
+    return tiles.for_each_slot_block(ranges, num_slots, slot_block, body, state)
+
+
+def _attend_chunks(state: Softmax, query: jax.Array, operands: Operands, options: Options):
+    """Chunk-visible: each slot is a key set of tokens, masked to the query's chunk."""
+    chunk = options.depth_chunk
+
+    def body(start, seen, state: Softmax) -> Softmax:
+        key, value = operands.depth_key[start], operands.depth_value[start]
+        return attend_tokens(
+            state, query, key, value, query_tokens(operands), depth_tokens(operands, chunk),
+            scale=options.scale, causal=True, chunk=chunk,
+            offset_known=operands.query_offset is None, kv_length=None,
+        )  # fmt: skip
+
+    num_slots = operands.depth_key.shape[0]
+    ranges = visible_slots(operands, options)
+    return tiles.for_each_slot_block(ranges, num_slots, 1, body, state)
