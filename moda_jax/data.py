@@ -1,0 +1,326 @@
+"""Training and validation batches from a corpus, with grain.
+
+A document of n tokens becomes [eos] + tokens + [eos], cut into pieces of at most T inputs that
+overlap by one token, so that each of its n + 1 targets is predicted exactly once. Pieces are packed
+into rows of T. A batch is a dict of int32 arrays [B, T]: `tokens`, `targets`, `segment_ids` (1, 2,
+... for the pieces of a row, 0 for padding) and `positions` (from 0 in each piece).
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from moda_jax.config import DataConfig
+from moda_jax.corpus import Corpus
+from moda_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+Batch = dict[str, np.ndarray]
+
+_PREFETCHED_BATCHES = 2
+_SAMPLED_DOCUMENTS = 32
+_SAMPLED_CHARACTERS = 1 << 16
+
+
+class _TokenSource:
+    """Random access to the tokens of chosen documents (grain's RandomAccessDataSource).
+
+    Element i is [eos] + tokens + [eos], int32 [n + 2], of document `indices[i]`.
+    """
+
+    def __init__(
+        self, corpus: Corpus, indices: np.ndarray, tokenizer: Tokenizer, vocab_size: int
+    ) -> None:
+        self._corpus = corpus
+        self._indices = indices
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        document = int(self._indices[index])
+        ids = self._tokenizer.encode(self._corpus[document])
+        tokens = np.full(len(ids) + 2, self._tokenizer.eos_id, np.int32)
+        tokens[1:-1] = ids
+        # JAX clamps or wraps an index outside the embedding silently, so it must not get there.
+        wrong = (tokens < 0) | (tokens >= self._vocab_size)
+        if wrong.any():
+            raise ValueError(
+                f"DataConfig.tokenizer: expected token ids in [0, {self._vocab_size}), got "
+                f"{tokens[wrong][0]} in {self._corpus.name(document)}; raise --model.vocab-size"
+            )
+        return tokens
+
+
+class _CutIntoPieces(grain.experimental.FlatMapTransform):
+    """[n + 2] tokens -> pieces [<= T, 2] of (input, target) pairs."""
+
+    def __init__(self, seq_len: int) -> None:
+        self._seq_len = seq_len
+
+    def flat_map(self, element: np.ndarray) -> Sequence[dict[str, np.ndarray]]:
+        if len(element) <= 2:  # text without tokens, an empty document too
+            return []
+        pairs = np.stack([element[:-1], element[1:]], axis=1)
+        starts = range(0, len(pairs), self._seq_len)
+        return [{"pairs": pairs[start : start + self._seq_len]} for start in starts]
+
+
+def _make_batch(rows: Sequence[dict[str, np.ndarray]], *, batch_size: int) -> Batch:
+    """Stacks packed rows; missing ones become rows of padding."""
+    empty = {name: np.zeros_like(array) for name, array in rows[0].items()}
+    rows = [*rows, *[empty] * (batch_size - len(rows))]
+    pairs_BxTx2 = np.stack([row["pairs"] for row in rows])
+    return {
+        "tokens": np.ascontiguousarray(pairs_BxTx2[..., 0]),
+        "targets": np.ascontiguousarray(pairs_BxTx2[..., 1]),
+        "segment_ids": np.stack([row["pairs_segment_ids"] for row in rows]),
+        "positions": np.stack([row["pairs_positions"] for row in rows]),
+    }
+
+
+def _pack(
+    documents: grain.MapDataset, config: DataConfig, *, batch_size: int, seed: int | None
+) -> grain.IterDataset:
+    """Documents' tokens -> batches; `seed` shuffles the rows that were open at the same time."""
+    # Reading in this thread keeps one order and one state; whole batches are prefetched instead.
+    read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    pieces = grain.experimental.FlatMapIterDataset(
+        documents.to_iter_dataset(read_options), _CutIntoPieces(config.seq_len)
+    )
+    # Inputs and targets travel as pairs: packing costs per feature and piece.
+    rows = grain.experimental.FirstFitPackIterDataset(
+        pieces,
+        length_struct={"pairs": config.seq_len},
+        num_packing_bins=config.packing_bins,
+        seed=seed or 0,
+        shuffle_bins=seed is not None,
+    )
+    return rows.batch(batch_size, batch_fn=lambda rows: _make_batch(rows, batch_size=batch_size))
+
+
+def _train_batches(
+    documents: _TokenSource, config: DataConfig, rows: int, seed: int
+) -> grain.IterDataset:
+    """Endless batches; every epoch has its own order, derived from `seed`."""
+    epochs = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()
+    return grain.experimental.ThreadPrefetchIterDataset(
+        _pack(epochs, config, batch_size=rows, seed=seed),
+        prefetch_buffer_size=_PREFETCHED_BATCHES,
+    )
+
+
+def _close(iterators: list[grain.DatasetIterator[Batch]]) -> None:
+    while iterators:
+        iterators.pop().close()
+
+
+class TrainIterator(Iterator[Batch]):
+    """Endless training batches of this process, whose state can be saved and restored exactly.
+
+    A background thread prepares the next batches; the state is that of the last batch handed out.
+    With several processes each has its own state.
+    """
+
+    def __init__(self, batches: grain.IterDataset, identity: dict[str, Any]) -> None:
+        self._opened = [iter(batches)]
+        self._identity = identity
+        # grain closes its thread in __del__, which fails with a message on standard error when the
+        # iterator lives until the interpreter's modules are gone; a finalizer runs before that.
+        self._finalizer = weakref.finalize(self, _close, self._opened)
+
+    @property
+    def _iterator(self) -> grain.DatasetIterator[Batch]:
+        if not self._opened:
+            raise ValueError("train: expected an open iterator, got one after close()")
+        return self._opened[0]
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns a JSON-serialisable state; the batches after it are a function of it."""
+        return {"identity": dict(self._identity), "grain": self._iterator.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues after the batch at which `state` was taken.
+
+        Raises ValueError if the state belongs to other data: it would give other batches.
+        """
+        saved = state["identity"]
+        for name, value in self._identity.items():
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"data: expected the checkpoint's {name} = {saved.get(name)}, got {value}; "
+                    f"restore the data settings, or start a new run under another --name"
+                )
+        self._iterator.set_state(state["grain"])
+
+    def close(self) -> None:
+        """Stops the background thread; the iterator cannot be used afterwards."""
+        self._finalizer()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run reads: batches of this process, and sizes over all processes."""
+
+    tokenizer: Tokenizer
+    train: TrainIterator
+    source: str
+    train_documents: int
+    validation_documents: int
+    num_bytes: int
+    """UTF-8 bytes of all documents."""
+    train_tokens: int
+    """Targets in one epoch: the tokens of the training documents, each one's end included."""
+    tokens_exact: bool
+    """False: `train_tokens` is estimated from a sample of the documents."""
+    validation_batches: grain.IterDataset = dataclasses.field(repr=False)
+    local_rows: slice = dataclasses.field(repr=False)
+
+    def describe(self) -> str:
+        """One line for the start screen."""
+        about = "" if self.tokens_exact else "about "
+        return (
+            f"{self.source}: {self.train_documents:,} documents, {about}{self.train_tokens:,} "
+            f"tokens an epoch; {self.validation_documents:,} documents held out; "
+            f"{self.num_bytes / 1e6:,.1f} MB"
+        )
+
+    def validation(self, num_batches: int) -> Iterator[Batch]:
+        """Yields the first batches of the held-out documents, the same ones on every call.
+
+        At most `num_batches`, and no document twice; fewer if the held-out part is smaller, the
+        last one filled up with rows of padding. All processes yield equally many: each takes its
+        rows of the same global batches, which do not depend on the number of processes.
+        """
+        if num_batches < 1:
+            raise ValueError(f"num_batches: expected a positive number, got {num_batches}")
+        for batch in itertools.islice(self.validation_batches, num_batches):
+            yield {name: array[self.local_rows] for name, array in batch.items()}
+
+
+def _split(digests: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the indices of the training and the held-out documents.
+
+    A document's part follows from its text alone: it stays when others come, and equal documents
+    lie on the same side. If a part would be empty it gets the document with the extreme hash.
+    """
+    held_out = digests < np.uint64(fraction * 2.0**64)
+    if not held_out.any():
+        held_out = digests == digests.min()
+    if held_out.all():
+        held_out = digests != digests.max()
+    if not held_out.any():
+        raise ValueError(
+            f"DataConfig.source: expected at least 2 different documents, to hold one out for "
+            f"validation, got {len(digests)} with 1 text; add documents or split the file"
+        )
+    (train,), (validation,) = np.nonzero(~held_out), np.nonzero(held_out)
+    # In the order of their hashes, the first few held-out documents are a fair sample of them.
+    return train, validation[np.argsort(digests[validation], kind="stable")]
+
+
+def _count_tokens(corpus: Corpus, indices: np.ndarray, tokenizer: Tokenizer) -> tuple[int, bool]:
+    """Returns the targets in one epoch of the documents `indices`, and whether that is exact."""
+    num_bytes = int(corpus.sizes[indices].sum())
+    if isinstance(tokenizer, ByteTokenizer):
+        return num_bytes + len(indices), True
+    sampled_tokens = sampled_bytes = 0
+    for index in indices[:: -(-len(indices) // _SAMPLED_DOCUMENTS)]:
+        text = corpus[index][:_SAMPLED_CHARACTERS]
+        sampled_tokens += len(tokenizer.encode(text))
+        sampled_bytes += len(text.encode("utf-8"))
+    if not sampled_tokens:
+        raise ValueError(
+            "DataConfig.tokenizer: expected tokens from the documents, got none for a sample of "
+            "them; use a tokenizer that knows their script"
+        )
+    return round(num_bytes * sampled_tokens / sampled_bytes) + len(indices), False
+
+
+def _check_sizes(tokenizer: Tokenizer, name: str, *, batch_size: int, vocab_size: int,
+                 seed: int, process_count: int) -> None:  # fmt: skip
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"DataConfig.tokenizer: expected at most model.vocab_size = {vocab_size} tokens, got "
+            f"{tokenizer.vocab_size} in {name!r}; set --model.vocab-size {tokenizer.vocab_size} "
+            f"or more"
+        )
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size: expected a positive multiple of the {process_count} processes, "
+            f"got {batch_size}"
+        )
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected 0 <= seed < 2**32, got {seed}")
+
+
+def load_data(
+    config: DataConfig,
+    *,
+    batch_size: int,
+    vocab_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Data:
+    """Opens the corpus (one pass over it) and builds the batches of this process.
+
+    Args:
+        config: source, tokenizer, row length T, share held out, packing.
+        batch_size: rows of a batch over all processes; this one gets batch_size / process_count.
+        vocab_size: the model's; every token id lies below it.
+        seed: order of the training documents, a different one in every epoch.
+        process_index: this process; it trains on its own documents.
+        process_count: number of processes.
+
+    Raises:
+        ValueError: the corpus or the tokenizer cannot be used (one line that says what to do), or
+            the sizes do not fit. Token ids outside the vocabulary raise where they are read.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    _check_sizes(tokenizer, config.tokenizer, batch_size=batch_size, vocab_size=vocab_size,
+                 seed=seed, process_count=process_count)  # fmt: skip
+    corpus = Corpus(config.source, text_field=config.text_field)
+    train, validation = _split(corpus.digests, config.validation_fraction)
+    if len(train) < process_count:
+        raise ValueError(
+            f"DataConfig.source: expected a training document for each of the {process_count} "
+            f"processes, got {len(train)}; add documents or use fewer processes"
+        )
+    train_tokens, tokens_exact = _count_tokens(corpus, train, tokenizer)
+    rows = batch_size // process_count
+    identity = {
+        "documents": hashlib.blake2b(corpus.digests[train].tobytes(), digest_size=8).hexdigest(),
+        "tokenizer": tokenizer.fingerprint,
+        "seq_len": config.seq_len,
+        "packing_bins": config.packing_bins,
+        "seed": seed,
+        "process_index": process_index,
+        "process_count": process_count,
+    }
+    local_train = _TokenSource(corpus, train[process_index::process_count], tokenizer, vocab_size)
+    held_out = _TokenSource(corpus, validation, tokenizer, vocab_size)
+    return Data(
+        tokenizer=tokenizer,
+        train=TrainIterator(_train_batches(local_train, config, rows, seed), identity),
+        source=config.source,
+        train_documents=len(train),
+        validation_documents=len(validation),
+        num_bytes=int(corpus.sizes.sum()),
+        train_tokens=train_tokens,
+        tokens_exact=tokens_exact,
+        validation_batches=_pack(
+            grain.MapDataset.source(held_out), config, batch_size=batch_size, seed=None
+        ),
+        local_rows=slice(process_index * rows, (process_index + 1) * rows),
+    )

@@ -1,0 +1,119 @@
+"""Tokenizers: text to token ids and back.
+
+`ByteTokenizer` needs no file; `load_tokenizer` also reads any local `tokenizer.json` with the
+tokenizers library. Nothing is ever downloaded.
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import tokenizers
+
+# In order of preference: a BERT-like file has both [SEP] and others, GPT-like ones only the first.
+_END_OF_DOCUMENT_TOKENS = (
+    "<|endoftext|>", "<|end_of_text|>", "<|endofdoc|>", "</s>", "<eos>", "[EOS]", "<EOD>",
+    "<|im_end|>", "[SEP]",
+)  # fmt: skip
+
+
+class Tokenizer(Protocol):
+    """What data loading and generation ask of a tokenizer."""
+
+    vocab_size: int
+    """Every token id lies in [0, vocab_size)."""
+    eos_id: int
+    """The token between documents, which therefore also stands before each one."""
+    fingerprint: str
+    """Equal for equal tokenizers; a checkpoint compares it."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class ByteTokenizer:
+    """One token per UTF-8 byte; id 256 ends a document."""
+
+    vocab_size = 257
+    eos_id = 256
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the UTF-8 bytes of `text`, without an end-of-document token."""
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text; ids that are no bytes are left out, broken UTF-8 becomes U+FFFD.
+
+        A model's vocabulary may be larger than 257, so a sample can hold any id.
+        """
+        return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
+
+
+class JsonTokenizer:
+    """A `tokenizer.json` of the tokenizers library.
+
+    Truncation, padding and the post-processor's extra tokens are off: a document is encoded whole
+    and its ends are marked by data loading. `vocab_size` is the largest id + 1, added tokens
+    included. A special token spelled out in a text is read as that token, as the library does.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Raises ValueError if `path` is no such file or has no known end-of-document token."""
+        try:
+            content = pathlib.Path(path).expanduser().read_bytes()
+        except OSError as error:
+            raise ValueError(
+                f'DataConfig.tokenizer: expected "bytes" or the path of a tokenizer.json, '
+                f"got {path!r}: {error.strerror}"
+            ) from error
+        self._tokenizer = _parse(path, content)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.eos_id = _find_eos_id(path, self._tokenizer)
+        self.fingerprint = hashlib.blake2b(content, digest_size=8).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the token ids of `text`, without any begin or end token."""
+        # The batch call skips the character offsets, which nobody reads here.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text; special tokens and unknown ids are left out."""
+        return self._tokenizer.decode([i for i in ids if 0 <= i < self.vocab_size])
+
+
+def _parse(path: str, content: bytes) -> tokenizers.Tokenizer:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises plain Exception for what it cannot parse
+        raise ValueError(
+            f"DataConfig.tokenizer: expected a tokenizer.json of the tokenizers library, "
+            f"got {path!r}: {' '.join(str(error).split())}"
+        ) from error
+    if not tokenizer.get_vocab(with_added_tokens=True):
+        raise ValueError(f"DataConfig.tokenizer: expected a vocabulary, got none in {path!r}")
+    return tokenizer
+
+
+def _find_eos_id(path: str, tokenizer: tokenizers.Tokenizer) -> int:
+    """Looks among the added tokens only: an ordinary "</s>" may be text (HTML)."""
+    added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+    for name in _END_OF_DOCUMENT_TOKENS:
+        if name in added:
+            return added[name]
+    raise ValueError(
+        f"DataConfig.tokenizer: expected one of {', '.join(_END_OF_DOCUMENT_TOKENS)} among the "
+        f"added tokens of {path!r} to end a document, got {sorted(added)}; add one to the file"
+    )
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Returns the tokenizer of `DataConfig.tokenizer`: "bytes" or the path of a tokenizer.json.
+
+    Raises ValueError if the file is missing, is not one, or cannot end a document.
+    """
+    return ByteTokenizer() if name == "bytes" else JsonTokenizer(name)
