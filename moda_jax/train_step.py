@@ -1,0 +1,160 @@
+"""One optimizer step and one validation step, each compiled once for the whole run."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moda_jax.config import Config
+from moda_jax.losses import next_token_loss
+from moda_jax.model import Transformer
+from moda_jax.optimizer import make_optimizer
+from moda_jax.sharding import batch_sharding, constrain, state_shardings
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that an optimizer step changes; its arrays are donated to the step."""
+
+    step: jax.Array
+    """int32 scalar, optimizer steps done."""
+    params: nnx.State
+    """float32 parameters."""
+    optimizer: Any
+    """optax state; Adam's moments are shaped and placed like the parameters."""
+
+
+class TrainFunctions(NamedTuple):
+    """The compiled functions of a run. Call them under `jax.set_mesh(mesh)`."""
+
+    graphdef: nnx.GraphDef
+    """`nnx.merge(graphdef, params)` is the model."""
+    abstract_state: TrainState
+    """Shapes, dtypes and shardings of the state, as a restore needs them."""
+    init: Callable[[], TrainState]
+    """A fresh state from `config.seed`, each part computed on the device that keeps it."""
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    """Batch of global int32 arrays [B, T]; metrics are float32 scalars, replicated."""
+    eval_step: Callable[[nnx.State, Batch], Metrics]
+    """Sums over a batch: "cross_entropy" and "targets"."""
+    attention_mass: Callable[[nnx.State, Batch], jax.Array]
+    """Mean attention mass [L, 1 + S] on the sequence | each depth slot."""
+
+
+def make_train_functions(config: Config, mesh: Mesh) -> TrainFunctions:
+    """Builds the model and optimizer of `config` for `mesh`, without allocating either."""
+    optimizer, schedule = make_optimizer(config.optimizer, steps=config.steps)
+
+    def make_model() -> Transformer:
+        return Transformer(config.model, rngs=nnx.Rngs(config.seed))
+
+    def init() -> TrainState:
+        params = nnx.state(make_model())
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    graphdef = nnx.graphdef(nnx.eval_shape(make_model))
+    shapes = jax.eval_shape(init)
+    shardings = state_shardings(shapes, mesh)
+    rows, replicated = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    reads = {"in_shardings": (shardings.params, rows), "out_shardings": replicated}
+    return TrainFunctions(
+        graphdef=graphdef,
+        abstract_state=jax.tree.map(_with_sharding, shapes, jax.tree.broadcast(shardings, shapes)),
+        init=jax.jit(init, out_shardings=shardings),
+        train_step=jax.jit(
+            functools.partial(_train_step, graphdef, optimizer, schedule, config),
+            in_shardings=(shardings, rows),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        ),
+        eval_step=jax.jit(functools.partial(_eval_step, graphdef), **reads),
+        attention_mass=jax.jit(functools.partial(_attention_mass, graphdef), **reads),
+    )
+
+
+def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: Config,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    z_loss = config.optimizer.z_loss
+    loss = functools.partial(_loss, graphdef, z_loss)
+    gradients, sums = _sum_gradients(loss, state.params, batch, config.accumulation_steps)
+    # Sums over the whole step, divided once: a microbatch with few targets counts for few.
+    # A step without any target has zero sums, so its loss and gradient are 0, not 0/0.
+    targets = jnp.maximum(sums["targets"], 1.0)
+    gradients = jax.tree.map(lambda gradient: gradient / targets, gradients)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+    metrics = {
+        "loss": sums["cross_entropy"] / targets,
+        "z_loss": z_loss * sums["z"] / targets,
+        "grad_norm": optax.tree.norm(gradients),
+        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        "targets": sums["targets"],
+    }
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, optimizer_state), metrics
+
+
+def _loss(
+    graphdef: nnx.GraphDef, z_loss: float, params: nnx.State, batch: Batch
+) -> tuple[jax.Array, Metrics]:
+    return next_token_loss(nnx.merge(graphdef, params), batch, z_loss=z_loss)
+
+
+def _eval_step(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> Metrics:
+    _, sums = _loss(graphdef, 0.0, params, batch)
+    return {name: sums[name] for name in ("cross_entropy", "targets")}
+
+
+def _attention_mass(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Array:
+    model = nnx.merge(graphdef, params)
+    return model.attention_mass(
+        batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+    )
+
+
+def _sum_gradients(
+    loss: Callable[[nnx.State, Batch], tuple[jax.Array, Metrics]],
+    params: nnx.State,
+    batch: Batch,
+    parts: int,
+) -> tuple[nnx.State, Metrics]:
+    """Gradients and loss terms, summed over all targets of `batch`, computed in `parts` parts."""
+    part_gradients = jax.grad(loss, has_aux=True)
+    if parts == 1:  # without the scan there is no second copy of the gradients
+        return part_gradients(params, batch)
+
+    def add_part(sums: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, part_gradients(params, part)), None
+
+    microbatches = jax.tree.map(lambda rows_BxT: _split_rows(rows_BxT, parts), batch)
+    first = jax.tree.map(lambda rows: rows[0], microbatches)
+    shapes = jax.eval_shape(part_gradients, params, first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    sums, _ = jax.lax.scan(add_part, zeros, microbatches)
+    return sums
+
+
+def _split_rows(rows_BxT: jax.Array, parts: int) -> jax.Array:
+    """[B, T] -> [parts, B / parts, T], each device's rows dealt out to all parts.
+
+    Part i takes rows i, i + parts, ...: consecutive rows would lie on few of the devices, and every
+    part would have to move between them.
+    """
+    split = rows_BxT.reshape(-1, parts, rows_BxT.shape[1]).swapaxes(0, 1)
+    return constrain(split, None, "batch", None)

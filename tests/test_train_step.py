@@ -1,0 +1,164 @@
+"""The optimizer step: normalisation, accumulation, compile count, and the same losses on a mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moda_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
+from moda_jax.losses import next_token_loss
+from moda_jax.sharding import batch_sharding, make_mesh
+from moda_jax.train_step import make_train_functions
+
+CONFIG = Config(
+    name="step",
+    model=ModelConfig(
+        vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8,
+        mlp_dim=48, compute_dtype="float32",
+    ),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+    steps=8,
+    batch_size=8,
+)  # fmt: skip
+ROWS, SEQ_LEN = 8, 12
+# Steps in float32 whose sums run in another order: each loss is a mean over ~100 terms of size 4,
+# and Adam turns a gradient's last bits into a step of full size where it is close to 0.
+REORDERED = {"rtol": 2e-5, "atol": 0}
+
+
+def make_batch(seed: int, *, row_lengths=None) -> dict[str, np.ndarray]:
+    """Random tokens; row r has `row_lengths[r]` tokens and padding after them."""
+    rng = np.random.default_rng(seed)
+    lengths = np.asarray(row_lengths if row_lengths is not None else [SEQ_LEN] * ROWS)
+    real = (np.arange(SEQ_LEN) < lengths[:, None]).astype(np.int32)
+    return {
+        "tokens": rng.integers(0, 64, (ROWS, SEQ_LEN), np.int32) * real,
+        "targets": rng.integers(0, 64, (ROWS, SEQ_LEN), np.int32) * real,
+        "segment_ids": real,
+        "positions": np.arange(SEQ_LEN, dtype=np.int32) * real,
+    }
+
+
+def run_steps(config, *, steps=4, row_lengths=None):
+    """Losses, grad norms, the final state and the functions of a few steps under config.mesh."""
+    mesh = make_mesh(config.mesh)
+    functions = make_train_functions(config, mesh)
+    history = []
+    with jax.set_mesh(mesh):
+        state = functions.init()
+        for seed in range(steps):
+            batch = make_batch(seed, row_lengths=row_lengths)
+            batch = jax.device_put(batch, batch_sharding(mesh))
+            state, metrics = functions.train_step(state, batch)
+            history.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    return np.array(history), state, functions
+
+
+@pytest.fixture(scope="module")
+def single_device():
+    return run_steps(CONFIG)
+
+
+def test_loss_and_gradient_are_means_over_the_targets():
+    lengths = [12, 0, 3, 1, 0, 7, 12, 5]
+    history, _, functions = run_steps(CONFIG, steps=1, row_lengths=lengths)
+    params = functions.init().params
+    batch = make_batch(0, row_lengths=lengths)
+
+    def mean_loss(params, z_loss):
+        model = nnx.merge(functions.graphdef, params)
+        return next_token_loss(model, batch, z_loss=z_loss)[0] / sum(lengths)
+
+    gradients = jax.grad(mean_loss)(params, CONFIG.optimizer.z_loss)
+    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)))
+    np.testing.assert_allclose(history[0], [mean_loss(params, 0.0), norm], rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_accumulation_is_the_whole_batch(parts):
+    lengths = [12, 0, 3, 1, 0, 7, 12, 5]  # a mean of the parts' means would differ
+    whole, _, _ = run_steps(CONFIG, row_lengths=lengths)
+    config = dataclasses.replace(CONFIG, accumulation_steps=parts)
+    np.testing.assert_allclose(run_steps(config, row_lengths=lengths)[0], whole, **REORDERED)
+
+
+def test_step_without_targets_has_loss_zero_and_no_gradient():
+    history, state, _ = run_steps(CONFIG, steps=1, row_lengths=[0] * ROWS)
+    np.testing.assert_array_equal(history, [[0.0, 0.0]])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_metrics_follow_the_schedule_and_compile_once():
+    mesh = make_mesh(MeshConfig())
+    functions = make_train_functions(CONFIG, mesh)
+    rates = []
+    with jax.set_mesh(mesh):
+        state = functions.init()
+        for seed in range(4):
+            donated = state
+            batch = jax.device_put(make_batch(seed), batch_sharding(mesh))
+            state, metrics = functions.train_step(state, batch)
+            rates.append(float(metrics["learning_rate"]))
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated.params))
+            functions.eval_step(state.params, batch)
+    assert int(state.step) == 4
+    assert float(metrics["targets"]) == ROWS * SEQ_LEN
+    np.testing.assert_allclose(rates[:2], [5e-3, 1e-2], rtol=1e-6)
+    assert rates[3] < rates[2] < rates[1]
+    assert functions.train_step._cache_size() == functions.eval_step._cache_size() == 1
+
+
+def test_eval_sums_are_the_training_loss(single_device):
+    history, _, functions = single_device
+    sums = functions.eval_step(functions.init().params, make_batch(0))
+    assert float(sums["targets"]) == ROWS * SEQ_LEN
+    np.testing.assert_allclose(sums["cross_entropy"] / sums["targets"], history[0, 0], rtol=1e-6)
+
+
+MESHES = {
+    "data=8": MeshConfig(data=8),
+    "fsdp=8": MeshConfig(fsdp=8),
+    "tensor=2 fsdp=4": MeshConfig(fsdp=4, tensor=2),
+}
+
+
+@pytest.mark.parametrize("mesh_name", MESHES)
+def test_mesh_gives_the_losses_of_one_device(mesh_name, single_device):
+    config = dataclasses.replace(CONFIG, mesh=MESHES[mesh_name])
+    history, state, functions = run_steps(config)
+    np.testing.assert_allclose(history, single_device[0], **REORDERED)
+    assert functions.train_step._cache_size() == 1
+    check_shards(state, config.mesh)
+
+
+def check_shards(state, mesh: MeshConfig) -> None:
+    """Every device keeps its share of the parameters and of Adam's moments, and no more."""
+    parts = {"embed": mesh.fsdp, "mlp": mesh.tensor, "heads": mesh.tensor,
+             "kv_heads": mesh.tensor, "vocab": mesh.tensor}  # fmt: skip
+    adam = next(s for s in jax.tree.leaves(state.optimizer, is_leaf=_is_adam) if _is_adam(s))
+    for tree in (state.params, adam.mu, adam.nu):
+        for param in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
+            array, axes = param.get_value(), param.get_metadata()["logical_axes"]
+            split = [parts.get(axis, 1) for axis in axes]
+            expected = tuple(n // p if n % p == 0 else n
+                             for n, p in zip(array.shape, split, strict=True))  # fmt: skip
+            shards = array.addressable_shards
+            assert {shard.data.shape for shard in shards} == {expected}, axes
+            assert len({shard.device for shard in shards}) == mesh.data * mesh.fsdp * mesh.tensor
+
+
+def _is_adam(node) -> bool:
+    return hasattr(node, "mu")
+
+
+def test_initial_state_does_not_depend_on_the_mesh():
+    states = []
+    for mesh_config in (MeshConfig(), MeshConfig(fsdp=4, tensor=2)):
+        config = dataclasses.replace(CONFIG, mesh=mesh_config)
+        mesh = make_mesh(mesh_config)
+        with jax.set_mesh(mesh):
+            states.append(make_train_functions(config, mesh).init())
+    jax.tree.map(np.testing.assert_array_equal, *states)
