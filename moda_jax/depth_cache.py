@@ -85,26 +85,29 @@ class DepthCache:
         wrapped = self.reserved + (self.length - self.reserved) % turning
         return jnp.where(self.length < self.reserved, self.length, wrapped)
 
-    def append(self, key: jax.Array, value: jax.Array) -> "DepthCache":
+    def append(
+        self, key: jax.Array, value: jax.Array, *, where: jax.Array | bool = True
+    ) -> "DepthCache":
         """The cache with one more slot: key and value [B, T, K, H], one contiguous write each.
 
-        Raises ValueError on a wrong shape, and on a full cache where the length is concrete; where
-        it is traced, an append to a full cache that is no ring is dropped.
+        `where` (bool scalar, may be traced): False leaves the cache as it is. Raises ValueError on
+        a wrong shape, and on a full cache where the length is concrete; where it is traced, an
+        append to a full cache that is no ring is dropped.
         """
         for name, x in (("key", key), ("value", value)):
             if x.shape != self.key.shape[1:]:
                 raise ValueError(f"{name}: expected {self.key.shape[1:]}, got {x.shape}")
-        full = None if self.ring else self.length >= self.capacity
-        if full is not None and not isinstance(full, jax.core.Tracer):
-            if full:
+        if not self.ring:
+            fits = self.length < self.capacity
+            if not isinstance(fits, jax.core.Tracer) and not fits:
                 raise ValueError(f"append: expected fewer than the {self.capacity} slots written")
-            full = None
+            where = fits & where
         index = self._next_index()
         return dataclasses.replace(
             self,
-            key=_write(self.key, key, index, full),
-            value=_write(self.value, value, index, full),
-            length=self.length + (1 if full is None else jnp.where(full, 0, 1)),
+            key=_write(self.key, key, index, where),
+            value=_write(self.value, value, index, where),
+            length=self.length + jnp.int32(where),
         )
 
     def attention_kwargs(self) -> dict[str, Any]:
@@ -119,11 +122,10 @@ class DepthCache:
         }
 
 
-def _write(buffer: jax.Array, slot: jax.Array, index: jax.Array, full: jax.Array | None):
-    slot = slot.astype(buffer.dtype)
-    if full is not None:  # dynamic_update_slice would clamp to the last slot: write that one back
-        last = buffer[-1] if buffer.shape[0] else slot
-        slot = jnp.where(full, last, slot)
+def _write(buffer: jax.Array, slot: jax.Array, index: jax.Array, where: jax.Array | bool):
+    """buffer[index] = slot if `where`; touches that slot only, so that it stays in place."""
     if not buffer.shape[0]:
         return buffer
+    old = lax.dynamic_index_in_dim(buffer, index, 0, keepdims=False)
+    slot = jnp.where(where, slot.astype(buffer.dtype), old)
     return lax.dynamic_update_slice_in_dim(buffer, slot[None], index, 0)
