@@ -1,0 +1,170 @@
+"""Checkpoints of a run: state, data iterators and config, saved together and restored exactly."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from moda_jax.config import Config
+from moda_jax.train_step import TrainState
+
+_METRIC = "validation_loss"
+# These say how the same function is computed, so a run may go on with other ones.
+_FREE_MODEL_FIELDS = ("attention", "remat", "compute_dtype")
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds."""
+
+    state: TrainState
+    data: Any
+    """State of this process's data iterator."""
+    config: dict[str, Any]
+    """The config with which the checkpoint was written, as nested dicts."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep_last` and the best by validation loss.
+
+    Saving is asynchronous: `save` copies the state from the devices and returns, writing goes on in
+    the background. A checkpoint gets its name when it is complete, so one whose writing was killed
+    is never seen.
+    """
+
+    def __init__(self, directory: Path, *, keep_last: int) -> None:
+        newest = checkpoint_managers.LatestN(keep_last)
+        best = checkpoint_managers.BestN(
+            get_metric_fn=_validation_loss,
+            reverse=True,  # orbax keeps the end of the sorted list: the smallest loss
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._directory = directory.absolute()
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                best_fn=_validation_loss,
+                best_mode="min",
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all kept checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best_loss(self) -> float:
+        """Lowest validation loss among the kept checkpoints; inf if none was validated."""
+        step = self._manager.best_step()
+        metrics = None if step is None else self._manager.metrics(step)
+        return float("inf") if not metrics else _validation_loss(metrics)
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        data: Any,
+        config: Config,
+        validation_loss: float | None,
+    ) -> None:
+        """Starts writing checkpoint `step`; waits only for one that is still being written.
+
+        Args:
+            step: optimizer steps done.
+            state: may be donated as soon as this returns.
+            data: this process's JSON-serialisable iterator state.
+            config: kept beside the state, to recognise another model.
+            validation_loss: of exactly this state, None if it was not validated.
+        """
+        # Plain arrays in nested dicts: what is on disk does not depend on flax's classes.
+        items = {
+            "params": ocp.args.StandardSave(nnx.as_pure(state.params)),
+            "optimizer": ocp.args.StandardSave(nnx.as_pure((state.step, state.optimizer))),
+            "run": ocp.args.JsonSave(
+                {"config": dataclasses.asdict(config), "data": _gather_json(data)}
+            ),
+        }
+        loss = float("inf") if validation_loss is None else validation_loss
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics={_METRIC: loss})
+
+    def restore(self, abstract_state: TrainState, config: Config) -> Restored | None:
+        """The newest checkpoint, placed as `abstract_state` says; None if there is none.
+
+        Raises:
+            ValueError: it holds another model than `config`, or comes from another number of
+                processes.
+        """
+        step = self.latest_step
+        if step is None:
+            return None
+        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+        _check_model(run["config"]["model"], config, self._directory)
+        if len(run["data"]) != jax.process_count():
+            raise ValueError(
+                f"{self._directory}: expected {len(run['data'])} processes, as the run had when "
+                f"it was saved, got {jax.process_count()}; the data could not go on exactly"
+            )
+        items = {
+            "params": ocp.args.StandardRestore(nnx.as_pure(abstract_state.params)),
+            "optimizer": ocp.args.StandardRestore(
+                nnx.as_pure((abstract_state.step, abstract_state.optimizer))
+            ),
+        }
+        saved = self._manager.restore(step, args=ocp.args.Composite(**items))
+        leaves = jax.tree.leaves((saved.optimizer[0], saved.params, saved.optimizer[1]))
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        return Restored(state, run["data"][jax.process_index()], run["config"])
+
+    def close(self) -> None:
+        """Waits for the writing to end; raises what went wrong in it."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _validation_loss(metrics: Mapping[str, float]) -> float:
+    return float(metrics[_METRIC])
+
+
+def _check_model(saved: Mapping[str, Any], config: Config, directory: Path) -> None:
+    """Raises ValueError, naming the fields, if `saved` is another model than config.model."""
+    here = dataclasses.asdict(config.model)
+    differing = [
+        f"model.{name} {saved.get(name)!r} there, {here.get(name)!r} here"
+        for name in sorted(saved.keys() | here.keys())
+        if name not in _FREE_MODEL_FIELDS and saved.get(name) != here.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{directory}: checkpoint of another model ({'; '.join(differing)}); choose another "
+            f"--name or --output-dir, or remove the directory"
+        )
+
+
+def _gather_json(local: Any) -> list[Any]:
+    """`local` of every process, in the order of the processes."""
+    if jax.process_count() == 1:
+        return [local]
+    text = np.frombuffer(json.dumps(local).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(len(text)))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [
+        json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)
+    ]
