@@ -131,9 +131,13 @@ class Checkpoints:
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
         return Restored(state, run["data"][jax.process_index()], run["config"])
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits for the writing to end; raises what went wrong in it."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and gives up the background threads."""
+        self.wait()
         self._manager.close()
 
 
@@ -165,6 +169,4 @@ def _gather_json(local: Any) -> list[Any]:
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(text)] = text
     rows = multihost_utils.process_allgather(padded)
-    return [
-        json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)
-    ]
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from moda_jax.losses import next_token_loss
 
 from moda_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
-from moda_jax.losses import next_token_loss
 from moda_jax.sharding import batch_sharding, make_mesh
 from moda_jax.train_step import make_train_functions
 

@@ -1,0 +1,117 @@
+"""What a run prints: the start screen, a progress bar or plain lines, and the sample."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import rich.console
+import rich.progress
+import rich.table
+from jax.sharding import Mesh
+from rich.text import Text
+
+from moda_jax.config import Config, ModelConfig
+from moda_jax.flops import count_parameters
+
+
+class RunConsole:
+    """A terminal gets a progress bar; a file or a pipe gets a line every `log_every` steps."""
+
+    def __init__(self, *, steps: int, quiet: bool) -> None:
+        self._console = rich.console.Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._steps = steps
+        self._started: tuple[int, float] | None = None
+        self._rate = ""
+        self._progress = rich.progress.Progress(
+            rich.progress.TextColumn("step {task.completed}/{task.total}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TextColumn("ETA"),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("compiling", total=steps)
+
+    def print(self, text: str) -> None:
+        """Prints `text` as it is; brackets in it are no markup."""
+        self._console.print(Text(text))
+
+    def show_start(
+        self,
+        config: Config,
+        mesh: Mesh,
+        *,
+        data_size: str,
+        attention: str,
+        directory: Path,
+        restored_step: int,
+    ) -> None:
+        """One screen that says what is about to run."""
+        rows = {
+            "model": _describe_model(config.model),
+            "parameters": f"{count_parameters(config.model):,}",
+            "devices": _describe_devices(mesh),
+            "attention": attention,
+            "data": data_size,
+            "steps": f"{config.steps:,} of {config.batch_size} rows x {config.data.seq_len} tokens",
+            "outputs": str(directory),
+            "start": f"resumed at step {restored_step}" if restored_step else "from scratch",
+        }
+        title = f"moda_jax: {config.name}"
+        table = rich.table.Table(title=title, title_justify="left", show_header=False, box=None)
+        for name, value in rows.items():
+            table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
+        self._console.print(table)
+
+    def start_progress(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+        self._progress.start()
+
+    def stop_progress(self) -> None:
+        self._progress.stop()
+
+    def step_done(self, step: int, loss: float) -> None:
+        """Moves the bar; the first step's time, mostly compilation, is left out of the ETA."""
+        if self._started is None:
+            self._started = (step, time.perf_counter())
+        self._progress.update(
+            self._task, completed=step, description=f"loss {loss:.4f}{self._rate}"
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The training metrics of `step`: a line, unless the bar shows them."""
+        rate = metrics.get("tokens_per_second")
+        self._rate = "" if rate is None else f"  {rate:,.0f} tokens/s"
+        if not self._console.is_terminal:
+            self.print(
+                f"step {step}/{self._steps}  loss {metrics['loss']:.4f}  "
+                f"lr {metrics['learning_rate']:.2e}  grad norm {metrics['grad_norm']:.3f}"
+                f"{self._rate}  ETA {self._time_left(step)}"
+            )
+
+    def _time_left(self, step: int) -> str:
+        if self._started is None or step <= self._started[0]:
+            return "-"
+        first, since = self._started
+        seconds = (time.perf_counter() - since) / (step - first) * (self._steps - step)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def _describe_model(model: ModelConfig) -> str:
+    depth = f"{model.depth_slots} depth slots" if model.depth_slots else "no depth attention"
+    return (
+        f"{model.num_layers} layers, width {model.embed_dim}, {model.num_heads} heads on "
+        f"{model.num_kv_heads} KV heads of {model.head_dim}, FFN {model.mlp_dim}, vocabulary "
+        f"{model.vocab_size:,}, {depth}, {model.compute_dtype}"
+    )
+
+
+def _describe_devices(mesh: Mesh) -> str:
+    device = mesh.devices.flat[0]
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    unused = jax.device_count() - mesh.size
+    rest = f"; {unused} more not used, see --mesh" if unused else ""
+    return f"{mesh.size} of {device.device_kind} ({device.platform}), mesh {axes}{rest}"

@@ -1,0 +1,347 @@
+"""The training run: `train(config)` from the first screen to the last plot."""
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from moda_jax.attention import explain_attention
+from moda_jax.checkpoint import Checkpoints
+from moda_jax.config import Config
+from moda_jax.console import RunConsole
+from moda_jax.data import Data, load_data
+from moda_jax.generate import generate
+from moda_jax.metrics import FINAL, METRICS_FILE, MetricsWriter, read_metrics
+from moda_jax.processes import StopSignals, initialize_processes
+from moda_jax.report import plot_attention_mass, plot_loss
+from moda_jax.sharding import batch_sharding, make_mesh
+from moda_jax.throughput import Throughput
+from moda_jax.train_step import make_train_functions
+
+_FINAL_VALIDATION_FACTOR = 4
+_SAMPLE_TEMPERATURE = 0.8
+OnStep = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run left behind."""
+
+    directory: Path
+    """Holds checkpoints/, metrics.jsonl, tensorboard/, config.json and, once the run is finished,
+    sample.txt, loss.png and attention_mass.png."""
+    step: int
+    """Optimizer steps done."""
+    finished: bool
+    """False: stopped by SIGTERM before `config.steps`; the same call goes on."""
+    validation_loss: float | None
+    """Nats per token of the last validation over more batches; None unless finished."""
+    sample: str | None
+    """Generated text, its prompt included; None unless finished and asked for."""
+
+    @property
+    def validation_perplexity(self) -> float | None:
+        return None if self.validation_loss is None else _perplexity(self.validation_loss)
+
+
+def train(config: Config, *, on_step: OnStep | None = None) -> TrainResult:
+    """Trains up to step `config.steps`, going on from the newest checkpoint if there is one.
+
+    A run that is stopped and started again takes the same batches and reaches bitwise the same
+    parameters as one that was not. With a larger `config.steps` than before it goes on under the
+    new, longer learning-rate curve. SIGTERM ends the run after the current step with a
+    checkpoint; so does the first Ctrl-C, and a second one ends the process at once.
+
+    Args:
+        config: the run.
+        on_step: called with every step's number and metrics, one step late.
+
+    Raises:
+        ValueError: mesh, data or checkpoint do not fit the config; or a loss or gradient is not
+            finite (the newest checkpoint is from before).
+        KeyboardInterrupt: after Ctrl-C, when the checkpoint is complete.
+    """
+    initialize_processes()
+    mesh = make_mesh(config.mesh)
+    data = load_data(
+        config.data,
+        batch_size=config.batch_size,
+        vocab_size=config.model.vocab_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with jax.set_mesh(mesh), contextlib.closing(data.train), contextlib.ExitStack() as cleanup:
+        return _Run(config, mesh, data, on_step, cleanup).run()
+
+
+class _Run:
+    """A run in progress: the state and everything that looks at it."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        data: Data,
+        on_step: OnStep | None,
+        cleanup: contextlib.ExitStack,
+    ) -> None:
+        self.config, self.data, self.on_step = config, data, on_step
+        self.rows = batch_sharding(mesh)
+        self.directory = Path(config.output_dir) / config.name
+        self.is_main = jax.process_index() == 0
+        attention = _describe_attention(config)
+        self.functions = make_train_functions(config, mesh)
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", keep_last=config.keep_last)
+        cleanup.callback(self.checkpoints.close)
+        self._restore_or_init()
+        self.best_loss = self.checkpoints.best_loss()
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.throughput = Throughput(
+            config.model, seq_len=config.data.seq_len, devices=list(mesh.devices.flat)
+        )
+        self.writer = self._open_writer(cleanup)
+        self.console = RunConsole(steps=config.steps, quiet=not self.is_main)
+        self.console.show_start(
+            config,
+            mesh,
+            data_size=data.describe(),
+            attention=attention,
+            directory=self.directory,
+            restored_step=self.step,
+        )
+
+    def _restore_or_init(self) -> None:
+        restored = self.checkpoints.restore(self.functions.abstract_state, self.config)
+        self.step = 0
+        if restored is None:
+            self.state = self.functions.init()
+            return
+        self.state = restored.state
+        self.data.train.set_state(restored.data)
+        self.step = int(self.state.step)
+
+    def _open_writer(self, cleanup: contextlib.ExitStack) -> MetricsWriter | None:
+        if not self.is_main:
+            return None
+        settings = dataclasses.asdict(self.config)
+        (self.directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        writer = MetricsWriter(
+            self.directory,
+            restored_step=self.step,
+            config=settings,
+            wandb=self.config.wandb,
+        )
+        cleanup.callback(writer.close)
+        return writer
+
+    def run(self) -> TrainResult:
+        stopped_by = None
+        if self.step >= self.config.steps:
+            self.console.print(
+                f"step {self.step} of {self.config.steps} is already reached; raise --steps to "
+                f"train on"
+            )
+        else:
+            stopped_by = self._train()
+        if stopped_by == "SIGINT":
+            raise KeyboardInterrupt
+        if stopped_by is not None:
+            return TrainResult(directory=self.directory, step=self.step, finished=False,
+                               validation_loss=None, sample=None)  # fmt: skip
+        return self._finish()
+
+    def _train(self) -> str | None:
+        """Runs the steps that are left; returns the signal that ended them early, if one did."""
+        with StopSignals(self.config.log_every) as stop:
+            self.console.start_progress(self.step)
+            try:
+                stopped_by = self._run_steps(stop)
+            finally:
+                self.console.stop_progress()
+            if stopped_by is not None:
+                self._report_pending()
+                self._save(validation_loss=None)
+                self.checkpoints.wait()
+                self.console.print(
+                    f"{stopped_by}: saved a checkpoint at step {self.step}; the same command "
+                    f"goes on from there"
+                )
+            return stopped_by
+
+    def _run_steps(self, stop: StopSignals) -> str | None:
+        while self.step < self.config.steps:
+            batch = self._to_global(next(self.data.train))
+            self.state, metrics = self.functions.train_step(self.state, batch)
+            self.step += 1
+            # The previous step's numbers are there by now: the device computes while we print.
+            self._report_pending()
+            self.pending = (self.step, metrics)
+            if stopped_by := stop.requested(self.step):
+                return stopped_by
+            self._validate_and_save()
+        self.checkpoints.wait()
+        return None
+
+    def _to_global(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows -> global arrays [B, T] over all processes."""
+        return {
+            name: jax.make_array_from_process_local_data(self.rows, rows)
+            for name, rows in batch.items()
+        }
+
+    def _report_pending(self) -> None:
+        """Fetches, checks and shows the metrics of the step that was kept back."""
+        if self.pending is None:
+            return
+        step, device_metrics = self.pending
+        self.pending = None
+        metrics = {name: float(value) for name, value in device_metrics.items()}
+        self._check_finite(step, metrics)
+        self.throughput.step_done(metrics["targets"])
+        self.console.step_done(step, metrics["loss"])
+        if step % self.config.log_every == 0 or step == self.config.steps:
+            metrics |= {"perplexity": _perplexity(metrics["loss"]), **self.throughput.read()}
+            self._write(step, metrics)
+            self.console.log(step, metrics)
+        if self.on_step is not None:
+            self.on_step(step, metrics)
+
+    def _check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                latest = self.checkpoints.latest_step
+                kept = "there is no checkpoint yet" if latest is None else (
+                    f"the newest checkpoint is of step {latest}")  # fmt: skip
+                raise ValueError(
+                    f"{name} is {metrics[name]} at step {step}: training diverged and was stopped, "
+                    f"{kept}; lower --optimizer.learning-rate or raise --optimizer.warmup-steps"
+                )
+
+    def _validate_and_save(self) -> None:
+        """Validates and saves where they are due, and saves the best state whenever it comes."""
+        config, loss = self.config, None
+        is_last = self.step == config.steps
+        if is_last or self.step % config.eval_every == 0:
+            loss = self._validate()
+        is_best = loss is not None and loss < self.best_loss
+        if is_last or is_best or self.step % config.checkpoint_every == 0:
+            self._report_pending()  # a diverged state must not become the newest checkpoint
+            self._save(validation_loss=loss)
+            self.throughput.pause()
+        if loss is not None:
+            self.best_loss = min(self.best_loss, loss)
+
+    def _validate(self) -> float:
+        self._report_pending()
+        loss = self._validation_loss(self.config.eval_batches)
+        metrics = {
+            "validation_loss": loss,
+            "validation_perplexity": _perplexity(loss),
+            **self._depth_metrics(self._attention_mass()),
+        }
+        self._write(self.step, metrics)
+        self.console.print(
+            f"step {self.step}/{self.config.steps}  validation loss {loss:.4f}  "
+            f"perplexity {metrics['validation_perplexity']:.3f}"
+        )
+        self.throughput.pause()
+        return loss
+
+    def _validation_loss(self, num_batches: int) -> float:
+        """Mean cross-entropy per target token, nats."""
+        sums = [
+            self.functions.eval_step(self.state.params, self._to_global(batch))
+            for batch in self.data.validation(num_batches)
+        ]
+        totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
+        return totals["cross_entropy"] / max(totals["targets"], 1.0)
+
+    def _attention_mass(self) -> np.ndarray:
+        """[L, 1 + S] over the first validation batch."""
+        batch = self._to_global(next(iter(self.data.validation(1))))
+        return np.asarray(self.functions.attention_mass(self.state.params, batch))
+
+    def _depth_metrics(self, mass: np.ndarray) -> dict[str, float]:
+        """Share of attention that goes to depth slots, mean over the layers that see any."""
+        if mass.shape[1] == 1:
+            return {}
+        return {"depth_attention_mass": float(mass[1:, 1:].sum(axis=1).mean())}
+
+    def _save(self, *, validation_loss: float | None) -> None:
+        self.checkpoints.save(
+            self.step,
+            self.state,
+            data=self.data.train.get_state(),
+            config=self.config,
+            validation_loss=validation_loss,
+        )
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self.writer is not None:
+            self.writer.write(step, metrics)
+
+    def _finish(self) -> TrainResult:
+        """Final validation, sample and plots, from the state that is there."""
+        loss = self._validation_loss(_FINAL_VALIDATION_FACTOR * self.config.eval_batches)
+        mass = self._attention_mass()
+        final = {"validation_loss": loss, "validation_perplexity": _perplexity(loss),
+                 **self._depth_metrics(mass)}  # fmt: skip
+        self._write(self.step, {FINAL + name: value for name, value in final.items()})
+        sample = self._sample()
+        if self.is_main:
+            plot_loss(read_metrics(self.directory / METRICS_FILE), self.directory / "loss.png")
+            plot_attention_mass(mass, self.config.model, self.directory / "attention_mass.png")
+        self.console.print(
+            f"finished step {self.step}: validation loss {loss:.4f}, perplexity "
+            f"{_perplexity(loss):.3f}; outputs in {self.directory}"
+        )
+        return TrainResult(directory=self.directory, step=self.step, finished=True,
+                           validation_loss=loss, sample=sample)  # fmt: skip
+
+    def _sample(self) -> str | None:
+        if self.config.sample_tokens == 0:
+            return None
+        tokenizer = self.data.tokenizer
+        prompt = [tokenizer.eos_id, *tokenizer.encode(self.config.sample_prompt)]
+        new_tokens = generate(
+            nnx.merge(self.functions.graphdef, self.state.params),
+            [prompt],
+            max_new_tokens=self.config.sample_tokens,
+            temperature=_SAMPLE_TEMPERATURE,
+            stop_tokens=(tokenizer.eos_id,),
+            seed=self.config.seed,
+        )[0]
+        text = self.config.sample_prompt + tokenizer.decode(new_tokens)
+        if self.is_main:
+            (self.directory / "sample.txt").write_text(text + "\n", encoding="utf-8")
+        self.console.print(f"sample:\n{text}\n")
+        return text
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # exp(710) overflows
+
+
+def _describe_attention(config: Config) -> str:
+    """Which attention implementation the training step gets; raises if none takes it."""
+    model, seq_len = config.model, config.data.seq_len
+    rows, dtype = config.batch_size // config.accumulation_steps, jnp.dtype(model.compute_dtype)
+    query = jax.ShapeDtypeStruct((rows, seq_len, model.num_heads, model.head_dim), dtype)
+    key = jax.ShapeDtypeStruct((rows, seq_len, model.num_kv_heads, model.head_dim), dtype)
+    depth = None
+    if model.depth_slots:
+        depth = jax.ShapeDtypeStruct((model.depth_slots, *key.shape), dtype)
+    segment_ids = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
+    choice = explain_attention(
+        query, key, key, depth, depth, segment_ids=segment_ids, implementation=model.attention
+    )
+    return str(choice)

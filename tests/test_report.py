@@ -1,0 +1,70 @@
+"""The plots: they are written, and they show what they should."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from moda_jax import report
+from moda_jax.config import ModelConfig
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved during the test."""
+    saved = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k))
+    )
+    return saved
+
+
+def is_png(path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_loss(tmp_path, figures):
+    records = [
+        {"step": 1, "loss": 5.0},
+        {"step": 2, "loss": 4.0},
+        {"step": 2, "validation_loss": 4.5},
+    ]
+    report.plot_loss(records, tmp_path / "loss.png")
+    assert is_png(tmp_path / "loss.png")
+    training, validation = figures[0].axes[0].lines
+    np.testing.assert_array_equal(training.get_xydata(), [[1, 5], [2, 4]])
+    np.testing.assert_array_equal(validation.get_xydata(), [[2, 4.5]])
+
+
+def test_plot_loss_without_records(tmp_path):
+    report.plot_loss([], tmp_path / "loss.png")
+    assert is_png(tmp_path / "loss.png")
+
+
+def test_slot_labels():
+    assert report.slot_labels(ModelConfig(num_layers=3)) == ["0a", "0f", "1a", "1f"]
+    every_second = ModelConfig(num_layers=5, depth_ffn_kv="none", depth_write_every=2)
+    assert report.slot_labels(every_second) == ["0", "2"]
+    assert report.slot_labels(ModelConfig(depth_stream="residual")) == []
+
+
+def test_plot_attention_mass_leaves_unseen_slots_blank(tmp_path, figures):
+    config = ModelConfig(num_layers=3)
+    mass = np.array([[1, 0, 0, 0, 0], [0.5, 0.2, 0.3, 0, 0], [0.4, 0.1, 0.1, 0.2, 0.2]])
+    report.plot_attention_mass(mass, config, tmp_path / "mass.png")
+    assert is_png(tmp_path / "mass.png")
+    sequence, depth = (figures[0].axes[i].images[0].get_array() for i in (0, 1))
+    np.testing.assert_array_equal(sequence, mass[:, :1])
+    np.testing.assert_array_equal(np.ma.getmaskarray(depth), mass[:, 1:] == 0)
+
+
+def test_plot_attention_mass_without_depth(tmp_path, figures):
+    config = ModelConfig(num_layers=2, depth_stream="residual")
+    report.plot_attention_mass(np.ones((2, 1)), config, tmp_path / "mass.png")
+    assert len(figures[0].axes[0].images) == 1
+
+
+def test_deep_models_get_a_picture_of_bounded_size(tmp_path, figures):
+    config = ModelConfig(num_layers=48)
+    report.plot_attention_mass(np.full((48, 95), 1 / 95), config, tmp_path / "mass.png")
+    assert max(figures[0].get_size_inches()) < 20

@@ -1,0 +1,216 @@
+"""Whole runs: outputs, exact resume after a signal, meshes, divergence, bad checkpoints."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moda_jax.checkpoint import Checkpoints
+from moda_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
+from moda_jax.metrics import METRICS_FILE, read_metrics
+from moda_jax.sharding import make_mesh
+from moda_jax.train_step import make_train_functions
+from moda_jax.trainer import train
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder of a few texts of very different lengths."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        words = rng.choice(["one", "two", "three", "four"], size=int(rng.integers(1, 120)))
+        (folder / f"{i}.txt").write_text(f"{i} " + " ".join(words))
+    return folder
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    return Config(
+        name="run",
+        model=ModelConfig(
+            vocab_size=264, num_layers=3, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4,
+            mlp_dim=24, compute_dtype="float32",
+        ),
+        data=DataConfig(source=str(corpus), seq_len=24, validation_fraction=0.2),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        output_dir=str(tmp_path / "runs"),
+        steps=STEPS,
+        batch_size=8,
+        log_every=1,
+        eval_every=4,
+        eval_batches=2,
+        checkpoint_every=4,
+        sample_tokens=3,
+    )  # fmt: skip
+
+
+class History:
+    """Every step's loss and gradient norm; sends a signal when step `stop_at` is reported."""
+
+    def __init__(self, *, stop_at: int | None = None, number: int = signal.SIGTERM) -> None:
+        self.steps: dict[int, tuple[float, float]] = {}
+        self._stop_at, self._number = stop_at, number
+
+    def __call__(self, step, metrics):
+        self.steps[step] = (metrics["loss"], metrics["grad_norm"])
+        if step == self._stop_at:
+            signal.raise_signal(self._number)
+
+
+def final_state(config):
+    abstract = make_train_functions(config, make_mesh(config.mesh)).abstract_state
+    checkpoints = Checkpoints(Path(config.output_dir, config.name, "checkpoints"), keep_last=2)
+    restored = checkpoints.restore(abstract, config)
+    checkpoints.close()
+    return restored.state, restored.data
+
+
+def metrics_of(config, name):
+    records = read_metrics(Path(config.output_dir, config.name, METRICS_FILE))
+    return {record["step"]: record[name] for record in records if name in record}
+
+
+def renamed(config, name):
+    return dataclasses.replace(config, name=name)
+
+
+def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(config, capsys):
+    whole = renamed(config, "whole")
+    uninterrupted = History()
+    train(whole, on_step=uninterrupted)
+
+    first = History(stop_at=2)
+    result = train(config, on_step=first)
+    assert not result.finished
+    assert result.step == 3  # the signal came while step 3 was computed
+    assert "SIGTERM: saved a checkpoint at step 3" in capsys.readouterr().out
+    second = History()
+    result = train(config, on_step=second)
+    assert result.finished
+    assert "resumed at step 3" in capsys.readouterr().out
+
+    assert list(second.steps) == [4, 5, 6]
+    assert first.steps | second.steps == uninterrupted.steps
+    jax.tree.map(np.testing.assert_array_equal, final_state(config), final_state(whole))
+    for name in ("loss", "validation_loss", "final_validation_loss", "depth_attention_mass"):
+        assert metrics_of(config, name) == metrics_of(whole, name), name
+
+
+def test_a_finished_run_leaves_everything(config, capsys):
+    result = train(config)
+    out = capsys.readouterr().out
+    for text in ("parameters", "devices", "attention", "corpus", "from scratch", "step 6/6",
+                 "validation loss", "sample:"):  # fmt: skip
+        assert text in out, text
+    assert result.directory == Path(config.output_dir, "run")
+    files = {path.name for path in result.directory.iterdir()}
+    assert files == {"checkpoints", "metrics.jsonl", "tensorboard", "config.json", "sample.txt",
+                     "loss.png", "attention_mass.png"}  # fmt: skip
+    saved = json.loads((result.directory / "config.json").read_text())
+    assert saved == dataclasses.asdict(config)
+    assert result.sample == (result.directory / "sample.txt").read_text()[:-1]
+    assert result.sample.startswith("def ")
+    assert list(metrics_of(config, "loss")) == [1, 2, 3, 4, 5, 6]
+    assert list(metrics_of(config, "validation_perplexity")) == [4, 6]
+    assert result.validation_perplexity == pytest.approx(np.exp(result.validation_loss))
+    assert 0 < metrics_of(config, "depth_attention_mass")[6] < 1
+    losses = metrics_of(config, "loss")
+    assert losses[6] < losses[1] - 0.1  # it learns
+
+
+def test_a_reached_run_says_so_and_still_has_its_outputs(config, capsys):
+    first = train(config)
+    (first.directory / "loss.png").unlink()
+    second = train(config)
+    assert "step 6 of 6 is already reached" in capsys.readouterr().out
+    assert (second.directory / "loss.png").exists()
+    assert second.validation_loss == first.validation_loss
+    assert len(metrics_of(config, "final_validation_loss")) == 1
+
+
+def test_more_steps_continue_the_run(config):
+    train(config)
+    longer = History()
+    result = train(dataclasses.replace(config, steps=8), on_step=longer)
+    assert result.step == 8
+    assert list(longer.steps) == [7, 8]
+    assert list(metrics_of(config, "loss")) == list(range(1, 9))
+    rates = metrics_of(config, "learning_rate")
+    assert rates[7] > rates[6]  # the longer curve is higher there
+    assert list(metrics_of(config, "final_validation_loss")) == [8]
+
+
+def test_ctrl_c_saves_and_ends_with_130(config, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):  # which the command line turns into status 130
+        train(config, on_step=History(stop_at=1, number=signal.SIGINT))
+    assert "SIGINT: saved a checkpoint at step 2" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is before
+    assert int(final_state(config)[0].step) == 2
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(fsdp=4, tensor=2)], ids=str)
+def test_mesh_gives_the_run_of_one_device(config, mesh):
+    one, many = History(), History()
+    train(renamed(config, "one"), on_step=one)
+    train(dataclasses.replace(config, mesh=mesh), on_step=many)
+    for step, expected in one.steps.items():
+        # float32 sums in another order, carried through 6 steps of Adam
+        np.testing.assert_allclose(many.steps[step], expected, rtol=1e-4)
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(config):
+    train(dataclasses.replace(config, steps=4))
+    wild = OptimizerConfig(learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(ValueError, match=r"is (nan|inf) at step \d: training diverged") as caught:
+        train(dataclasses.replace(config, optimizer=wild, steps=20))
+    assert "\n" not in str(caught.value)
+    assert int(final_state(config)[0].step) == 4
+
+
+def test_another_model_under_the_same_name(config):
+    train(dataclasses.replace(config, steps=1))
+    other = dataclasses.replace(config.model, num_layers=2)
+    with pytest.raises(ValueError, match="another model .model.num_layers 3 there, 2 here"):
+        train(dataclasses.replace(config, model=other))
+
+
+def test_another_mesh_than_the_devices(config):
+    with pytest.raises(ValueError, match="mesh data=1 fsdp=16 tensor=1 needs 16 devices"):
+        train(dataclasses.replace(config, batch_size=16, mesh=MeshConfig(fsdp=16)))
+    assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.slow
+def test_real_sigterm(config, tmp_path):
+    whole = renamed(config, "whole")
+    train(whole)
+    script = tmp_path / "config.py"
+    script.write_text(f"from moda_jax.config import *\nconfig = {config!r}\n")
+    command = [sys.executable, "train.py", str(script)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        seen = ""
+        while "step 1/6" not in seen:
+            line = process.stdout.readline()
+            assert line, seen
+            seen += line
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+        assert process.wait() == 0
+    assert train(config).finished
+    jax.tree.map(np.testing.assert_array_equal, final_state(config), final_state(whole))
+    assert metrics_of(config, "loss") == metrics_of(whole, "loss")
