@@ -15,7 +15,7 @@ FINAL = "final_"
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The complete lines of a metrics file, in order; an incomplete last one (a kill) is left out."""
+    """The complete lines of a metrics file, in order, without one that a kill cut off."""
     if not path.exists():
         return []
     records = []

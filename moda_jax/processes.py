@@ -18,10 +18,12 @@ def initialize_processes() -> None:
     """
     if "JAX_COORDINATOR_ADDRESS" not in os.environ or jax.distributed.is_initialized():
         return
-    numbers = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    num_processes, process_id = (
+        int(os.environ[name]) if name in os.environ else None
+        for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    )
     jax.distributed.initialize(
-        os.environ["JAX_COORDINATOR_ADDRESS"],
-        **{name: int(os.environ[env]) for name, env in numbers.items() if env in os.environ},
+        os.environ["JAX_COORDINATOR_ADDRESS"], num_processes=num_processes, process_id=process_id
     )
 
 

@@ -63,7 +63,10 @@ def make_train_functions(config: Config, mesh: Mesh) -> TrainFunctions:
     shapes = jax.eval_shape(init)
     shardings = state_shardings(shapes, mesh)
     rows, replicated = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    reads = {"in_shardings": (shardings.params, rows), "out_shardings": replicated}
+    reads: dict[str, Any] = {
+        "in_shardings": (shardings.params, rows),
+        "out_shardings": replicated,
+    }
     return TrainFunctions(
         graphdef=graphdef,
         abstract_state=jax.tree.map(_with_sharding, shapes, jax.tree.broadcast(shardings, shapes)),

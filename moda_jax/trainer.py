@@ -192,7 +192,7 @@ class _Run:
         return None
 
     def _to_global(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows -> global arrays [B, T] over all processes."""
+        """Rows of this process -> global arrays [B, T] over all processes."""
         return {
             name: jax.make_array_from_process_local_data(self.rows, rows)
             for name, rows in batch.items()

@@ -1,4 +1,4 @@
-"""metrics.jsonl across kills and resumes, TensorBoard, and Weights & Biases' absence and presence."""
+"""metrics.jsonl across kills and resumes, TensorBoard, Weights & Biases missing and there."""
 
 import json
 import sys

@@ -160,6 +160,7 @@ def test_ctrl_c_saves_and_ends_with_130(config, capsys):
     assert int(final_state(config)[0].step) == 2
 
 
+@pytest.mark.slow  # test_train_step.py has the quick one, without the loop
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(fsdp=4, tensor=2)], ids=str)
 def test_mesh_gives_the_run_of_one_device(config, mesh):
     one, many = History(), History()
