@@ -1,0 +1,18 @@
+"""The plain transformer beside `tiny.py`: same data, same recipe, equal parameters within 1%.
+
+What the FFN's key/value projections cost in MoDA goes into a wider FFN here.
+
+Command:  python train.py configs/tiny_vanilla.py
+Cost:     not measured yet
+Expected: not measured yet
+"""
+
+import dataclasses
+
+from configs.tiny import config as tiny
+
+config = dataclasses.replace(
+    tiny,
+    name="tiny_vanilla",
+    model=dataclasses.replace(tiny.model, depth_stream="residual", mlp_dim=424),
+)

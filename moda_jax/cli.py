@@ -1,0 +1,125 @@
+"""The command line of `train.py`: a config file, overrides by dotted names, one-line errors.
+
+Nothing here imports JAX before the arguments are known to be good, so that `--help` and a
+mistyped option answer at once.
+"""
+
+import contextlib
+import io
+import os
+import re
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from moda_jax.config import Config
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
+
+_EXIT_BAD_INPUT = 2  # as argparse and tyro
+_EXIT_INTERRUPTED = 130  # as a shell reports a process ended by SIGINT
+_TRACEBACK_SWITCH = "MODA_JAX_TRACEBACK"
+
+_DESCRIPTION = f"""Trains a language model with Mixture-of-Depths Attention.
+
+CONFIG.py is a Python file that defines `config`, a moda_jax.config.Config; it comes first and
+is configs/tiny.py when left out. Every setting below overrides one field of it, and the
+defaults shown are that file's. A run that was stopped resumes when it is started again;
+outputs go to <output-dir>/<name>. {_TRACEBACK_SWITCH}=1 shows the traceback of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses `argv` (default: `sys.argv[1:]`) and trains.
+
+    Returns the exit status: 0, 2 after bad input (one line on stderr says what was expected),
+    or 130 after Ctrl-C before training took over the signal. Raises SystemExit after `--help`.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        config = parse_config(arguments)
+        # Importing JAX takes a second: only now that the arguments are good.
+        from moda_jax.trainer import train
+
+        train(config)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    except (ValueError, NotImplementedError, OSError) as error:
+        if os.environ.get(_TRACEBACK_SWITCH) == "1":
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return _EXIT_BAD_INPUT
+    return 0
+
+
+def parse_config(arguments: Sequence[str]) -> Config:
+    """Returns the config of `[CONFIG.py] [--dotted.overrides]`.
+
+    Raises ValueError, naming the file or the field, for whatever cannot be used; SystemExit
+    after printing the help text.
+    """
+    overrides = list(arguments)
+    path = DEFAULT_CONFIG
+    if overrides and not overrides[0].startswith("-"):
+        path = Path(overrides.pop(0))
+    config = load_config(path)
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(
+                Config,
+                default=config,
+                args=overrides,
+                prog="train.py [CONFIG.py]",
+                description=_DESCRIPTION,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ValueError(_unbox(messages.getvalue())) from None
+
+
+def load_config(path: Path) -> Config:
+    """Runs the local Python file `path` and returns its `config`.
+
+    Raises ValueError, naming the file, if it is missing, fails, or defines no `config: Config`.
+    """
+    if not path.is_file():
+        raise ValueError(f"config file: expected a Python file, got {str(path)!r} (not found)")
+    try:
+        namespace = runpy.run_path(str(path))
+    except Exception as error:
+        detail = f"{type(error).__name__}: {_one_line(error)}"
+        raise ValueError(f"config file {str(path)!r} failed with {detail}") from error
+    config = namespace.get("config")
+    if not isinstance(config, Config):
+        raise ValueError(
+            f"config file {str(path)!r}: expected it to define `config`, a "
+            f"moda_jax.config.Config, got {type(config).__name__}"
+        )
+    return config
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _unbox(text: str) -> str:
+    """Returns tyro's boxed message as one line, with the first option it suggests instead.
+
+    A box, drawn in Unicode or ASCII as the terminal allows, holds sections divided by horizontal
+    rules: the message, then hints. The message names
+    the option, or a dataclass before our own message, which names its field.
+    """
+    lines = [line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+    inner = [line for line in lines[1:] if line]
+    text = " ".join("\0" if set(line) <= {"─", "-"} else line for line in inner)
+    # In ASCII a rule stands below the title too: no section before it.
+    sections = [section.strip() for section in text.split("\0") if section.strip()]
+    message = re.sub(r"^Error parsing (\w\S*: )?", "", sections[0])
+    hints = [section for section in sections[1:] if "Perhaps you meant" in section]
+    suggestion = re.search(r"--[\w.-]+", hints[0]) if hints else None
+    return f"{message} (did you mean {suggestion[0]}?)" if suggestion else message

@@ -1,0 +1,12 @@
+"""Runs before any test module imports JAX: the devices that the tests see.
+
+Tests run on the CPU unless JAX_PLATFORMS says otherwise, and there on 8 virtual devices, so that
+every mesh is tested without hardware. What is not sharded runs on one of them as usual.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in _flags:
+    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()

@@ -1,0 +1,200 @@
+"""The command line: overrides reach the config, bad input ends in one line and status 2."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from moda_jax import cli
+from moda_jax.config import Config
+
+REPOSITORY = Path(cli.DEFAULT_CONFIG).parent.parent
+
+
+@pytest.fixture
+def train_with(monkeypatch):
+    """Replaces the trainer by a function, so that only the command line is under test."""
+
+    def install(function):
+        trainer = types.ModuleType("moda_jax.trainer")
+        trainer.train = function
+        monkeypatch.setitem(sys.modules, "moda_jax.trainer", trainer)
+
+    return install
+
+
+@pytest.fixture
+def trained(train_with) -> list[Config]:
+    """The configs that `train` was called with."""
+    configs: list[Config] = []
+    train_with(configs.append)
+    return configs
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "mine.py"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_default_config_is_tiny(trained):
+    assert cli.main([]) == 0
+    assert trained == [cli.load_config(REPOSITORY / "configs" / "tiny.py")]
+
+
+@pytest.mark.parametrize("flag", ["--model.num-layers", "--model.num_layers"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_override_by_dotted_name(trained, flag, joined):
+    assert cli.main([f"{flag}=3"] if joined else [flag, "3"]) == 0
+    tiny = cli.load_config(cli.DEFAULT_CONFIG)
+    assert trained[0].model == dataclasses.replace(tiny.model, num_layers=3)
+    assert dataclasses.replace(trained[0], model=tiny.model) == tiny
+
+
+def test_config_file_and_overrides_of_every_kind(trained, write_config):
+    path = write_config(
+        "from moda_jax.config import Config, ModelConfig\n"
+        "config = Config(name='mine', model=ModelConfig(depth_window=2), steps=7)\n"
+    )
+    overrides = ["--model.depth-window", "None", "--optimizer.learning-rate", "1e-4", "--wandb"]
+    assert cli.main([path, *overrides, "--data.source", "a folder"]) == 0
+    config = trained[0]
+    assert (config.name, config.steps, config.wandb) == ("mine", 7, True)
+    assert config.model.depth_window is None
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.data.source == "a folder"
+
+
+BAD_ARGUMENTS = {
+    "unknown option": (["--model.num-layrs", "4"], "--model.num-layrs", "--model.num-layers?"),
+    "unknown group": (["--modle.num-heads=4"], "--modle.num-heads=4"),
+    "not a number": (["--steps", "many"], "--steps", "'many'"),
+    "not a choice": (["--model.qk-norm", "layer"], "--model.qk-norm", "'full'", "'layer'"),
+    "no value": (["--steps"], "--steps", "value"),
+    "refused by one field": (["--model.num-layers", "0"], "ModelConfig.num_layers", "got 0"),
+    "refused by two fields": (
+        ["--model.num-heads", "3"], "ModelConfig.num_heads", "num_kv_heads = 2", "got 3",
+    ),
+    "refused across groups": (
+        ["--batch-size", "9", "--mesh.data", "2"], "Config.batch_size", "mesh.data", "got 9",
+    ),
+    "a misplaced config": (["--steps", "3", "other.py"], "other.py"),
+    "no such config": (["configs/none.py"], "config file", "configs/none.py", "not found"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments_are_one_line_that_names_the_field(case, trained, capsys):
+    arguments, *expected = BAD_ARGUMENTS[case]
+    assert cli.main(arguments) == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert not trained
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for text in expected:
+        assert text in error
+    assert "│" not in error
+
+
+BAD_FILES = {
+    "no config": ("x = 1\n", "expected it to define `config`", "got NoneType"),
+    "wrong type": ("config = {'name': 'x'}\n", "expected it to define `config`", "got dict"),
+    "syntax": ("config = (\n", "SyntaxError"),
+    "import": ("import no_such_module\n", "ModuleNotFoundError", "no_such_module"),
+    "bad value": (
+        "from moda_jax.config import Config\nconfig = Config(name='x', steps=0)\n",
+        "Config.steps", "got 0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_config_file_is_one_line_that_names_it(case, trained, write_config, capsys):
+    text, *expected = BAD_FILES[case]
+    path = write_config(text)
+    assert cli.main([path]) == 2
+    error = capsys.readouterr().err
+    assert not trained
+    assert error.startswith("error: config file")
+    assert error.count("\n") == 1
+    for part in [path, *expected]:
+        assert part in error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("DataConfig.source: expected a folder,\n  got 'nowhere'"),
+        NotImplementedError("attention 'triton' cannot do this call"),
+        FileNotFoundError("no such file: tokenizer.json"),
+    ],
+)
+def test_errors_of_setting_up_a_run_are_one_line(error, train_with, capsys, monkeypatch):
+    def fail(config: Config) -> None:
+        raise error
+
+    monkeypatch.delenv("MODA_JAX_TRACEBACK", raising=False)
+    train_with(fail)
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
+
+    monkeypatch.setenv("MODA_JAX_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        cli.main([])
+
+
+def test_errors_of_the_program_keep_their_traceback(train_with):
+    def fail(config: Config) -> None:
+        raise TypeError("a bug")
+
+    train_with(fail)
+    with pytest.raises(TypeError, match="a bug"):
+        cli.main([])
+
+
+def test_interrupt_before_training_ends_quietly(train_with, capsys):
+    def interrupt(config: Config) -> None:
+        raise KeyboardInterrupt
+
+    train_with(interrupt)
+    assert cli.main([]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def run_train_py(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "train.py"), *arguments],
+        cwd=folder,
+        env=os.environ | {"COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_from_another_folder_shows_every_field_with_its_default(tmp_path):
+    result = run_train_py("--help", folder=tmp_path)
+    assert result.returncode == 0
+    assert "CONFIG.py" in result.stdout
+    for text in ("--model.num-layers INT", "--mesh.fsdp INT", "(default: tiny)"):
+        assert text in result.stdout
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in result.stdout
+
+
+def test_bad_value_in_a_process_of_its_own_has_no_traceback(tmp_path):
+    result = run_train_py("--model.num-kv-heads", "3", folder=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: ModelConfig.num_heads: expected a multiple of num_kv_heads = 3, got 4\n"
+    )
+    assert result.stdout == ""
