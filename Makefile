@@ -1,0 +1,66 @@
+# `make help` lists the targets. PYTHON picks the interpreter, VENV the environment's folder,
+# EXTRAS what `make train` installs besides (for instance EXTRAS=cuda), ARGS goes on to the command.
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?=
+ARGS ?=
+WORKERS ?= auto
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
+RUN_STAMP := $(VENV)/.installed-run$(if $(EXTRAS),-$(EXTRAS))
+DEV_STAMP := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-fast test-slow test-all lint format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+train: $(RUN_STAMP)  ## train configs/tiny.py; ARGS="[CONFIG.py] [--steps 50 ...]" changes that
+	@$(BIN)/python train.py $(ARGS)
+
+test: lint test-fast  ## lint, then every test that is not slow; ARGS goes to pytest
+
+test-fast: $(DEV_STAMP)  ## the tests that are not slow, without lint
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(DEV_STAMP)  ## the slow tests only
+	@$(PYTEST) -m slow $(ARGS)
+
+test-all: lint $(DEV_STAMP)  ## lint, then every test
+	@$(PYTEST) $(ARGS)
+
+lint: $(DEV_STAMP)  ## ruff and mypy, changing nothing
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(DEV_STAMP)  ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:  ## remove environments and caches; runs/ and data/ stay
+	rm -rf .venv .venv-newer .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find configs moda_jax pallas_kernels tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "error: $(PYTHON) not found; name a Python >= 3.11: make PYTHON=/path/to/python3"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python >= 3.11 is needed, $(PYTHON) is" \
+	    "$$("$(PYTHON)" --version 2>&1); name another: make PYTHON=python3.12"; exit 1; }
+	@echo "Making $(VENV)"
+	@"$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)"; \
+	  echo "error: $(PYTHON) -m venv failed (Debian and Ubuntu: install python3-venv)"; exit 1; }
+
+$(RUN_STAMP): pyproject.toml | $(BIN)/python
+	@echo "Installing moda-jax into $(VENV) (minutes the first time)"
+	@$(PIP) install -e ".$(if $(EXTRAS),[$(EXTRAS)])"
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml | $(BIN)/python
+	@echo "Installing moda-jax and its development tools into $(VENV) (minutes the first time)"
+	@$(PIP) install -e ".[dev]"
+	@touch $@ $(VENV)/.installed-run
