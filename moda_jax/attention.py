@@ -75,13 +75,12 @@ def moda_attention(
       ValueError: bad input; names the argument, what was expected and what came.
       NotImplementedError: the backend asked for, or every backend, cannot do the call.
     """
-    operands, options = _check(
+    backend, operands, options = prepare(
         query, key, value, depth_key, depth_value, depth_length=depth_length,
         depth_window=depth_window, depth_reserved=depth_reserved, is_causal=is_causal, scale=scale,
         segment_ids=segment_ids, query_offset=query_offset, kv_length=kv_length,
         depth_chunk=depth_chunk, implementation=implementation,
     )  # fmt: skip
-    backend = backends.resolve(operands, options, implementation)
     if backend.backward is None:
         out, lse = backend.forward(operands, options)
     else:
@@ -101,11 +100,7 @@ def explain_attention(
     choice: list[backends.AttentionChoice] = []
 
     def trace(arrays: tuple[Any, ...], array_kwargs: dict[str, Any]) -> None:
-        defaults = dict.fromkeys(
-            ("depth_length", "depth_window", "scale", "segment_ids", "query_offset", "kv_length",
-             "depth_chunk")
-        )  # fmt: skip
-        settings = defaults | {"depth_reserved": 0, "is_causal": True} | static | array_kwargs
+        settings = static | array_kwargs
         operands, options = _check(*arrays, **settings, implementation=implementation)
         choice.append(backends.choose(operands, options, implementation))
 
@@ -114,6 +109,17 @@ def explain_attention(
     array_kwargs = {name: x for name, x in kwargs.items() if name in traced}
     jax.eval_shape(trace, (query, key, value, depth_key, depth_value), array_kwargs)
     return choice[0]
+
+
+def prepare(
+    *arrays: Any, implementation: str | None = None, **settings: Any
+) -> tuple[backends.Backend, Operands, Options]:
+    """A checked call and the backend that takes it, for code that calls its two passes itself.
+
+    Takes the arguments of `moda_attention` but `return_lse`, and raises what it raises.
+    """
+    operands, options = _check(*arrays, implementation=implementation, **settings)
+    return backends.resolve(operands, options, implementation), operands, options
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -177,19 +183,19 @@ def _check(
     query: Any,
     key: Any,
     value: Any,
-    depth_key: Any,
-    depth_value: Any,
+    depth_key: Any = None,
+    depth_value: Any = None,
     *,
-    depth_length: Any,
-    depth_window: Any,
-    depth_reserved: Any,
-    is_causal: bool,
-    scale: Any,
-    segment_ids: Any,
-    query_offset: Any,
-    kv_length: Any,
-    depth_chunk: Any,
-    implementation: str | None,
+    depth_length: Any = None,
+    depth_window: Any = None,
+    depth_reserved: Any = 0,
+    is_causal: bool = True,
+    scale: Any = None,
+    segment_ids: Any = None,
+    query_offset: Any = None,
+    kv_length: Any = None,
+    depth_chunk: Any = None,
+    implementation: str | None = None,
 ) -> tuple[Operands, Options]:
     """Validates a call once, here, and fills in the defaults."""
     _check_array("query", query, ("B", "Tq", "N", "H"))

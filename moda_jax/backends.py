@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import reference, xla
 from pallas_kernels.operands import Gradients, Operands, Options
@@ -30,6 +31,28 @@ class Backend:
     """Why this backend cannot do a call on a platform ("cpu", "gpu", "tpu"); None if it can."""
     fast_on: tuple[str, ...]
     """Platforms for which it was built; chosen elsewhere, the user is warned."""
+
+    def gradients(
+        self,
+        operands: Operands,
+        options: Options,
+        out: jax.Array,
+        lse: jax.Array,
+        d_out: jax.Array,
+        d_lse: jax.Array | None,
+        depth_grads: tuple[jax.Array, jax.Array] | None,
+    ) -> Gradients:
+        """The backward, adding into the running gradient cache `depth_grads` if one is given."""
+        if self.backward is not None:
+            return self.backward(operands, options, out, lse, d_out, d_lse, depth_grads)
+        arrays = operands[:5]
+        (_, lse), vjp = jax.vjp(lambda *x: self.forward(Operands(*x, *operands[5:]), options), *arrays)
+        grads = Gradients(*vjp((d_out, jnp.zeros_like(lse) if d_lse is None else d_lse)))
+        if depth_grads is None:
+            return grads
+        return grads._replace(
+            depth_key=depth_grads[0] + grads.depth_key, depth_value=depth_grads[1] + grads.depth_value
+        )
 
 
 def _xla_refusal(operands: Operands, options: Options, platform: str) -> str | None:
