@@ -28,9 +28,13 @@ class Tokenizer(Protocol):
     fingerprint: str
     """Equal for equal tokenizers; a checkpoint compares it."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Returns the token ids of `text`, without any begin or end token."""
+        ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text; ids that stand for no text are left out."""
+        ...
 
 
 class ByteTokenizer:
@@ -69,6 +73,7 @@ class JsonTokenizer:
                 f'DataConfig.tokenizer: expected "bytes" or the path of a tokenizer.json, '
                 f"got {path!r}: {error.strerror}"
             ) from error
+        self._path = path
         self._tokenizer = _parse(path, content)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -77,9 +82,18 @@ class JsonTokenizer:
         self.fingerprint = hashlib.blake2b(content, digest_size=8).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of `text`, without any begin or end token."""
+        """Returns the token ids of `text`, without any begin or end token.
+
+        Raises ValueError if the tokenizer has no token for a part of it, not even "unknown".
+        """
         # The batch call skips the character offsets, which nobody reads here.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        try:
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(
+                f"DataConfig.tokenizer: {self._path!r} cannot encode {text[:40]!r}...: "
+                f"{' '.join(str(error).split())}; use a tokenizer that covers the text"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text; special tokens and unknown ids are left out."""

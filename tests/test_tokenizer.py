@@ -1,0 +1,126 @@
+"""Tokenizers: round trips, the end-of-document token, and errors that say what to do."""
+
+import json
+import pathlib
+
+import pytest
+import tokenizers
+
+from moda_jax.tokenizer import ByteTokenizer, load_tokenizer
+
+TEXT = "def f(x):\n\treturn x  # naïve, 東京 🙂\r\n"
+
+
+@pytest.fixture
+def save_tokenizer(tmp_path):
+    """Trains a small byte-level BPE with the given special tokens; returns its path."""
+
+    def save(*special_tokens, post_processor=None, truncation=None):
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=list(special_tokens),
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator([TEXT * 4], trainer)
+        if post_processor:
+            tokenizer.post_processor = post_processor
+        if truncation:
+            tokenizer.enable_truncation(truncation)
+            tokenizer.enable_padding(length=truncation)
+        path = tmp_path / "tokenizer.json"
+        tokenizer.save(str(path))
+        return str(path)
+
+    return save
+
+
+def test_bytes_round_trip():
+    tokenizer = load_tokenizer("bytes")
+    ids = tokenizer.encode(TEXT)
+    assert ids == list(TEXT.encode())
+    assert tokenizer.decode(ids) == TEXT
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (257, 256)
+    assert tokenizer.encode("") == []
+
+
+def test_bytes_decode_takes_any_id():
+    """A model with a larger vocabulary can sample ids that are no bytes."""
+    assert ByteTokenizer().decode([256, 104, 319, 105, -1, 256]) == "hi"
+    assert ByteTokenizer().decode(list("é".encode())[:1]) == "\ufffd"
+
+
+def test_json_round_trip(save_tokenizer):
+    tokenizer = load_tokenizer(save_tokenizer("<|endoftext|>"))
+    ids = tokenizer.encode(TEXT)
+    assert len(ids) < len(TEXT.encode())
+    assert tokenizer.decode(ids) == TEXT
+    assert tokenizer.decode([tokenizer.eos_id, *ids, tokenizer.eos_id, 10**6, -1]) == TEXT
+    assert max(ids) < tokenizer.vocab_size <= 300
+    assert tokenizer.encode("") == []
+
+
+@pytest.mark.parametrize(
+    "special_tokens",
+    [
+        ["<pad>", "<|endoftext|>"],
+        ["<s>", "</s>"],
+        ["<eos>"],
+        ["[PAD]", "[CLS]", "[SEP]"],
+        ["[SEP]", "<|end_of_text|>"],
+    ],
+)
+def test_end_of_document_is_found_by_its_usual_names(save_tokenizer, special_tokens):
+    tokenizer = load_tokenizer(save_tokenizer(*special_tokens))
+    assert tokenizer.eos_id == len(special_tokens) - 1
+
+
+def test_end_of_document_missing(save_tokenizer):
+    with pytest.raises(ValueError, match=r"one of <\|endoftext\|>.*got \['<pad>'\]; add one"):
+        load_tokenizer(save_tokenizer("<pad>"))
+
+
+def test_settings_of_the_file_that_would_change_documents_are_off(save_tokenizer):
+    """Truncation would drop text silently; a post-processor would add tokens inside rows."""
+    template = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = load_tokenizer(save_tokenizer("<s>", "</s>", post_processor=template, truncation=8))
+    ids = tokenizer.encode(TEXT * 5)
+    assert tokenizer.decode(ids) == TEXT * 5
+    assert not {0, 1} & set(ids)
+
+
+def test_vocab_size_covers_sparse_ids(tmp_path, save_tokenizer):
+    """Published files leave gaps before their added tokens: the count is not the largest id."""
+    content = json.loads(pathlib.Path(save_tokenizer("<eos>")).read_text(encoding="utf-8"))
+    content["model"]["vocab"]["sparse"] = 999
+    sparse = tmp_path / "sparse.json"
+    sparse.write_text(json.dumps(content), encoding="utf-8")
+    assert load_tokenizer(str(sparse)).vocab_size == 1000
+
+
+def test_fingerprint_follows_the_content(save_tokenizer):
+    first = load_tokenizer(save_tokenizer("<eos>")).fingerprint
+    assert first == load_tokenizer(save_tokenizer("<eos>")).fingerprint
+    assert first != load_tokenizer(save_tokenizer("</s>")).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"path of a tokenizer\.json, got .*missing\.json': No such file"),
+        ("{not json", r"expected a tokenizer\.json of the tokenizers library, got"),
+        ('{"model": 1}', r"expected a tokenizer\.json of the tokenizers library, got"),
+    ],
+)
+def test_unusable_files_are_one_line_errors(tmp_path, content, message):
+    path = tmp_path / "missing.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as error:
+        load_tokenizer(str(path))
+    assert "\n" not in str(error.value)
