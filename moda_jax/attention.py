@@ -53,7 +53,8 @@ def moda_attention(
       depth_key, depth_value: [S, B, Tq, K, H], slot-major, in the query's dtype. With `depth_chunk`
         and `query_offset` the token axis may be longer: see `depth_chunk`.
       depth_length: slots at or after it are invisible, are never read into a product (their memory
-        may hold NaN) and get zero gradient. int or int32 scalar, may be traced; None: S.
+        may hold NaN) and get zero gradient. int or int32 scalar, may be traced (then clipped to
+        0 ... S, since no error can be raised); None: S.
       depth_window, depth_reserved: bounded slots: of the slots below `depth_length` only the first
         `depth_reserved` and the last `depth_window` are visible.
       is_causal: query i sees keys j <= query_offset + i; else all keys.
@@ -104,7 +105,9 @@ def explain_attention(
         operands, options = _check(*arrays, **settings, implementation=implementation)
         choice.append(backends.choose(operands, options, implementation))
 
-    traced = ("segment_ids", "query_offset", "kv_length")
+    traced = {"segment_ids", "query_offset", "kv_length"}
+    if isinstance(kwargs.get("depth_length"), jax.ShapeDtypeStruct):
+        traced.add("depth_length")
     static = {name: x for name, x in kwargs.items() if name not in traced}
     array_kwargs = {name: x for name, x in kwargs.items() if name in traced}
     jax.eval_shape(trace, (query, key, value, depth_key, depth_value), array_kwargs)
@@ -204,7 +207,10 @@ def _check(
     ):
         _fail("query", f"dtype {', '.join(_DTYPES)}", query.dtype)
     batch, q_len, heads, head_dim = query.shape
-    has_sequence, has_depth = _check_pair("", key, value), _check_pair("depth_", depth_key, depth_value)
+    has_sequence, has_depth = (
+        _check_pair("", key, value),
+        _check_pair("depth_", depth_key, depth_value),
+    )
     kv_heads = _check_keys(query, key, value, depth_key, depth_value, has_sequence, has_depth)
     if heads % kv_heads:
         _fail("query", f"a number of heads that is a multiple of the {kv_heads} key heads", heads)
@@ -273,8 +279,8 @@ def _check_depth(query, depth_key, depth_value, length, window, reserved, chunk,
         return depth_key, depth_value, None
     if hasattr(length, "dtype"):
         length = _check_integers("depth_length", length, ())
-    if isinstance(length, jax.core.Tracer):
-        return depth_key, depth_value, length
+    if isinstance(length, jax.core.Tracer):  # out of range it cannot raise: clip, as slices do
+        return depth_key, depth_value, jnp.clip(length, 0, slots)
     if isinstance(length, jax.Array):
         length = int(length)
     _check_int("depth_length", length, 0)

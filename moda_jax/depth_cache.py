@@ -46,7 +46,10 @@ class DepthCache:
         reserved: int = 0,
         ring: bool = False,
     ) -> "DepthCache":
-        """A cache for `num_slots` appends to `length` tokens; a ring holds reserved + window.
+        """A cache for `num_slots` appends to `length` tokens.
+
+        A ring holds reserved + window slots and takes any number of appends; where `num_slots` is
+        no more than that, nothing is ever evicted and the cache is the bounded kind.
 
         Raises ValueError on negative sizes, on `reserved` or `ring` without a `window`.
         """
@@ -59,10 +62,14 @@ class DepthCache:
             raise ValueError(
                 f"window: expected a number of slots with reserved={reserved}, ring={ring}, got None"
             )
-        if ring:
-            num_slots = min(num_slots, reserved + window)  # type: ignore[operator]
-        buffer = jnp.zeros((num_slots, batch, length, num_kv_heads, head_dim), dtype)
-        return cls(buffer, buffer, jnp.int32(0), window, reserved, ring)
+        if ring and num_slots > reserved + window:  # type: ignore[operator]
+            num_slots = reserved + window  # type: ignore[operator]
+        else:  # a buffer that holds every append never turns
+            ring = False
+        shape = (num_slots, batch, length, num_kv_heads, head_dim)
+        # Two buffers, not one twice: the cache may be donated.
+        key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        return cls(key, value, jnp.int32(0), window, reserved, ring)
 
     @property
     def capacity(self) -> int:
@@ -81,7 +88,7 @@ class DepthCache:
     def _next_index(self) -> jax.Array:
         if not self.ring:
             return self.length
-        turning = max(self.capacity - self.reserved, 1)
+        turning = self.capacity - self.reserved
         wrapped = self.reserved + (self.length - self.reserved) % turning
         return jnp.where(self.length < self.reserved, self.length, wrapped)
 
@@ -99,7 +106,8 @@ class DepthCache:
                 raise ValueError(f"{name}: expected {self.key.shape[1:]}, got {x.shape}")
         if not self.ring:
             fits = self.length < self.capacity
-            if not isinstance(fits, jax.core.Tracer) and not fits:
+            overflows = ~fits & where
+            if not isinstance(overflows, jax.core.Tracer) and overflows:
                 raise ValueError(f"append: expected fewer than the {self.capacity} slots written")
             where = fits & where
         index = self._next_index()

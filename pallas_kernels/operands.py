@@ -52,7 +52,7 @@ class Tokens(NamedTuple):
 
     position: jax.Array  # [B or 1, T] int32
     segment: jax.Array | None  # [B, T] int32
-    valid: jax.Array | None  # [B, T] bool; None: all
+    valid: jax.Array | None  # [B or 1, T] bool; None: all
 
 
 def num_kv_heads(operands: Operands) -> int:

@@ -159,14 +159,13 @@ def _slots(rows: _Rows, operands: Operands, options: Options, grads):
         p, ds = p.astype(rows.do.dtype), (options.scale * ds).astype(rows.query.dtype)
         return (
             d_query + tiles.dot("bktgs,sbtkh->bktgh", ds, key),
-            _add_slots(d_key, start, tiles.dot("bktgs,bktgh->sbtkh", ds, rows.query)),
-            _add_slots(d_value, start, tiles.dot("bktgs,bktgh->sbtkh", p, rows.do)),
+            _add_slots(d_key, start, seen, tiles.dot("bktgs,bktgh->sbtkh", ds, rows.query)),
+            _add_slots(d_value, start, seen, tiles.dot("bktgs,bktgh->sbtkh", p, rows.do)),
         )
 
     num_slots = operands.depth_key.shape[0]
-    slot_block = tiles.XlaConfig().slot_block
     ranges = visible_slots(operands, options)
-    return tiles.for_each_slot_block(ranges, num_slots, slot_block, body, grads)
+    return tiles.for_each_slot_block(ranges, num_slots, tiles.SLOT_BLOCK, body, grads)
 
 
 def _chunks(rows: _Rows, operands: Operands, options: Options, grads):
@@ -182,8 +181,8 @@ def _chunks(rows: _Rows, operands: Operands, options: Options, grads):
         )  # fmt: skip
         return (
             d_query,
-            _add_slots(d_depth_key, start, d_key[None]),
-            _add_slots(d_depth_value, start, d_value[None]),
+            _add_slots(d_depth_key, start, seen, d_key[None]),
+            _add_slots(d_depth_value, start, seen, d_value[None]),
         )
 
     num_slots = operands.depth_key.shape[0]
@@ -191,8 +190,11 @@ def _chunks(rows: _Rows, operands: Operands, options: Options, grads):
     return tiles.for_each_slot_block(ranges, num_slots, 1, body, grads)
 
 
-def _add_slots(grads_SxBxTxKxH: jax.Array, start: jax.Array, block: jax.Array) -> jax.Array:
+def _add_slots(
+    grads_SxBxTxKxH: jax.Array, start: jax.Array, seen: jax.Array, block: jax.Array
+) -> jax.Array:
     """Read, add in the wider dtype, write back: one pass over the slots' memory."""
     old = lax.dynamic_slice_in_dim(grads_SxBxTxKxH, start, block.shape[0], 0)
     new = (old.astype(block.dtype) + block).astype(grads_SxBxTxKxH.dtype)
+    new = jnp.where(seen[:, None, None, None, None], new, old)  # -0.0 + 0.0 is 0.0
     return lax.dynamic_update_slice_in_dim(grads_SxBxTxKxH, new, start, 0)

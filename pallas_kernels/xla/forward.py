@@ -143,9 +143,8 @@ def _attend_slots(state: Softmax, query: jax.Array, operands: Operands, options:
         )
 
     num_slots = operands.depth_key.shape[0]
-    slot_block = tiles.XlaConfig().slot_block
     ranges = visible_slots(operands, options)
-    return tiles.for_each_slot_block(ranges, num_slots, slot_block, body, state)
+    return tiles.for_each_slot_block(ranges, num_slots, tiles.SLOT_BLOCK, body, state)
 
 
 def _attend_chunks(state: Softmax, query: jax.Array, operands: Operands, options: Options):

@@ -6,7 +6,7 @@ key tile [B, K, T, H] in one batched matrix product: no copies of K and V per qu
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,18 @@ from jax import lax
 
 from pallas_kernels.operands import Tokens, accumulator_dtype
 
+SLOT_BLOCK = 8
+"""Depth slots read together."""
+
 
 @dataclasses.dataclass(frozen=True)
 class XlaConfig:
     """Tile sizes; `choose_config` picks them from the shapes."""
 
-    q_block: int = 512
+    q_block: int
     """Tokens of a query tile."""
-    k_block: int = 512
+    k_block: int
     """Tokens of a key tile."""
-    slot_block: int = 8
-    """Depth slots read together."""
 
 
 def choose_config(num_rows: int, q_len: int, k_len: int, chunk: int | None = None) -> XlaConfig:
@@ -40,14 +41,6 @@ def choose_config(num_rows: int, q_len: int, k_len: int, chunk: int | None = Non
     if chunk is not None:
         block = min(block, max(128 // chunk, 1) * chunk)
     return XlaConfig(q_block=min(block, q_len), k_block=min(block, k_len))
-
-
-class Side(NamedTuple):
-    """Query or key tokens of the tiled part, padded to whole tiles."""
-
-    position: jax.Array  # [B or 1, T]
-    segment: jax.Array | None  # [B, T]
-    valid: jax.Array | None  # [B or 1, T]
 
 
 def to_heads_first(x_BxTxNxH: jax.Array, kv_heads: int) -> jax.Array:
@@ -71,7 +64,7 @@ def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     return jnp.pad(x, padding) if padding[axis][1] else x
 
 
-def pad_side(tokens: Tokens, block: int) -> Side:
+def pad_side(tokens: Tokens, block: int) -> Tokens:
     """Pads tokens to whole tiles; the padding is invalid."""
     length = tokens.position.shape[1]
     valid = tokens.valid
@@ -79,7 +72,7 @@ def pad_side(tokens: Tokens, block: int) -> Side:
         valid = jnp.ones((1, length), bool) if valid is None else valid
         valid = pad_axis(valid, 1, block)
     segment = None if tokens.segment is None else pad_axis(tokens.segment, 1, block)
-    return Side(pad_axis(tokens.position, 1, block), segment, valid)
+    return Tokens(pad_axis(tokens.position, 1, block), segment, valid)
 
 
 def take_tile(x: jax.Array, axis: int, index: jax.Array | int, block: int) -> jax.Array:
@@ -93,11 +86,11 @@ def add_tile(x: jax.Array, axis: int, index: jax.Array | int, tile: jax.Array) -
     return lax.dynamic_update_slice_in_dim(x, old + tile.astype(x.dtype), start, axis)
 
 
-def take_side(side: Side, index: jax.Array | int, block: int) -> Side:
-    return Side(*(None if x is None else take_tile(x, 1, index, block) for x in side))
+def take_side(side: Tokens, index: jax.Array | int, block: int) -> Tokens:
+    return Tokens(*(None if x is None else take_tile(x, 1, index, block) for x in side))
 
 
-def tile_mask(query: Side, key: Side, *, causal: bool, chunk: int | None) -> jax.Array | None:
+def tile_mask(query: Tokens, key: Tokens, *, causal: bool, chunk: int | None) -> jax.Array | None:
     """[B or 1, 1, bq, 1, bk]: which keys of a tile its queries see; None: all of them."""
     q_pos, k_pos = query.position[:, :, None], key.position[:, None, :]
     terms = []
@@ -146,7 +139,10 @@ def tile_schedule(
 
 
 def for_each_pair(
-    schedule: np.ndarray, num_pairs: jax.Array | int, body: Callable[[Any, Any, Any], Any], init: Any
+    schedule: np.ndarray,
+    num_pairs: jax.Array | int,
+    body: Callable[[Any, Any, Any], Any],
+    init: Any,
 ) -> Any:
     """Folds body(i, j, carry) over the first `num_pairs` of the schedule."""
     if len(schedule) == 1 and isinstance(num_pairs, int):

@@ -1,0 +1,248 @@
+"""What every attention implementation must show, with the implementation injected.
+
+A backend's test file subclasses `AttentionSuite` as a class whose name starts with `Test`:
+
+    class TestXla(AttentionSuite):
+        implementation = "xla"
+
+and narrows `cases` or `dtypes` to what the backend takes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import (
+    ALL_DTYPES,
+    CASES,
+    Case,
+    differentiate,
+    expected_results,
+    make_problem,
+    poison,
+    to_float64,
+)
+from tolerances import LSE_RELATIVE, RELATIVE
+
+from moda_jax import backends, moda_attention
+from pallas_kernels.operands import Operands, Options
+
+
+def assert_close(name: str, got, expected, rtol: float) -> None:
+    """Relative to the largest entry; infinities and exact zeros must be those of `expected`."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape, name
+    assert not np.isnan(got).any(), f"{name} has NaN"
+    np.testing.assert_array_equal(np.isinf(got), np.isinf(expected), err_msg=name)
+    finite = np.isfinite(expected)
+    got, expected = got[finite], expected[finite]
+    assert not got[expected == 0].any(), f"{name}: not 0 where nothing is seen"
+    error = np.abs(got - expected).max(initial=0)
+    scale = np.abs(expected).max(initial=0)
+    assert error <= rtol * scale, f"{name}: relative error {error / scale:.1e} > {rtol:.1e}"
+
+
+def assert_results_close(got, expected, dtype: str) -> None:
+    got = to_float64(got)
+    assert_close("lse", got.lse, expected.lse, LSE_RELATIVE)
+    assert_close("o", got.out, expected.out, RELATIVE[dtype])
+    assert got.grads.keys() == expected.grads.keys()
+    for name, grad in got.grads.items():
+        assert_close(f"gradient of {name}", grad, expected.grads[name], RELATIVE[dtype])
+
+
+def _cast(arrays, dtype: str):
+    return {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+
+
+class AttentionSuite:
+    """Subclass with `implementation`; see the module's docstring."""
+
+    implementation: str
+    cases: tuple[Case, ...] = CASES
+    dtypes: tuple[str, ...] = ALL_DTYPES
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if {"case", "dtype"} <= set(metafunc.fixturenames):
+            pairs = [(c, d) for c in self.cases for d in c.dtypes if d in self.dtypes]
+            ids = [f"{case.name}-{dtype}" for case, dtype in pairs]
+            metafunc.parametrize(("case", "dtype"), pairs, ids=ids)
+
+    def attend(self, *arrays, **kwargs):
+        return moda_attention(*arrays, implementation=self.implementation, **kwargs)
+
+    def test_equals_reference(self, case: Case, dtype: str):
+        """o, lse and every gradient, with NaN in all that was not written."""
+        problem = make_problem(case)
+        run = differentiate(case, self.implementation)
+        for length, expected in expected_results(case).items():
+            arrays = _cast(poison(case, length), dtype)
+            got = run(arrays, problem.cotangents, problem.integers, length)
+            assert got[0].dtype == dtype
+            assert got[1].dtype == jnp.float32
+            assert {str(grad.dtype) for grad in got[2].values()} == {dtype}
+            assert_results_close(got, expected, dtype)
+
+    def test_two_runs_are_bitwise_equal(self):
+        case = Case("deterministic", q_len=65, segments="packed")
+        problem = make_problem(case)
+        run = differentiate(case, self.implementation)
+        args = _cast(problem.arrays, self.dtypes[0]), problem.cotangents, problem.integers, None
+        jax.tree.map(np.testing.assert_array_equal, run(*args), run(*args))
+
+    def test_traced_length_beyond_the_cache_is_clipped(self):
+        for options in ({}, {"depth_chunk": 4}):
+            case = Case("clipped", q_len=7, slots=3, options=options)
+            problem = make_problem(case)
+            run = differentiate(case, self.implementation)
+            arrays = _cast(problem.arrays, self.dtypes[0])
+            got = run(arrays, problem.cotangents, problem.integers, 1000)
+            assert_results_close(got, expected_results(case)[None], self.dtypes[0])
+
+    def test_parts_merged_by_lse_have_the_gradients_of_the_whole(self):
+        """Keys split in two, merged with weights e^(lse_i - lse): needs a correct dlse."""
+        dtype = "float32"
+        case = Case("merge", q_len=33, k_len=48, slots=3, options={"is_causal": False})
+        problem, expected = make_problem(case), expected_results(case)[None]
+
+        def attend(arrays):
+            query, key, value = (arrays[name] for name in ("query", "key", "value"))
+            depth = arrays["depth_key"], arrays["depth_value"]
+            parts = [
+                self.attend(query, key[:, :20], value[:, :20], is_causal=False, return_lse=True),
+                self.attend(query, key[:, 20:], value[:, 20:], *depth, is_causal=False,
+                            return_lse=True),
+            ]  # fmt: skip
+            lse = jnp.logaddexp(parts[0][1], parts[1][1])
+            return sum(o * jnp.exp(part - lse)[..., None] for o, part in parts), lse
+
+        @jax.jit
+        def run(arrays):
+            (out, lse), pullback = jax.vjp(attend, arrays)
+            return out, lse, pullback(problem.cotangents)[0]
+
+        assert_results_close(run(_cast(problem.arrays, dtype)), expected, dtype)
+
+    @pytest.mark.parametrize("chunk", [None, 8])
+    def test_gradients_are_causal(self, chunk):
+        """Token t's output depends on the tokens up to t, on each of them, and on no later one."""
+        case = Case("causal", q_len=20, batch=1, options={"depth_chunk": chunk})
+        problem, t = make_problem(case), 13
+        d_out, d_lse = (np.where(np.arange(20)[:, None] == t, x.T, 0).T if x.ndim == 1 else
+                        x * (np.arange(20) == t).reshape(1, -1, *[1] * (x.ndim - 2))
+                        for x in problem.cotangents)  # fmt: skip
+        run = differentiate(case, self.implementation)
+        _, _, grads = run(_cast(problem.arrays, self.dtypes[0]), (d_out, d_lse), {}, None)
+        first = {"query": t, "key": 0, "value": 0} | dict.fromkeys(
+            ("depth_key", "depth_value"), t if chunk is None else t // chunk * chunk
+        )
+        for name, grad in grads.items():
+            axis = 2 if name.startswith("depth") else 1
+            others = tuple(i for i in range(grad.ndim) if i != axis)
+            reached = np.abs(np.asarray(grad, np.float32)).max(axis=others) > 0
+            np.testing.assert_array_equal(
+                reached, (np.arange(20) >= first[name]) & (np.arange(20) <= t), err_msg=name
+            )
+
+    @pytest.mark.parametrize("chunk", [None, 16])
+    def test_packed_documents_are_as_if_alone(self, chunk):
+        """Two documents in a row: each has the values and gradients that it has by itself."""
+        case = Case("two_documents", q_len=40, batch=1, options={"depth_chunk": chunk})
+        problem, border = make_problem(case), 16  # a chunk begins here: alone it begins at 0
+        segments = np.where(np.arange(40) < border, 1, 2).astype(np.int32)[None]
+        run = differentiate(case, self.implementation)
+        dtype = self.dtypes[0]
+        packed = run(_cast(problem.arrays, dtype), problem.cotangents,
+                     {"segment_ids": segments}, None)  # fmt: skip
+        for part in (slice(0, border), slice(border, 40)):
+            arrays = {
+                name: x[:, :, part] if name.startswith("depth") else x[:, part]
+                for name, x in problem.arrays.items()
+            }
+            alone = run(_cast(arrays, dtype), [x[:, part] for x in problem.cotangents], {}, None)
+            grads = {
+                name: x[:, :, part] if name.startswith("depth") else x[:, part]
+                for name, x in packed[2].items()
+            }
+            got = packed[0][:, part], packed[1][:, part], grads
+            assert_results_close(got, to_float64(alone), dtype)
+
+    @pytest.mark.parametrize("chunk", [None, 8])
+    def test_other_documents_do_not_matter_at_all(self, chunk):
+        """Documents share a chunk here; the first one's results do not change by a bit."""
+        case = Case("border", q_len=20, batch=1, options={"depth_chunk": chunk})
+        problem = make_problem(case)
+        first = np.arange(20) < 11
+        segments = np.where(first, 1, 2).astype(np.int32)[None]
+        run = differentiate(case, self.implementation)
+        arrays = _cast(problem.arrays, self.dtypes[0])
+        d_out, d_lse = problem.cotangents
+        cotangents = d_out * first[:, None, None], d_lse * first[:, None]
+        changed = {
+            name: jnp.where(first.reshape(-1, 1, 1), x, 3 * x + 1) for name, x in arrays.items()
+        }
+        one, other = (
+            run(x, cotangents, {"segment_ids": segments}, None) for x in (arrays, changed)
+        )
+        for x, y in zip(one[:2], other[:2], strict=True):
+            np.testing.assert_array_equal(x[:, first], y[:, first])
+        for name, grad in one[2].items():
+            axis = 2 if name.startswith("depth") else 1
+            mine, others = (np.compress(m, np.asarray(grad), axis) for m in (first, ~first))
+            np.testing.assert_array_equal(
+                mine, np.compress(first, np.asarray(other[2][name]), axis), err_msg=name
+            )
+            assert mine.any(), name
+            assert not others.any(), name
+
+    @pytest.mark.parametrize("grads_dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("chunk", [None, 4])
+    def test_backward_adds_into_running_gradients(self, chunk, grads_dtype):
+        """Visible slots get their gradient added; the others keep their bits, -0.0 included."""
+        backward = backends.BACKENDS[self.implementation].backward
+        assert backward is not None
+        case = Case("running", q_len=9, slots=11, options={"depth_chunk": chunk})
+        problem, dtype = make_problem(case), self.dtypes[0]
+        arrays, options = (
+            _cast(problem.arrays, dtype),
+            Options(0.25, depth_chunk=chunk, depth_window=3, depth_reserved=1),
+        )
+        rng = np.random.default_rng(0)
+        shape = problem.arrays["depth_key"].shape
+        start = [jnp.asarray(rng.normal(size=shape), grads_dtype).at[:, 0].set(-0.0) for _ in "kv"]
+
+        @jax.jit
+        def run(arrays, length, start):
+            operands = Operands(**arrays, depth_length=length)
+            forward = backends.BACKENDS[self.implementation].forward
+            out, lse = forward(operands, options)
+            cotangents = problem.cotangents[0].astype(out.dtype), problem.cotangents[1]
+            args = operands, options, out, lse, *cotangents
+            return backward(*args), backward(*args, depth_grads=start)
+
+        visible = np.isin(np.arange(11), [0, 5, 6, 7])
+        alone, added = run(arrays, jnp.int32(8), tuple(start))
+        np.testing.assert_array_equal(alone.query, added.query)
+        for before, gradient, after in zip(start, alone[3:], added[3:], strict=True):
+            assert after.dtype == grads_dtype
+            kept, hidden = (np.asarray(x[~visible]) for x in (after, before))
+            assert kept.tobytes() == hidden.tobytes()
+            wanted = np.float64(before[visible]) + np.float64(gradient[visible])
+            assert_close("running gradient", after[visible], wanted, RELATIVE[grads_dtype])
+            assert np.abs(np.float64(gradient[visible])).max() > 0.1
+
+    def test_under_vmap_and_scan_with_a_traced_length(self):
+        case = Case("transformed", q_len=7, slots=5, depth_lengths=(0, 2, 5))
+        problem, dtype = make_problem(case), self.dtypes[0]
+        run = differentiate(case, self.implementation)
+        arrays, lengths = _cast(problem.arrays, dtype), jnp.asarray(case.depth_lengths)
+
+        def at(length):
+            return run(arrays, problem.cotangents, {}, length)
+
+        mapped = jax.jit(jax.vmap(at))(lengths)
+        scanned = jax.jit(lambda x: jax.lax.scan(lambda _, n: (None, at(n)), None, x)[1])(lengths)
+        for i, length in enumerate(case.depth_lengths):
+            for stacked in (mapped, scanned):
+                got = jax.tree.map(lambda x, i=i: x[i], stacked)
+                assert_results_close(got, expected_results(case)[length], dtype)
