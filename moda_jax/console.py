@@ -51,7 +51,7 @@ class RunConsole:
         """One screen that says what is about to run."""
         rows = {
             "model": _describe_model(config.model),
-            "parameters": f"{count_parameters(config.model):,}",
+            "parameters": f"{count_parameters(config.model).total:,}",
             "devices": _describe_devices(mesh),
             "attention": attention,
             "data": data_size,
