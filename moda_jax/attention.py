@@ -139,7 +139,7 @@ def _attend_backward(backend: backends.Backend, options: Options, residuals, cot
     operands, out, lse = residuals
     assert backend.backward is not None
     grads = backend.backward(operands, options, out, lse, *cotangents)
-    return (Operands(*grads),)  # the integer operands have no cotangent: None
+    return (Operands(**grads._asdict()),)  # the integer operands have no cotangent: None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -235,10 +235,11 @@ def _check(
               and depth_reserved == 0):  # fmt: skip
         _fail("depth_key", "an array, since a depth_ argument is given", "None")
     k_len = key.shape[1] if has_sequence else (depth_key.shape[2] if depth_chunk else q_len)
-    segments = _check_segments(segment_ids, batch, q_len, k_len)
+    q_segments, k_segments = _check_segments(segment_ids, batch, q_len, k_len)
     operands = Operands(
-        query, key, value, depth_key, depth_value, depth_length, *segments, query_offset, kv_length
-    )
+        query, key, value, depth_key, depth_value, depth_length, q_segments, k_segments,
+        query_offset, kv_length,
+    )  # fmt: skip
     return operands, Options(
         float(scale), bool(is_causal), depth_window, int(depth_reserved), depth_chunk
     )

@@ -45,13 +45,20 @@ class Backend:
         """The backward, adding into the running gradient cache `depth_grads` if one is given."""
         if self.backward is not None:
             return self.backward(operands, options, out, lse, d_out, d_lse, depth_grads)
-        arrays = operands[:5]
-        (_, lse), vjp = jax.vjp(lambda *x: self.forward(Operands(*x, *operands[5:]), options), *arrays)
+
+        def attend(*arrays):
+            own = dict(zip(Gradients._fields, arrays, strict=True))
+            return self.forward(operands._replace(**own), options)
+
+        (_, lse), vjp = jax.vjp(attend, *operands[: len(Gradients._fields)])
         grads = Gradients(*vjp((d_out, jnp.zeros_like(lse) if d_lse is None else d_lse)))
         if depth_grads is None:
             return grads
+        assert grads.depth_key is not None
+        assert grads.depth_value is not None
         return grads._replace(
-            depth_key=depth_grads[0] + grads.depth_key, depth_value=depth_grads[1] + grads.depth_value
+            depth_key=depth_grads[0] + grads.depth_key,
+            depth_value=depth_grads[1] + grads.depth_value,
         )
 
 

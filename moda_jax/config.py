@@ -229,7 +229,8 @@ class Config:
         _require(self, "name", bool(self.name) and "/" not in self.name, "a name without '/'")
         _require(self, "sample_tokens", self.sample_tokens >= 0, "a number >= 0")
         batch_shards = self.mesh.data * self.mesh.fsdp
-        _require(self, "batch_size", self.batch_size % (self.accumulation_steps * batch_shards) == 0,
+        parts = self.accumulation_steps * batch_shards
+        _require(self, "batch_size", self.batch_size % parts == 0,
                  f"a multiple of accumulation_steps * mesh.data * mesh.fsdp = "
                  f"{self.accumulation_steps} * {self.mesh.data} * {self.mesh.fsdp}")  # fmt: skip
         for field in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "embed_dim"):

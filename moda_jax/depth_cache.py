@@ -60,7 +60,7 @@ class DepthCache:
             raise ValueError(f"window: expected None or a positive number of slots, got {window}")
         if window is None and (reserved or ring):
             raise ValueError(
-                f"window: expected a number of slots with reserved={reserved}, ring={ring}, got None"
+                f"window: expected slots, since reserved={reserved} and ring={ring}, got None"
             )
         if ring and num_slots > reserved + window:  # type: ignore[operator]
             num_slots = reserved + window  # type: ignore[operator]

@@ -48,9 +48,8 @@ class Linear(nnx.Module):
         shape = (*inputs.values(), *outputs.values())
         init = nnx.initializers.truncated_normal(config.init_std, lower=-3.0, upper=3.0)
         self.kernel = parameter(init(rngs.params(), shape, jnp.float32), (*inputs, *outputs))
-        self.bias = None
-        if config.use_bias:
-            self.bias = parameter(jnp.zeros(tuple(outputs.values()), jnp.float32), (*outputs,))
+        zeros = jnp.zeros(tuple(outputs.values()), jnp.float32)
+        self.bias = nnx.data(parameter(zeros, (*outputs,)) if config.use_bias else None)
         self.num_inputs = len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -72,7 +71,9 @@ class SwiGLU(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-def rope_table(positions_BxT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_table(
+    positions_BxT: jax.Array, head_dim: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
     """cos and sin [B, T, 1, H/2], float32, of the angles position · theta^(-2i/H)."""
     exponent = jnp.arange(head_dim // 2, dtype=jnp.float32) * (-2.0 / head_dim)
     frequency = jnp.exp(exponent * math.log(theta))

@@ -27,7 +27,8 @@ def next_token_loss(
     hidden = model.hidden(
         batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"]
     )
-    chunk = chunk_length(*batch["tokens"].shape, model.config.vocab_size)
+    rows, length = batch["tokens"].shape
+    chunk = chunk_length(rows, length, model.config.vocab_size)
 
     @jax.checkpoint
     def chunk_sums(hidden_BxCxD, targets_BxC, real_BxC):

@@ -87,10 +87,10 @@ class Transformer(nnx.Module):
         block, blocks = nnx.split(self.layers)
         projection, _ = nnx.split(self.layers.key_value)
         own = [
-            None if module is None else nnx.state(module).to_pure_dict()
+            None if module is None else nnx.to_pure_dict(nnx.state(module))
             for module in (self.attention_kv, self.ffn_kv)
         ]
-        params = StackParams(blocks.to_pure_dict(), *own)
+        params = StackParams(nnx.to_pure_dict(blocks), *own)
         return StackSpec(self.config, block, projection), params
 
     def attention_mass(
@@ -149,7 +149,8 @@ def _tokens(tokens, segment_ids, positions) -> Tokens:
 def _stacked(module: type[Any], config: ModelConfig, count: int, rngs: nnx.Rngs) -> Any:
     """`count` modules as one, each parameter with a leading axis of that length."""
     keys = jax.random.split(rngs.params(), count)
-    states = jax.vmap(lambda key: nnx.state(module(config, rngs=nnx.Rngs(key))))(keys)
+    init = jax.vmap(lambda key: nnx.state(module(config, rngs=nnx.Rngs(key))))
+    states = jax.jit(init)(keys)  # one compilation instead of one per operation
     template = nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0)))
     graph, _ = nnx.split(template)
     merged = nnx.merge(graph, states)

@@ -125,7 +125,9 @@ def _forward(spec: StackSpec, params: StackParams, x, tokens: Tokens, *, save: b
             (y, ffn), after = jax.vjp(
                 lambda w, x, o: _after(spec, rope, layer, w, x, o), weights, x, out
             )
-            saved = (inputs, out, lse, _strip(before, weights), _strip(after, weights))
+            saved: tuple[Any, ...] = (
+                inputs, out, lse, _strip(before, weights), _strip(after, weights)
+            )  # fmt: skip
         else:
             y, ffn = _after(spec, rope, layer, weights, x, out)
             saved = (x, inputs, out, lse) if spec.config.remat == "save_attention" else (x,)
@@ -145,9 +147,7 @@ def _run_stack_backward(spec: StackSpec, residuals, dy):
         dy, grads, d_projections = carry
         layer, block, saved = xs
         weights = _layer_params(spec, params, layer, block)
-        inputs, out, lse, before, after = _restore(
-            spec, rope, layer, weights, saved, cache, tokens
-        )
+        inputs, out, lse, before, after = _restore(spec, rope, layer, weights, saved, cache, tokens)
         d_depth, d_ffn = _written_grads(spec, layer, grads)
         d_weights_after, dx_after, d_out = after((dy, d_ffn))
         backend, operands, options = _attention_call(spec, layer, inputs, cache, tokens)
@@ -247,7 +247,7 @@ def _empty_cache(config: ModelConfig, shape: tuple[int, ...], *, ring: bool) -> 
     if not config.depth_slots:
         return None
     cache = DepthCache.empty(
-        config.depth_slots, *shape[:2], config.num_kv_heads, config.head_dim,
+        config.depth_slots, shape[0], shape[1], config.num_kv_heads, config.head_dim,
         compute_dtype(config), window=config.depth_window, reserved=config.depth_reserved,
         ring=ring,
     )  # fmt: skip
@@ -284,9 +284,7 @@ def _layer_params(spec: StackSpec, params: StackParams, layer, block) -> StackPa
 def _before(spec: StackSpec, rope: Rope, layer, weights: StackParams, x) -> AttentionInputs:
     block = nnx.merge(spec.block, weights.blocks)
     inputs, source = block.before_attention(x, rope)
-    return inputs._replace(
-        depth=_project(spec, block, weights.attention_kv, layer, source, rope)
-    )
+    return inputs._replace(depth=_project(spec, block, weights.attention_kv, layer, source, rope))
 
 
 def _after(spec: StackSpec, rope: Rope, layer, weights: StackParams, x, out):

@@ -38,7 +38,7 @@ class Options:
 
 
 class Gradients(NamedTuple):
-    """Cotangents of the differentiable operands, in their shapes; None where there is no operand."""
+    """Cotangents of the differentiable operands, in their shapes; None for a missing operand."""
 
     query: jax.Array
     key: jax.Array | None
@@ -104,7 +104,9 @@ def depth_tokens(operands: Operands, chunk: int) -> Tokens:
     return Tokens(position, segment, None)
 
 
-def visible_slots(operands: Operands, options: Options) -> list[tuple[jax.Array | int, jax.Array | int]]:
+def visible_slots(
+    operands: Operands, options: Options
+) -> list[tuple[jax.Array | int, jax.Array | int]]:
     """Half-open ranges [start, stop) of visible slots: the reserved ones, then the window."""
     assert operands.depth_key is not None
     length = operands.depth_length

@@ -16,6 +16,7 @@ from attention_cases import (
     ALL_DTYPES,
     CASES,
     Case,
+    compile_quickly,
     differentiate,
     expected_results,
     make_problem,
@@ -71,10 +72,13 @@ class AttentionSuite:
     def attend(self, *arrays, **kwargs):
         return moda_attention(*arrays, implementation=self.implementation, **kwargs)
 
+    def compiled(self, case: Case):
+        return compile_quickly(differentiate(case, self.implementation))
+
     def test_equals_reference(self, case: Case, dtype: str):
         """o, lse and every gradient, with NaN in all that was not written."""
         problem = make_problem(case)
-        run = differentiate(case, self.implementation)
+        run = self.compiled(case)
         for length, expected in expected_results(case).items():
             arrays = _cast(poison(case, length), dtype)
             got = run(arrays, problem.cotangents, problem.integers, length)
@@ -86,7 +90,7 @@ class AttentionSuite:
     def test_two_runs_are_bitwise_equal(self):
         case = Case("deterministic", q_len=65, segments="packed")
         problem = make_problem(case)
-        run = differentiate(case, self.implementation)
+        run = self.compiled(case)
         args = _cast(problem.arrays, self.dtypes[0]), problem.cotangents, problem.integers, None
         jax.tree.map(np.testing.assert_array_equal, run(*args), run(*args))
 
@@ -94,7 +98,7 @@ class AttentionSuite:
         for options in ({}, {"depth_chunk": 4}):
             case = Case("clipped", q_len=7, slots=3, options=options)
             problem = make_problem(case)
-            run = differentiate(case, self.implementation)
+            run = self.compiled(case)
             arrays = _cast(problem.arrays, self.dtypes[0])
             got = run(arrays, problem.cotangents, problem.integers, 1000)
             assert_results_close(got, expected_results(case)[None], self.dtypes[0])
@@ -116,7 +120,7 @@ class AttentionSuite:
             lse = jnp.logaddexp(parts[0][1], parts[1][1])
             return sum(o * jnp.exp(part - lse)[..., None] for o, part in parts), lse
 
-        @jax.jit
+        @compile_quickly
         def run(arrays):
             (out, lse), pullback = jax.vjp(attend, arrays)
             return out, lse, pullback(problem.cotangents)[0]
@@ -128,10 +132,9 @@ class AttentionSuite:
         """Token t's output depends on the tokens up to t, on each of them, and on no later one."""
         case = Case("causal", q_len=20, batch=1, options={"depth_chunk": chunk})
         problem, t = make_problem(case), 13
-        d_out, d_lse = (np.where(np.arange(20)[:, None] == t, x.T, 0).T if x.ndim == 1 else
-                        x * (np.arange(20) == t).reshape(1, -1, *[1] * (x.ndim - 2))
-                        for x in problem.cotangents)  # fmt: skip
-        run = differentiate(case, self.implementation)
+        d_out, d_lse = (np.zeros_like(x) for x in problem.cotangents)
+        d_out[:, t], d_lse[:, t] = (x[:, t] for x in problem.cotangents)
+        run = self.compiled(case)
         _, _, grads = run(_cast(problem.arrays, self.dtypes[0]), (d_out, d_lse), {}, None)
         first = {"query": t, "key": 0, "value": 0} | dict.fromkeys(
             ("depth_key", "depth_value"), t if chunk is None else t // chunk * chunk
@@ -150,7 +153,7 @@ class AttentionSuite:
         case = Case("two_documents", q_len=40, batch=1, options={"depth_chunk": chunk})
         problem, border = make_problem(case), 16  # a chunk begins here: alone it begins at 0
         segments = np.where(np.arange(40) < border, 1, 2).astype(np.int32)[None]
-        run = differentiate(case, self.implementation)
+        run = self.compiled(case)
         dtype = self.dtypes[0]
         packed = run(_cast(problem.arrays, dtype), problem.cotangents,
                      {"segment_ids": segments}, None)  # fmt: skip
@@ -174,7 +177,7 @@ class AttentionSuite:
         problem = make_problem(case)
         first = np.arange(20) < 11
         segments = np.where(first, 1, 2).astype(np.int32)[None]
-        run = differentiate(case, self.implementation)
+        run = self.compiled(case)
         arrays = _cast(problem.arrays, self.dtypes[0])
         d_out, d_lse = problem.cotangents
         cotangents = d_out * first[:, None, None], d_lse * first[:, None]
@@ -211,7 +214,7 @@ class AttentionSuite:
         shape = problem.arrays["depth_key"].shape
         start = [jnp.asarray(rng.normal(size=shape), grads_dtype).at[:, 0].set(-0.0) for _ in "kv"]
 
-        @jax.jit
+        @compile_quickly
         def run(arrays, length, start):
             operands = Operands(**arrays, depth_length=length)
             forward = backends.BACKENDS[self.implementation].forward
@@ -240,8 +243,10 @@ class AttentionSuite:
         def at(length):
             return run(arrays, problem.cotangents, {}, length)
 
-        mapped = jax.jit(jax.vmap(at))(lengths)
-        scanned = jax.jit(lambda x: jax.lax.scan(lambda _, n: (None, at(n)), None, x)[1])(lengths)
+        mapped = compile_quickly(jax.vmap(at))(lengths)
+        scanned = compile_quickly(lambda x: jax.lax.scan(lambda _, n: (None, at(n)), None, x)[1])(
+            lengths
+        )
         for i, length in enumerate(case.depth_lengths):
             for stacked in (mapped, scanned):
                 got = jax.tree.map(lambda x, i=i: x[i], stacked)

@@ -1,6 +1,7 @@
 """Backward: with the unified o and lse, the sequence and the depth part are independent.
 
-    p = e^(z - lse);  dv = p^T do;  ds = p (do v^T - delta + dlse);  dq = scale ds k;  dk = scale ds^T q
+    p = e^(z - lse)     dv = p^T do     ds = p (do v^T - delta + dlse)
+    dq = scale ds k     dk = scale ds^T q
 
 with delta = rowsum(do o). The running gradient cache is added to slot by slot, in place.
 """

@@ -53,7 +53,7 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
 
 
 def _update(state: Softmax, scores: jax.Array, weigh_values) -> Softmax:
-    """Adds keys whose scores are the last axis; weigh_values maps their weights to weighted sums."""
+    """Adds the keys of scores' last axis; weigh_values maps their weights to weighted sums."""
     maximum = jnp.maximum(state.maximum, scores.max(axis=-1))
     # A row that has seen nothing yet has maximum -inf: subtract 0, not -inf, to get 0, not NaN.
     shift = jnp.where(jnp.isneginf(maximum), 0.0, maximum)

@@ -1,0 +1,214 @@
+"""Text generation: prefill, then one compiled loop of decode steps.
+
+A token's depth keys are its own: they are computed anew in each step and kept by nobody. What stays
+between steps is the sequence cache alone, the same bytes per token as a plain transformer's.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from moda_jax.attention import moda_attention
+from moda_jax.config import ModelConfig
+from moda_jax.layers import compute_dtype
+from moda_jax.model import Transformer
+from moda_jax.stack import Tokens, scan_layers
+
+BUCKET = 64
+"""Prompts and caches are padded to a multiple of this, so that few sizes are compiled."""
+
+
+class KVCache(NamedTuple):
+    """All that is kept between decode steps, whatever the depth stream."""
+
+    key: jax.Array  # [L, B, C, K, H], C: capacity in tokens
+    value: jax.Array  # [L, B, C, K, H]
+    length: jax.Array  # [B] int32: tokens written per row
+
+
+def cache_bytes_per_token(config: ModelConfig) -> int:
+    """Bytes that one token of one row keeps in the cache; the depth stream adds none."""
+    cache = jax.eval_shape(lambda: _empty_cache(config, 1, 1))
+    return sum(x.size * x.dtype.itemsize for x in (cache.key, cache.value))
+
+
+def _empty_cache(config: ModelConfig, batch: int, capacity: int) -> KVCache:
+    shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
+    buffer = jnp.zeros(shape, compute_dtype(config))
+    return KVCache(buffer, buffer, jnp.zeros(batch, jnp.int32))
+
+
+def prefill(
+    model: Transformer, tokens: jax.Array, lengths: jax.Array, capacity: int
+) -> tuple[jax.Array, KVCache]:
+    """Reads prompts: tokens [B, P] int32, of which row b's first lengths[b] count.
+
+    Returns the logits [B, V], float32, after each row's last token, and a cache for `capacity`
+    tokens per row. Raises ValueError if the capacity is below P.
+    """
+    batch, padded = tokens.shape
+    if capacity < padded:
+        raise ValueError(f"capacity: expected at least the {padded} prompt tokens, got {capacity}")
+    positions = jnp.broadcast_to(jnp.arange(padded, dtype=jnp.int32), tokens.shape)
+    segment_ids = jnp.where(positions < lengths[:, None], 1, 0)
+
+    def attend(layer, inputs, cache, state):
+        depth = {} if cache is None else cache.attention_kwargs()
+        out = moda_attention(
+            inputs.query, inputs.key, inputs.value, **depth, segment_ids=segment_ids,
+            implementation=model.config.attention,
+        )  # fmt: skip
+        return out, state, (inputs.key, inputs.value)
+
+    spec, params = model.stack()
+    x, _, (key, value) = scan_layers(
+        spec, params, model.embed(tokens), Tokens(positions, segment_ids), attend
+    )
+    last = x[jnp.arange(batch), jnp.maximum(lengths - 1, 0)]
+    room = ((0, 0), (0, 0), (0, capacity - padded), (0, 0), (0, 0))
+    cache = KVCache(jnp.pad(key, room), jnp.pad(value, room), lengths.astype(jnp.int32))
+    return model.logits(model.final_norm(last[:, None]))[:, 0], cache
+
+
+def decode_step(model: Transformer, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, KVCache]:
+    """Appends one token per row (tokens [B] int32); logits [B, V] after it and the new cache."""
+    rows, position = jnp.arange(tokens.shape[0]), cache.length
+
+    def attend(layer, inputs, depth_cache, state):
+        key, value = (
+            x.at[layer, rows, position].set(new[:, 0])
+            for x, new in zip(state, (inputs.key, inputs.value), strict=True)
+        )
+        depth = {} if depth_cache is None else depth_cache.attention_kwargs()
+        out = moda_attention(
+            inputs.query, key[layer], value[layer], **depth, query_offset=position,
+            kv_length=position + 1, implementation=model.config.attention,
+        )  # fmt: skip
+        return out, (key, value), None
+
+    spec, params = model.stack()
+    x, (key, value), _ = scan_layers(
+        spec, params, model.embed(tokens[:, None]), Tokens(position[:, None], None), attend,
+        (cache.key, cache.value),
+    )  # fmt: skip
+    return model.logits(model.final_norm(x))[:, 0], KVCache(key, value, position + 1)
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: Sequence[int] = (),
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continues each prompt; returns the new tokens only, a stop token included as the last.
+
+    Args:
+      prompts: token ids, each at least one, of any lengths.
+      max_new_tokens: most tokens per prompt.
+      temperature: 0 takes the likeliest token; else logits are divided by it and sampled.
+      top_k: sample among the k likeliest tokens only.
+      top_p: sample among the likeliest tokens that together reach this probability only.
+      stop_tokens: a row ends with the first of these.
+      seed: of the sampling.
+
+    Raises ValueError on bad values, on an empty prompt, on ids outside the vocabulary.
+    """
+    _check(prompts, max_new_tokens, temperature, top_k, top_p, model.config.vocab_size)
+    if not prompts or not max_new_tokens:
+        return [[] for _ in prompts]
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    padded = -(-int(lengths.max()) // BUCKET) * BUCKET
+    tokens = np.zeros((len(prompts), padded), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    room = -(-max_new_tokens // BUCKET) * BUCKET
+    graph, state = nnx.split(model)
+    new, counts = _generate(
+        graph, room, top_k, state, tokens, lengths, np.int32(max_new_tokens),
+        np.float32(temperature), np.float32(1.0 if top_p is None else top_p),
+        np.asarray(stop_tokens, np.int32), jax.random.key(seed),
+    )  # fmt: skip
+    rows = zip(np.asarray(new).tolist(), np.asarray(counts).tolist(), strict=True)
+    return [row[:count] for row, count in rows]
+
+
+def _check(prompts, max_new_tokens, temperature, top_k, top_p, vocab_size) -> None:
+    def require(name: str, ok: bool, expected: str, got: Any) -> None:
+        if not ok:
+            raise ValueError(f"{name}: expected {expected}, got {got}")
+
+    require("max_new_tokens", max_new_tokens >= 0, "a number >= 0", max_new_tokens)
+    require("temperature", temperature >= 0, "a number >= 0", temperature)
+    require("top_k", top_k is None or 1 <= top_k <= vocab_size, f"None or 1 … {vocab_size}", top_k)
+    require("top_p", top_p is None or 0 < top_p <= 1, "None or 0 < top_p <= 1", top_p)
+    for n, prompt in enumerate(prompts):
+        require(f"prompts[{n}]", len(prompt) > 0, "at least one token", "none")
+        outside = [token for token in prompt if not 0 <= token < vocab_size]
+        require(f"prompts[{n}]", not outside, f"ids in 0 … {vocab_size - 1}", outside[:1])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(
+    graph, room, top_k, state, tokens, lengths, limit, temperature, top_p, stop_tokens, key
+):
+    """(new tokens [B, room], how many count [B]); the loop ends when every row has."""
+    model = nnx.merge(graph, state)
+    batch, padded = tokens.shape
+    logits, cache = prefill(model, tokens, lengths, padded + room)
+
+    def unfinished(carry):
+        step, _, _, _, _, done = carry
+        return (step < limit) & ~jnp.all(done)
+
+    def body(carry):
+        step, logits, cache, new, counts, done = carry
+        chosen = sample(
+            logits, jax.random.fold_in(key, step), temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        new = new.at[:, step].set(chosen)
+        counts += ~done
+        done |= jnp.any(chosen[:, None] == stop_tokens, axis=-1)
+        logits, cache = decode_step(model, cache, chosen)
+        return step + 1, logits, cache, new, counts, done
+
+    init = (
+        jnp.int32(0), logits, cache, jnp.zeros((batch, room), jnp.int32),
+        jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool),
+    )  # fmt: skip
+    *_, new, counts, _ = lax.while_loop(unfinished, body, init)
+    return new, counts
+
+
+def sample(
+    logits_BxV: jax.Array,
+    key: jax.Array,
+    *,
+    temperature: jax.Array | float,
+    top_k: int | None,
+    top_p: jax.Array | float,
+) -> jax.Array:
+    """Token ids [B] int32, drawn after `top_k`, then temperature, then `top_p` (1: all)."""
+    if top_k is not None:
+        smallest = lax.top_k(logits_BxV, top_k)[0][:, -1:]
+        logits_BxV = jnp.where(logits_BxV < smallest, -jnp.inf, logits_BxV)
+    scaled = logits_BxV / jnp.maximum(temperature, 1e-6)
+    descending = -jnp.sort(-scaled, axis=-1)
+    probability = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    # The likeliest token is always kept, and a token while those before it are below top_p.
+    kept = jnp.where((before < top_p).at[:, 0].set(True), descending, jnp.inf)
+    drawn = jax.random.categorical(
+        key, jnp.where(scaled < kept.min(axis=-1, keepdims=True), -jnp.inf, scaled)
+    )
+    return jnp.where(temperature > 0, drawn, logits_BxV.argmax(axis=-1)).astype(jnp.int32)

@@ -1,0 +1,144 @@
+"""Decoding equals the full forward; sampling does what it says; nothing recompiles per token."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moda_jax import generate as generation
+from moda_jax.config import ModelConfig
+from tests.models import random_model
+
+CONFIG = ModelConfig(
+    vocab_size=61, num_layers=4, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48,
+    compute_dtype="float32",
+)  # fmt: skip
+
+VARIANTS = {
+    "residual": {"depth_stream": "residual"},
+    "row3": {"depth_ffn_kv": "none"},
+    "row4": {},
+    "row5": {"depth_attention_kv": "project"},
+    "every2": {"depth_write_every": 2},
+    "bounded": {"depth_window": 2, "depth_reserved": 1},
+    "pre-head": {"norm_placement": "pre", "qk_norm": "head", "use_bias": True},
+    "post-tied": {"norm_placement": "post", "qk_norm": "none", "tie_embeddings": True},
+}
+
+
+def build(**changes):
+    return random_model(dataclasses.replace(CONFIG, **changes))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decode_equals_the_full_forward_at_every_position(variant):
+    model = build(**VARIANTS[variant])
+    tokens = np.random.default_rng(0).integers(0, 61, (3, 12)).astype(np.int32)
+    lengths = jnp.array([1, 5, 3], jnp.int32)  # prompts of unequal length
+    full = nnx.jit(lambda m, x: m(x))(model, tokens)
+    step = nnx.jit(generation.decode_step)
+    logits, cache = nnx.jit(generation.prefill, static_argnums=3)(model, tokens[:, :5], lengths, 16)
+    rows = np.arange(3)
+    for _ in range(7):
+        np.testing.assert_allclose(logits, full[rows, cache.length - 1], rtol=2e-4, atol=2e-5)
+        logits, cache = step(model, cache, tokens[rows, cache.length])
+
+
+def test_cache_is_a_plain_transformers(model):
+    plain = dataclasses.replace(CONFIG, depth_stream="residual")
+    expected = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 4
+    assert generation.cache_bytes_per_token(CONFIG) == expected
+    assert generation.cache_bytes_per_token(plain) == expected
+
+
+def test_rows_do_not_depend_on_their_neighbours(model):
+    prompts = [[5], [7, 8, 9, 10, 11, 12], [3, 4]]
+    together = generation.generate(model, prompts, max_new_tokens=9)
+    alone = [generation.generate(model, [prompt], max_new_tokens=9)[0] for prompt in prompts]
+    assert together == alone
+    assert [len(row) for row in together] == [9, 9, 9]
+
+
+def test_greedy_is_the_argmax_of_the_forward(model):
+    prompt = [4, 9, 2]
+    new = generation.generate(model, [prompt], max_new_tokens=5)[0]
+    for n, token in enumerate(new):
+        logits = model(jnp.asarray([prompt + new[:n]], jnp.int32))
+        assert int(logits[0, -1].argmax()) == token
+
+
+def test_stop_tokens_end_a_row(model):
+    free = generation.generate(model, [[1], [2]], max_new_tokens=8)
+    stop = free[0][3]
+    stopped = generation.generate(model, [[1], [2]], max_new_tokens=8, stop_tokens=[stop])
+    for row, whole in zip(stopped, free, strict=True):
+        cut = whole.index(stop) + 1 if stop in whole else len(whole)
+        assert row == whole[:cut]
+
+
+def test_one_compilation_for_all_tokens_and_lengths(model):
+    generation._generate.clear_cache()
+    for count in (3, 17, 40):
+        generation.generate(model, [[1, 2], [3]], max_new_tokens=count, temperature=0.7, seed=count)
+    assert generation._generate._cache_size() == 1
+
+
+def test_seed_decides_the_sample(model):
+    draw = lambda seed: generation.generate(  # noqa: E731
+        model, [[1]], max_new_tokens=12, temperature=2.0, seed=seed
+    )
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def frequencies(logits, **kwargs):
+    settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0} | kwargs
+    batch = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (4000, len(logits)))
+    drawn = generation.sample(batch, jax.random.key(0), **settings)
+    return np.bincount(drawn, minlength=len(logits)) / 4000
+
+
+def test_sampling_follows_the_distribution():
+    logits = np.log([0.5, 0.3, 0.15, 0.05])
+    np.testing.assert_allclose(frequencies(logits), np.exp(logits), atol=0.03)
+    hot = np.exp(logits / 2) / np.exp(logits / 2).sum()
+    np.testing.assert_allclose(frequencies(logits, temperature=2.0), hot, atol=0.03)
+    np.testing.assert_allclose(frequencies(logits, top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(frequencies(logits, top_p=0.6), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(frequencies(logits, top_p=0.01), [1, 0, 0, 0])
+    np.testing.assert_allclose(frequencies(logits, temperature=0.0), [1, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"prompts": [[]]}, r"prompts\[0\]: expected at least one token"),
+        ({"prompts": [[1], [61]]}, r"prompts\[1\]: expected ids in 0 … 60, got \[61\]"),
+        ({"max_new_tokens": -1}, "max_new_tokens: expected a number >= 0, got -1"),
+        ({"temperature": -0.5}, "temperature: expected"),
+        ({"top_k": 0}, "top_k: expected None or 1 … 61, got 0"),
+        ({"top_p": 1.5}, "top_p: expected"),
+    ],
+)
+def test_bad_input(model, kwargs, message):
+    arguments = {"prompts": [[1]], "max_new_tokens": 1} | kwargs
+    with pytest.raises(ValueError, match=message):
+        generation.generate(model, **arguments)
+
+
+def test_nothing_to_do(model):
+    assert generation.generate(model, [], max_new_tokens=3) == []
+    assert generation.generate(model, [[1]], max_new_tokens=0) == [[]]
+
+
+def test_prompt_longer_than_the_cache(model):
+    with pytest.raises(ValueError, match="capacity: expected at least the 5 prompt tokens, got 4"):
+        generation.prefill(model, jnp.zeros((1, 5), jnp.int32), jnp.array([5]), 4)

@@ -1,0 +1,193 @@
+"""The model's parts, its counts against the paper's printed numbers, and the loss."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moda_jax import losses
+from moda_jax.config import ModelConfig
+from moda_jax.flops import count_flops, count_parameters, visible_slots
+from moda_jax.layers import RMSNorm, rope_table, rotate
+from moda_jax.losses import next_token_loss
+from moda_jax.model import Transformer
+from tests.models import random_model
+
+SMALL = ModelConfig(
+    vocab_size=37, num_layers=3, embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=40,
+    compute_dtype="float32",
+)  # fmt: skip
+
+TABLE_3 = ModelConfig(
+    vocab_size=100278, num_layers=36, embed_dim=1024, num_heads=16, num_kv_heads=8, head_dim=64,
+    mlp_dim=4096,
+)  # fmt: skip
+
+TABLE_6 = ModelConfig(
+    vocab_size=50304, num_layers=24, embed_dim=384, num_heads=6, num_kv_heads=2, head_dim=64,
+    mlp_dim=1536, norm_placement="pre", qk_norm="head", use_bias=True, tie_embeddings=True,
+)  # fmt: skip
+
+
+build = random_model
+
+
+def batch(config, rows=2, length=7):
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(0, config.vocab_size, (2, rows, length)).astype(np.int32)
+    segments = np.ones((rows, length), np.int32)
+    segments[0, 4:] = 0
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    names = ("tokens", "targets", "segment_ids", "positions")
+    return dict(zip(names, map(jnp.asarray, (tokens, targets, segments, positions)), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "millions"),
+    [
+        ({"depth_stream": "residual"}, 669.0),
+        ({"depth_stream": "residual", "num_layers": 38}, 700.5),
+        ({"depth_ffn_kv": "none"}, 669.0),
+        ({}, 705.7),
+        ({"depth_attention_kv": "project"}, 742.4),
+    ],
+)
+def test_parameter_counts_of_table_3(changes, millions):
+    count = count_parameters(dataclasses.replace(TABLE_3, **changes)).without_head
+    assert round(count / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize(
+    ("layers", "stream", "millions"),
+    [(24, "residual", 71.35), (48, "residual", 123.38), (24, "moda", 73.72), (48, "moda", 128.11)],
+)
+def test_parameter_counts_of_table_6(layers, stream, millions):
+    """The paper counts no final norm, and an FFN projection in the last layer that nobody reads."""
+    config = dataclasses.replace(TABLE_6, num_layers=layers, depth_stream=stream)
+    count = count_parameters(config)
+    unread = count.depth // config.depth_writers if config.depth_writers else 0
+    assert round((count.without_head - count.final_norm + unread) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"depth_stream": "residual", "tie_embeddings": True},
+        {"depth_attention_kv": "project", "depth_write_every": 2, "use_bias": True},
+        {"qk_norm": "head", "norm_placement": "pre", "depth_ffn_kv": "none"},
+        {"qk_norm": "none", "num_layers": 1},
+    ],
+)
+def test_counts_are_those_of_the_model(changes):
+    config = dataclasses.replace(SMALL, **changes)
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert sum(leaf.size for leaf in leaves) == count_parameters(config).total
+
+
+def test_forward_flops_follow_table_3():
+    """The paper's convention: square attention, one multiply-add of softmax extra (6 N T²)."""
+    printed = {"residual": 8.01, "none": 8.02, "project": 8.33}
+    for kind, tera in printed.items():
+        changes = {"depth_stream": "residual"} if kind == "residual" else {"depth_ffn_kv": kind}
+        config = dataclasses.replace(TABLE_3, **changes)
+        softmax = 6 * config.num_layers * config.num_heads * 4096**2
+        flops = count_flops(config, 4096, causal=False).forward + softmax
+        assert abs(flops / 1e12 - tera) < 0.006
+
+
+def test_visible_slots():
+    assert visible_slots(SMALL) == [0, 2, 4]
+    assert visible_slots(dataclasses.replace(SMALL, num_layers=6, depth_write_every=2)) == [
+        0, 2, 2, 4, 4, 6,
+    ]  # fmt: skip
+    bounded = dataclasses.replace(SMALL, num_layers=5, depth_window=3, depth_reserved=1)
+    assert visible_slots(bounded) == [0, 2, 4, 4, 4]
+
+
+def test_logits_and_mass_have_their_shapes():
+    config = dataclasses.replace(SMALL, compute_dtype="bfloat16")
+    inputs = batch(config)
+    segments = inputs["segment_ids"]
+    model = build(config)
+    logits = model(inputs["tokens"], segment_ids=segments, positions=inputs["positions"])
+    assert logits.shape == (2, 7, 37)
+    assert logits.dtype == jnp.float32
+    mass = model.attention_mass(inputs["tokens"], segment_ids=segments)
+    assert mass.shape == (3, 1 + 4)
+    np.testing.assert_allclose(mass.sum(axis=1), 1.0, atol=0.01)
+    assert (np.asarray(mass[0, 1:]) == 0).all()
+    assert (np.asarray(mass[2, 1:]) > 0).all()
+
+
+def test_mass_without_a_real_token_is_zero():
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    mass = build(SMALL).attention_mass(tokens, segment_ids=tokens)
+    np.testing.assert_array_equal(mass, 0.0)
+
+
+def test_initialisation_is_cut_at_three_deviations():
+    config = dataclasses.replace(SMALL, init_std=0.02, vocab_size=512, embed_dim=128)
+    table = np.asarray(Transformer(config, rngs=nnx.Rngs(0)).embedding[...])
+    assert np.abs(table).max() <= 0.06
+    assert abs(table.std() - 0.02) < 0.001
+
+
+def test_rms_norm_and_rope():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 6)), jnp.float32)
+    norm = RMSNorm((4, 6), (None, None), 1e-6)
+    expected = x / np.sqrt((np.asarray(x) ** 2).mean(axis=(2, 3), keepdims=True) + 1e-6)
+    np.testing.assert_allclose(norm(x), expected, rtol=1e-6)
+    positions = jnp.asarray([[0, 1, 5], [7, 8, 12]], jnp.int32)  # the same distances
+    rope = rope_table(positions, 6, 10_000.0)
+    np.testing.assert_allclose(rotate(x, rope)[0, 0], x[0, 0])  # position 0: no rotation
+    same = jnp.broadcast_to(x[:1], x.shape)
+    q, k = rotate(same, rope), rotate(same[:, ::-1], rope)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k)
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-4, atol=1e-5)
+
+
+def plain_loss(model, inputs, z_loss):
+    segments = inputs["segment_ids"]
+    logits = model(inputs["tokens"], segment_ids=segments, positions=inputs["positions"])
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    correct = jnp.take_along_axis(logits, inputs["targets"][..., None], axis=-1)[..., 0]
+    return jnp.sum(jnp.where(segments != 0, lse - correct + z_loss * lse**2, 0.0))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunked_loss_equals_the_plain_one(monkeypatch, tied):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 2 * 37 * 3)  # three tokens of each row at a time
+    config = dataclasses.replace(SMALL, tie_embeddings=tied)
+    model, inputs = build(config), batch(SMALL)
+    assert losses.chunk_length(2, 7, 37) == 3
+    chunked = nnx.value_and_grad(lambda m: next_token_loss(m, inputs, z_loss=0.1)[0])(model)
+    plain = nnx.value_and_grad(lambda m: plain_loss(m, inputs, 0.1))(model)
+    for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_loss_without_targets_is_zero():
+    inputs = batch(SMALL) | {"segment_ids": jnp.zeros((2, 7), jnp.int32)}
+    loss = nnx.value_and_grad(lambda m: next_token_loss(m, inputs, z_loss=1e-4)[0])
+    value, grads = loss(build(SMALL))
+    assert value == 0.0
+    assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
+
+
+def test_loss_never_holds_all_logits():
+    """At V = 50k, the temporaries stay far below one [B, T, V] float32 array."""
+    config = dataclasses.replace(SMALL, vocab_size=50_000)
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    arrays = {n: jax.ShapeDtypeStruct((2, 2048), jnp.int32) for n in batch(SMALL)}
+
+    def loss(state, inputs):
+        return next_token_loss(nnx.merge(graph, state), inputs, z_loss=0.0)[0]
+
+    compiled = jax.jit(jax.grad(loss)).lower(state, arrays).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * (2 * 2048 * 50_000 * 4)
