@@ -98,19 +98,18 @@ def explain_attention(
     """
     kwargs.pop("return_lse", None)
     implementation = kwargs.pop("implementation", None)
+    arguments = (query, key, value, depth_key, depth_value), kwargs
+    leaves, structure = jax.tree.flatten(arguments)
+    shapes = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)}
     choice: list[backends.AttentionChoice] = []
 
-    def trace(arrays: tuple[Any, ...], array_kwargs: dict[str, Any]) -> None:
-        settings = static | array_kwargs
+    def trace(tracers: dict[int, jax.Array]) -> None:
+        given = [tracers.get(i, x) for i, x in enumerate(leaves)]
+        arrays, settings = jax.tree.unflatten(structure, given)
         operands, options = _check(*arrays, **settings, implementation=implementation)
         choice.append(backends.choose(operands, options, implementation))
 
-    traced = {"segment_ids", "query_offset", "kv_length"}
-    if isinstance(kwargs.get("depth_length"), jax.ShapeDtypeStruct):
-        traced.add("depth_length")
-    static = {name: x for name, x in kwargs.items() if name not in traced}
-    array_kwargs = {name: x for name, x in kwargs.items() if name in traced}
-    jax.eval_shape(trace, (query, key, value, depth_key, depth_value), array_kwargs)
+    jax.eval_shape(trace, shapes)
     return choice[0]
 
 

@@ -57,8 +57,8 @@ class Backend:
         assert grads.depth_key is not None
         assert grads.depth_value is not None
         return grads._replace(
-            depth_key=depth_grads[0] + grads.depth_key,
-            depth_value=depth_grads[1] + grads.depth_value,
+            depth_key=(depth_grads[0] + grads.depth_key).astype(depth_grads[0].dtype),
+            depth_value=(depth_grads[1] + grads.depth_value).astype(depth_grads[1].dtype),
         )
 
 
@@ -128,7 +128,7 @@ def choose(operands: Operands, options: Options, implementation: str | None) -> 
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, SlowAttentionWarning, stacklevel=4)
+    warnings.warn(message, SlowAttentionWarning, stacklevel=5)
 
 
 def resolve(operands: Operands, options: Options, implementation: str | None) -> Backend:

@@ -18,7 +18,7 @@ from moda_jax.checkpoint import Checkpoints
 from moda_jax.config import Config
 from moda_jax.console import RunConsole
 from moda_jax.data import Data, load_data
-from moda_jax.generate import generate
+from moda_jax.generation import generate
 from moda_jax.metrics import FINAL, METRICS_FILE, MetricsWriter, read_metrics
 from moda_jax.processes import StopSignals, initialize_processes
 from moda_jax.report import plot_attention_mass, plot_loss

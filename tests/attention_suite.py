@@ -202,14 +202,11 @@ class AttentionSuite:
     @pytest.mark.parametrize("chunk", [None, 4])
     def test_backward_adds_into_running_gradients(self, chunk, grads_dtype):
         """Visible slots get their gradient added; the others keep their bits, -0.0 included."""
-        backward = backends.BACKENDS[self.implementation].backward
-        assert backward is not None
-        case = Case("running", q_len=9, slots=11, options={"depth_chunk": chunk})
+        backend = backends.BACKENDS[self.implementation]
+        case = Case("running", q_len=9, slots=11)
         problem, dtype = make_problem(case), self.dtypes[0]
-        arrays, options = (
-            _cast(problem.arrays, dtype),
-            Options(0.25, depth_chunk=chunk, depth_window=3, depth_reserved=1),
-        )
+        arrays = _cast(problem.arrays, dtype)
+        options = Options(0.25, depth_chunk=chunk, depth_window=3, depth_reserved=1)
         rng = np.random.default_rng(0)
         shape = problem.arrays["depth_key"].shape
         start = [jnp.asarray(rng.normal(size=shape), grads_dtype).at[:, 0].set(-0.0) for _ in "kv"]
@@ -217,14 +214,13 @@ class AttentionSuite:
         @compile_quickly
         def run(arrays, length, start):
             operands = Operands(**arrays, depth_length=length)
-            forward = backends.BACKENDS[self.implementation].forward
-            out, lse = forward(operands, options)
-            cotangents = problem.cotangents[0].astype(out.dtype), problem.cotangents[1]
-            args = operands, options, out, lse, *cotangents
-            return backward(*args), backward(*args, depth_grads=start)
+            out, lse = backend.forward(operands, options)
+            d_out, d_lse = problem.cotangents
+            args = operands, options, out, lse, d_out.astype(out.dtype), d_lse
+            return backend.gradients(*args, None), backend.gradients(*args, tuple(start))
 
         visible = np.isin(np.arange(11), [0, 5, 6, 7])
-        alone, added = run(arrays, jnp.int32(8), tuple(start))
+        alone, added = run(arrays, jnp.int32(8), start)
         np.testing.assert_array_equal(alone.query, added.query)
         for before, gradient, after in zip(start, alone[3:], added[3:], strict=True):
             assert after.dtype == grads_dtype

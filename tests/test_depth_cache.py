@@ -149,10 +149,11 @@ def test_cache_without_slots_gives_plain_attention():
     query = jax.random.normal(jax.random.key(0), (2, 3, 2, 4))
     key = value = query[:, :, :1]
     cache = DepthCache.empty(0, *SHAPE, jnp.float32)
-    np.testing.assert_array_equal(
-        moda_attention(query, key, value, **cache.attention_kwargs()),
-        moda_attention(query, key, value),
-    )
+    depth = cache.attention_kwargs()
+    with_cache, without = jax.jit(
+        lambda q, k, v: (moda_attention(q, k, v, **depth), moda_attention(q, k, v))
+    )(query, key, value)
+    np.testing.assert_array_equal(with_cache, without)
 
 
 @pytest.mark.parametrize(

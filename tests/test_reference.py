@@ -4,9 +4,13 @@ The loop is written from the operator's definition alone and shares no code with
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import Case, compile_quickly, differentiate, make_problem
+
+from moda_jax import backends
+from pallas_kernels.operands import Operands, Options
 
 NAMES = ("query", "key", "value", "depth_key", "depth_value")
 
@@ -111,9 +115,9 @@ def complex_step(case, problem, name, direction, length):
 def test_values_and_gradients_are_those_of_the_loop(case):
     problem, rng = make_problem(case), np.random.default_rng(1)
     arrays = {name: x.astype(np.float64) for name, x in problem.arrays.items()}
+    run = compile_quickly(differentiate(case, "reference"))
     for length in case.depth_lengths or (None,):
         with jax.enable_x64(True):
-            run = compile_quickly(differentiate(case, "reference"))
             out, lse, grads = run(arrays, problem.cotangents, problem.integers, length)
         static = case.options.get("depth_length", case.slots)
         seen = static if length is None else length
@@ -140,3 +144,24 @@ def test_the_loop_by_hand():
     out, lse = literal_attention(case, make_problem(case), arrays, 1)
     np.testing.assert_allclose(out.ravel(), [7.0, 1 + 20 + 300])
     np.testing.assert_allclose(lse.ravel(), np.log([2.0, 6.0]))
+
+
+def test_gradients_are_added_in_the_running_dtype():
+    """The reference has no backward of its own, but offers the stack the same interface."""
+    problem = make_problem(Case("running", q_len=3, slots=4))
+    operands = Operands(**problem.arrays, depth_length=jnp.int32(2))
+    start = tuple(jnp.full(problem.arrays["depth_key"].shape, x, jnp.bfloat16) for x in (1.0, 2.0))
+
+    @compile_quickly
+    def run(operands):
+        backend = backends.BACKENDS["reference"]
+        out, lse = backend.forward(operands, Options(0.25))
+        args = operands, Options(0.25), out, lse, problem.cotangents[0], problem.cotangents[1]
+        return backend.gradients(*args, None), backend.gradients(*args, start)
+
+    alone, added = run(operands)
+    for before, gradient, after in zip(start, alone[3:], added[3:], strict=True):
+        assert after.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(after, (before + gradient).astype(jnp.bfloat16))
+        np.testing.assert_array_equal(after[2:], before[2:])
+        assert np.abs(gradient[:2]).max() > 0.1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moda_jax import generate as generation
+from moda_jax import generation
 from moda_jax.config import ModelConfig
 from tests.models import random_model
 
