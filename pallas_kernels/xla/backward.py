@@ -147,55 +147,54 @@ def _weights(scores, d_weights, rows: _Rows, mask) -> tuple[jax.Array, jax.Array
 
 
 def _slots(rows: _Rows, operands: Operands, options: Options, grads):
-    """Depth slots of the query's own token; all terms are local to the token."""
-    valid = query_tokens(operands).valid
+    """Depth slots of the query's own token; all terms are local to the token.
 
-    def body(start, seen, grads):
+    Tokens first and slot after slot, as `forward._attend_slots`.
+    """
+    rows = _Rows(*(jnp.moveaxis(x, 1, 2) for x in rows))
+    valid = query_tokens(operands).valid
+    mask = None if valid is None else valid[:, :, None, None, None]
+
+    def body(slot, grads):
         d_query, d_key, d_value = grads
-        key = tiles.take_slots(operands.depth_key, start, seen)
-        value = tiles.take_slots(operands.depth_value, start, seen)
-        scores = options.scale * tiles.dot("bktgh,sbtkh->bktgs", rows.query, key)
-        mask = seen if valid is None else seen & valid[:, None, :, None, None]
-        p, ds = _weights(scores, tiles.dot("bktgh,sbtkh->bktgs", rows.do, value), rows, mask)
-        p, ds = p.astype(rows.do.dtype), (options.scale * ds).astype(rows.query.dtype)
+        key, value = operands.depth_key[slot], operands.depth_value[slot]
+        scores = options.scale * tiles.dot("btkgh,btkh->btkg", rows.query, key)
+        d_weights = tiles.dot("btkgh,btkh->btkg", rows.do, value)
+        p, ds = _weights(scores[..., None], d_weights[..., None], rows, mask)
+        ds = options.scale * ds
         return (
-            d_query + tiles.dot("bktgs,sbtkh->bktgh", ds, key),
-            _add_slots(d_key, start, seen, tiles.dot("bktgs,bktgh->sbtkh", ds, rows.query)),
-            _add_slots(d_value, start, seen, tiles.dot("bktgs,bktgh->sbtkh", p, rows.do)),
+            d_query + ds * key[:, :, :, None].astype(ds.dtype),
+            _add_slot(d_key, slot, jnp.sum(ds * rows.query, axis=3)),
+            _add_slot(d_value, slot, jnp.sum(p * rows.do, axis=3)),
         )
 
-    num_slots = operands.depth_key.shape[0]
-    ranges = visible_slots(operands, options)
-    return tiles.for_each_slot_block(ranges, num_slots, tiles.SLOT_BLOCK, body, grads)
+    grads = jnp.moveaxis(grads[0], 1, 2), *grads[1:]
+    grads = tiles.for_each_slot(visible_slots(operands, options), body, grads)
+    return jnp.moveaxis(grads[0], 2, 1), *grads[1:]
 
 
 def _chunks(rows: _Rows, operands: Operands, options: Options, grads):
     """Chunk-visible: the gradient of `forward._attend_chunks`, slot after slot."""
     chunk = options.depth_chunk
 
-    def body(start, seen, grads):
+    def body(slot, grads):
         d_query, d_depth_key, d_depth_value = grads
         d_query, d_key, d_value = tokens_backward(
-            rows, d_query, operands.depth_key[start], operands.depth_value[start],
+            rows, d_query, operands.depth_key[slot], operands.depth_value[slot],
             query_tokens(operands), depth_tokens(operands, chunk), scale=options.scale,
             causal=True, chunk=chunk, offset_known=operands.query_offset is None,
         )  # fmt: skip
         return (
             d_query,
-            _add_slots(d_depth_key, start, seen, d_key[None]),
-            _add_slots(d_depth_value, start, seen, d_value[None]),
+            _add_slot(d_depth_key, slot, d_key),
+            _add_slot(d_depth_value, slot, d_value),
         )
 
-    num_slots = operands.depth_key.shape[0]
-    ranges = visible_slots(operands, options)
-    return tiles.for_each_slot_block(ranges, num_slots, 1, body, grads)
+    return tiles.for_each_slot(visible_slots(operands, options), body, grads)
 
 
-def _add_slots(
-    grads_SxBxTxKxH: jax.Array, start: jax.Array, seen: jax.Array, block: jax.Array
-) -> jax.Array:
-    """Read, add in the wider dtype, write back: one pass over the slots' memory."""
-    old = lax.dynamic_slice_in_dim(grads_SxBxTxKxH, start, block.shape[0], 0)
+def _add_slot(grads_SxBxTxKxH: jax.Array, slot: jax.Array, block: jax.Array) -> jax.Array:
+    """Read, add in the wider dtype, write back: one pass over the slot's memory."""
+    old = lax.dynamic_index_in_dim(grads_SxBxTxKxH, slot, 0, keepdims=False)
     new = (old.astype(block.dtype) + block).astype(grads_SxBxTxKxH.dtype)
-    new = jnp.where(seen[:, None, None, None, None], new, old)  # -0.0 + 0.0 is 0.0
-    return lax.dynamic_update_slice_in_dim(grads_SxBxTxKxH, new, start, 0)
+    return lax.dynamic_update_index_in_dim(grads_SxBxTxKxH, new, slot, 0)

@@ -129,36 +129,38 @@ def attend_tokens(
 
 
 def _attend_slots(state: Softmax, query: jax.Array, operands: Operands, options: Options):
-    """Depth slots of the query's own token: read once per key/value head, in blocks of slots."""
+    """Depth slots of the query's own token, slot after slot: read once per key/value head.
+
+    Tokens first, as the slots are: one slot meets the queries in its own layout, while products of
+    a token's G queries with a block of its slots are too small for the matrix units and cost a
+    transposition of the block.
+    """
+    query = jnp.moveaxis(query, 1, 2)
     valid = query_tokens(operands).valid
 
-    def body(start, seen, state: Softmax) -> Softmax:
-        key = tiles.take_slots(operands.depth_key, start, seen)
-        value = tiles.take_slots(operands.depth_value, start, seen)
-        scores = options.scale * tiles.dot("bktgh,sbtkh->bktgs", query, key)
-        mask = seen if valid is None else seen & valid[:, None, :, None, None]
-        scores = jnp.where(mask, scores, -jnp.inf)
-        return _update(
-            state, scores, lambda p: tiles.dot("bktgs,sbtkh->bktgh", p.astype(value.dtype), value)
-        )
+    def body(slot, state: Softmax) -> Softmax:
+        key, value = operands.depth_key[slot], operands.depth_value[slot]  # [B, T, K, H]
+        scores = options.scale * tiles.dot("btkgh,btkh->btkg", query, key)
+        if valid is not None:
+            scores = jnp.where(valid[:, :, None, None], scores, -jnp.inf)
+        value = value[:, :, :, None].astype(scores.dtype)
+        return _update(state, scores[..., None], lambda p: p * value)
 
-    num_slots = operands.depth_key.shape[0]
-    ranges = visible_slots(operands, options)
-    return tiles.for_each_slot_block(ranges, num_slots, tiles.SLOT_BLOCK, body, state)
+    state = Softmax(*(jnp.moveaxis(x, 1, 2) for x in state))
+    state = tiles.for_each_slot(visible_slots(operands, options), body, state)
+    return Softmax(*(jnp.moveaxis(x, 2, 1) for x in state))
 
 
 def _attend_chunks(state: Softmax, query: jax.Array, operands: Operands, options: Options):
     """Chunk-visible: each slot is a key set of tokens, masked to the query's chunk."""
     chunk = options.depth_chunk
 
-    def body(start, seen, state: Softmax) -> Softmax:
-        key, value = operands.depth_key[start], operands.depth_value[start]
+    def body(slot, state: Softmax) -> Softmax:
+        key, value = operands.depth_key[slot], operands.depth_value[slot]
         return attend_tokens(
             state, query, key, value, query_tokens(operands), depth_tokens(operands, chunk),
             scale=options.scale, causal=True, chunk=chunk,
             offset_known=operands.query_offset is None, kv_length=None,
         )  # fmt: skip
 
-    num_slots = operands.depth_key.shape[0]
-    ranges = visible_slots(operands, options)
-    return tiles.for_each_slot_block(ranges, num_slots, 1, body, state)
+    return tiles.for_each_slot(visible_slots(operands, options), body, state)
