@@ -2,7 +2,8 @@
 
 An OLMo 2 block (reordered norms, QK-norm over the full vector, no biases) with the paper's
 recipe: learning rate 3e-4 to 3e-5, 2000 warm-up steps, 1024 rows of 4096 tokens a step, 400B
-tokens. Unlike OLMo 2, rows are packed documents that do not see each other.
+tokens. Unlike OLMo 2, rows are packed documents that do not see each other. The mesh, the
+accumulation steps and the remat policy are our choice, untried on hardware.
 
 Command:  python train.py configs/moda_700m_row4.py    (8 devices: mesh.fsdp)
           with text in data/text/*.txt and the dolma2 tokenizer (V = 100278) in

@@ -199,16 +199,22 @@ def sample(
     top_p: jax.Array | float,
 ) -> jax.Array:
     """Token ids [B] int32, drawn after `top_k`, then temperature, then `top_p` (1: all)."""
+    return lax.cond(
+        jnp.asarray(temperature) > 0,
+        lambda: _draw(logits_BxV, key, temperature, top_k, top_p),
+        lambda: logits_BxV.argmax(axis=-1).astype(jnp.int32),
+    )
+
+
+def _draw(logits_BxV, key, temperature, top_k, top_p) -> jax.Array:
     if top_k is not None:
         smallest = lax.top_k(logits_BxV, top_k)[0][:, -1:]
         logits_BxV = jnp.where(logits_BxV < smallest, -jnp.inf, logits_BxV)
-    scaled = logits_BxV / jnp.maximum(temperature, 1e-6)
+    scaled = logits_BxV / temperature
     descending = -jnp.sort(-scaled, axis=-1)
     probability = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
     # The likeliest token is always kept, and a token while those before it are below top_p.
     kept = jnp.where((before < top_p).at[:, 0].set(True), descending, jnp.inf)
-    drawn = jax.random.categorical(
-        key, jnp.where(scaled < kept.min(axis=-1, keepdims=True), -jnp.inf, scaled)
-    )
-    return jnp.where(temperature > 0, drawn, logits_BxV.argmax(axis=-1)).astype(jnp.int32)
+    allowed = jnp.where(scaled < kept.min(axis=-1, keepdims=True), -jnp.inf, scaled)
+    return jax.random.categorical(key, allowed).astype(jnp.int32)

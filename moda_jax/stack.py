@@ -121,16 +121,17 @@ def _forward(spec: StackSpec, params: StackParams, x, tokens: Tokens, *, save: b
             inputs, before = _before(spec, rope, layer, weights, x), None
         backend, operands, options = _attention_call(spec, layer, inputs, cache, tokens)
         out, lse = backend.forward(operands, options)
+        read = inputs._replace(depth=None)  # what an own projection wrote is in the cache already
         if before is not None:
             (y, ffn), after = jax.vjp(
                 lambda w, x, o: _after(spec, rope, layer, w, x, o), weights, x, out
             )
             saved: tuple[Any, ...] = (
-                inputs, out, lse, _strip(before, weights), _strip(after, weights)
+                read, out, lse, _strip(before, weights), _strip(after, weights)
             )  # fmt: skip
         else:
             y, ffn = _after(spec, rope, layer, weights, x, out)
-            saved = (x, inputs, out, lse) if spec.config.remat == "save_attention" else (x,)
+            saved = (x, read, out, lse) if spec.config.remat == "save_attention" else (x,)
         return (y, _write(spec, layer, cache, inputs, ffn)), saved if save else None
 
     cache = _empty_cache(spec.config, x.shape, ring=False)
@@ -154,8 +155,8 @@ def _run_stack_backward(spec: StackSpec, residuals, dy):
         d = backend.gradients(operands, options, out, lse, d_out, None, grads)
         if grads is not None:
             grads = (d.depth_key, d.depth_value)
-        d_inputs = AttentionInputs(d.query, d.key, d.value, None)
-        if inputs.depth is not None:
+        d_inputs = AttentionInputs(d.query, d.key, d.value)
+        if weights.attention_kv is not None:
             d_inputs = d_inputs._replace(depth=d_depth)
         elif d_depth is not None:
             d_inputs = d_inputs._replace(key=d.key + d_depth[0], value=d.value + d_depth[1])

@@ -7,6 +7,26 @@ from flax import nnx
 from moda_jax.config import ModelConfig
 from moda_jax.model import Transformer
 
+SMALL = ModelConfig(
+    vocab_size=37, num_layers=4, embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=40,
+    compute_dtype="float32",
+)  # fmt: skip
+
+VARIANTS = {
+    "residual": {"depth_stream": "residual"},
+    "row3": {"depth_ffn_kv": "none"},
+    "row4": {},
+    "row5": {"depth_attention_kv": "project"},
+    "row5-without-ffn": {"depth_attention_kv": "project", "depth_ffn_kv": "none"},
+    "every2": {"depth_write_every": 2},
+    "every3-row5": {"depth_write_every": 3, "depth_attention_kv": "project"},
+    "bounded": {"depth_window": 3, "depth_reserved": 1},
+    "pre-head-bias": {"norm_placement": "pre", "qk_norm": "head", "use_bias": True},
+    "post-none": {"norm_placement": "post", "qk_norm": "none"},
+    "tied": {"tie_embeddings": True},
+}
+"""Changes to `SMALL`: every depth stream, norm placement and QK-norm."""
+
 
 def random_model(config: ModelConfig, std: float = 0.2) -> Transformer:
     """`Transformer(config)` with normal weights drawn by numpy; norm scales around 1."""

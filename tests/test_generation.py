@@ -9,28 +9,11 @@ import pytest
 from flax import nnx
 
 from moda_jax import generation
-from moda_jax.config import ModelConfig
-from tests.models import random_model
-
-CONFIG = ModelConfig(
-    vocab_size=61, num_layers=4, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48,
-    compute_dtype="float32",
-)  # fmt: skip
-
-VARIANTS = {
-    "residual": {"depth_stream": "residual"},
-    "row3": {"depth_ffn_kv": "none"},
-    "row4": {},
-    "row5": {"depth_attention_kv": "project"},
-    "every2": {"depth_write_every": 2},
-    "bounded": {"depth_window": 2, "depth_reserved": 1},
-    "pre-head": {"norm_placement": "pre", "qk_norm": "head", "use_bias": True},
-    "post-tied": {"norm_placement": "post", "qk_norm": "none", "tie_embeddings": True},
-}
+from tests.models import SMALL, VARIANTS, random_model
 
 
 def build(**changes):
-    return random_model(dataclasses.replace(CONFIG, **changes))
+    return random_model(dataclasses.replace(SMALL, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +24,7 @@ def model():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_decode_equals_the_full_forward_at_every_position(variant):
     model = build(**VARIANTS[variant])
-    tokens = np.random.default_rng(0).integers(0, 61, (3, 12)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, 37, (3, 12)).astype(np.int32)
     lengths = jnp.array([1, 5, 3], jnp.int32)  # prompts of unequal length
     full = nnx.jit(lambda m, x: m(x))(model, tokens)
     step = nnx.jit(generation.decode_step)
@@ -53,9 +36,9 @@ def test_decode_equals_the_full_forward_at_every_position(variant):
 
 
 def test_cache_is_a_plain_transformers(model):
-    plain = dataclasses.replace(CONFIG, depth_stream="residual")
-    expected = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 4
-    assert generation.cache_bytes_per_token(CONFIG) == expected
+    plain = dataclasses.replace(SMALL, depth_stream="residual")
+    expected = 2 * SMALL.num_layers * SMALL.num_kv_heads * SMALL.head_dim * 4
+    assert generation.cache_bytes_per_token(SMALL) == expected
     assert generation.cache_bytes_per_token(plain) == expected
 
 
@@ -121,10 +104,10 @@ def test_sampling_follows_the_distribution():
     ("kwargs", "message"),
     [
         ({"prompts": [[]]}, r"prompts\[0\]: expected at least one token"),
-        ({"prompts": [[1], [61]]}, r"prompts\[1\]: expected ids in 0 … 60, got \[61\]"),
+        ({"prompts": [[1], [37]]}, r"prompts\[1\]: expected ids in 0 … 36, got \[37\]"),
         ({"max_new_tokens": -1}, "max_new_tokens: expected a number >= 0, got -1"),
         ({"temperature": -0.5}, "temperature: expected"),
-        ({"top_k": 0}, "top_k: expected None or 1 … 61, got 0"),
+        ({"top_k": 0}, "top_k: expected None or 1 … 37, got 0"),
         ({"top_p": 1.5}, "top_p: expected"),
     ],
 )

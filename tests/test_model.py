@@ -14,12 +14,9 @@ from moda_jax.flops import count_flops, count_parameters, visible_slots
 from moda_jax.layers import RMSNorm, rope_table, rotate
 from moda_jax.losses import next_token_loss
 from moda_jax.model import Transformer
-from tests.models import random_model
+from tests import models
 
-SMALL = ModelConfig(
-    vocab_size=37, num_layers=3, embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=40,
-    compute_dtype="float32",
-)  # fmt: skip
+SMALL = dataclasses.replace(models.SMALL, num_layers=3)
 
 TABLE_3 = ModelConfig(
     vocab_size=100278, num_layers=36, embed_dim=1024, num_heads=16, num_kv_heads=8, head_dim=64,
@@ -32,7 +29,7 @@ TABLE_6 = ModelConfig(
 )  # fmt: skip
 
 
-build = random_model
+build = models.random_model
 
 
 def batch(config, rows=2, length=7):

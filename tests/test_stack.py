@@ -11,42 +11,27 @@ import pytest
 from flax import nnx
 
 from moda_jax.block import Block, KVProjection
-from moda_jax.config import ModelConfig
 from moda_jax.layers import rope_table
 from moda_jax.model import Transformer
 from moda_jax.stack import Tokens, run_stack
-from tests.models import random_model
+from tests.models import SMALL, VARIANTS, random_model
 
-CONFIG = ModelConfig(
-    vocab_size=31, num_layers=4, embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=40,
-    compute_dtype="float32",
-)  # fmt: skip
-
-VARIANTS = {
-    "residual": {"depth_stream": "residual"},
-    "row3": {"depth_ffn_kv": "none"},
-    "row4": {},
-    "row5": {"depth_attention_kv": "project"},
-    "row5-without-ffn": {"depth_attention_kv": "project", "depth_ffn_kv": "none"},
-    "every2": {"depth_write_every": 2},
-    "every3-row5": {"depth_write_every": 3, "depth_attention_kv": "project"},
-    "bounded": {"depth_window": 3, "depth_reserved": 1},
-    "pre-head-bias": {"norm_placement": "pre", "qk_norm": "head", "use_bias": True},
-    "post-none": {"norm_placement": "post", "qk_norm": "none"},
+# The stack has no embedding to tie.
+STACKS = {name: changes for name, changes in VARIANTS.items() if name != "tied"} | {
     "one-layer": {"num_layers": 1},
     "reference": {"attention": "reference"},
 }
 
 
 def build(**changes):
-    return random_model(dataclasses.replace(CONFIG, **changes))
+    return random_model(dataclasses.replace(SMALL, **changes))
 
 
 def batch(length=9, rows=2):
     rng = np.random.default_rng(1)
     segments = np.sort(rng.integers(1, 3, (rows, length)), axis=1).astype(np.int32)
     segments[0, -2:] = 0
-    x = rng.normal(size=(rows, length, CONFIG.embed_dim)).astype(np.float32)
+    x = rng.normal(size=(rows, length, SMALL.embed_dim)).astype(np.float32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), segments.shape)
     return jnp.asarray(x), Tokens(jnp.asarray(positions), jnp.asarray(segments))
 
@@ -125,7 +110,7 @@ scanned = functools.partial(jax.jit, static_argnums=0)(
 
 @functools.cache
 def unrolled_result(variant):
-    spec, params = build(**VARIANTS[variant]).stack()
+    spec, params = build(**STACKS[variant]).stack()
     x, tokens = batch()
     dy = jnp.asarray(np.random.default_rng(2).normal(size=x.shape), jnp.float32)
     # Not jitted: the operations of all variants are the same, a loop over layers is not.
@@ -138,14 +123,14 @@ def slow_unless(fast, *values):
 
 POLICIES = [
     slow_unless(remat == "full" or variant in ("row4", "row5"), variant, remat)
-    for variant in VARIANTS
+    for variant in STACKS
     for remat in ("full", "save_attention", "none")
 ]
 
 
 @pytest.mark.parametrize(("variant", "remat"), POLICIES)
 def test_gradients_equal_the_unrolled_stacks(variant, remat):
-    spec, params = build(remat=remat, **VARIANTS[variant]).stack()
+    spec, params = build(remat=remat, **STACKS[variant]).stack()
     x, tokens = batch()
     dy = jnp.asarray(np.random.default_rng(2).normal(size=x.shape), jnp.float32)
     assert_trees_close(scanned(spec, params, x, tokens, dy), unrolled_result(variant))
@@ -167,7 +152,7 @@ def test_bfloat16_gradients_stay_near_float32():
 
 def gradient_temp_bytes(**changes):
     """Temporary bytes of the compiled gradient, by the compiler's own account."""
-    config = dataclasses.replace(CONFIG, embed_dim=32, head_dim=8, mlp_dim=64, **changes)
+    config = dataclasses.replace(SMALL, embed_dim=32, head_dim=8, mlp_dim=64, **changes)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     spec, params = model.stack()
     tokens = Tokens(*(jax.ShapeDtypeStruct((4, 256), jnp.int32),) * 2)
@@ -197,11 +182,11 @@ def test_extra_memory_over_the_plain_transformer(variant):
 
     In float32: XLA's CPU backend widens bfloat16 buffers to float32 copies, which no GPU does.
     """
-    changes = {"num_layers": 64} | VARIANTS[variant]
+    changes = {"num_layers": 64} | STACKS[variant]
     moda = gradient_temp_bytes(**changes)
     plain = gradient_temp_bytes(**changes | {"depth_stream": "residual"})
-    slots = dataclasses.replace(CONFIG, **changes).depth_slots
-    cache = 2 * slots * 4 * 256 * CONFIG.num_kv_heads * 8 * 4
+    slots = dataclasses.replace(SMALL, **changes).depth_slots
+    cache = 2 * slots * 4 * 256 * SMALL.num_kv_heads * 8 * 4
     assert moda - plain < 3.5 * cache, (moda, plain, cache)
 
 
@@ -219,7 +204,7 @@ def test_compile_size_does_not_grow_with_depth():
 @pytest.mark.parametrize("variant", ["residual", "row4", "row5", "every2", "bounded"])
 def test_causality_through_gradients(variant):
     """The output at t depends on the inputs up to t of its own document, and on nothing else."""
-    spec, params = build(**VARIANTS[variant]).stack()
+    spec, params = build(**STACKS[variant]).stack()
     x, tokens = batch(length=8, rows=1)
     tokens = tokens._replace(segment_ids=jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 0]], jnp.int32))
 
@@ -246,8 +231,8 @@ def test_documents_of_a_row_are_as_if_alone():
 @pytest.mark.parametrize("variant", ["row4", "row5", "pre-head-bias"])
 def test_shifted_positions_change_nothing(variant):
     """Depth scores do not depend on where the token stands: FFN and own keys are rotated too."""
-    model = build(**VARIANTS[variant])
-    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 31, (2, 7)), jnp.int32)
+    model = build(**STACKS[variant])
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 37, (2, 7)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(7, dtype=jnp.int32), (2, 7))
     mass = model.attention_mass(tokens, positions=positions)
     shifted = model.attention_mass(tokens, positions=positions + 1000)
