@@ -1,10 +1,9 @@
 """A small MoDA model (Table 3's row 4) that learns Python source, byte by byte, on a laptop.
 
 Command:  make train    (or: python train.py)
-Cost:     about 1 s a step on two busy CPU cores (measured over 80 steps), plus compilation
-Expected: not measured to the end; after 80 steps (make train ARGS="--steps 60 --eval-every 30",
-          then "--steps 80 --eval-every 40") validation loss 2.96 nats a byte; a unigram model of
-          the same training text has 3.08
+Cost:     3 min 40 s on two CPU cores, compilation included (measured; 2,200 tokens/s)
+Expected: final validation loss 2.73 nats a byte (measured, one seed); a unigram model of the
+          training text (add-one counts over 600 batches) has 3.32 on the same 32 batches
 """
 
 from moda_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
