@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference, xla
+from pallas_kernels import platforms, reference, xla
 from pallas_kernels.operands import Gradients, Operands, Options
 
 Forward = Callable[[Operands, Options], tuple[jax.Array, jax.Array]]
@@ -31,6 +31,8 @@ class Backend:
     """Why this backend cannot do a call on a platform ("cpu", "gpu", "tpu"); None if it can."""
     fast_on: tuple[str, ...]
     """Platforms for which it was built; chosen elsewhere, the user is warned."""
+    only_by_name_on: tuple[str, ...] = ()
+    """Platforms where it runs (interpreted, for tests) but `implementation=None` never takes it."""
 
     def gradients(
         self,
@@ -110,13 +112,18 @@ def choose(operands: Operands, options: Options, implementation: str | None) -> 
         raise ValueError(
             f"implementation: expected None or one of {', '.join(BACKENDS)}, got {implementation!r}"
         )
-    platform = jax.default_backend()
-    platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+    platform = platforms.current()
     refusals = {
         name: reason
         for name, backend in BACKENDS.items()
         if (reason := backend.refusal(operands, options, platform)) is not None
     }
+    if implementation is None:
+        refusals |= {
+            name: f"interpreted on {platform}, so only when asked for by name"
+            for name, backend in BACKENDS.items()
+            if name not in refusals and platform in backend.only_by_name_on
+        }
     candidates = list(BACKENDS) if implementation is None else [implementation]
     chosen = next((name for name in candidates if name not in refusals), None)
     if chosen is None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moda_jax import backends, explain_attention, moda_attention
+from pallas_kernels import platforms
 
 B, T, N, K, H, S = 2, 5, 4, 2, 8, 3
 F32 = jnp.float32
@@ -231,3 +232,16 @@ def test_no_warning_on_the_platform_a_backend_is_built_for(fake):
     choice = explain_attention(**arrays())
     assert not choice.is_slow
     trace_call(**arrays())  # a warning would be an error
+
+
+def test_interpreted_backend_is_taken_only_by_name(fake):
+    fake(lambda *_: None, only_by_name_on=("cpu",))
+    assert explain_attention(**arrays()).refusals["fake"].startswith("interpreted on cpu")
+    assert explain_attention(**arrays(), implementation="fake").name == "fake"
+
+
+def test_compiling_for_another_platform():
+    with platforms.compiling_for("tpu"):
+        assert not platforms.interpreted()
+        assert explain_attention(**arrays(), implementation="xla").platform == "tpu"
+    assert platforms.current() == jax.default_backend()

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import platforms
 from pallas_kernels.operands import Tokens, accumulator_dtype
 
 
@@ -35,7 +36,7 @@ def choose_config(num_rows: int, q_len: int, k_len: int, chunk: int | None = Non
     With `chunk` only tiles on the diagonal are needed: a tile is then a few chunks, so that little
     of it is masked.
     """
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = platforms.current() == "cpu"
     smallest, bytes_of_scores = (64, 2 * 2**20) if on_cpu else (128, 64 * 2**20)
     block = 1024
     while block > smallest and num_rows * block * block * 4 > bytes_of_scores:
