@@ -1,0 +1,1 @@
+"""MoDA for NVIDIA Hopper GPUs in Pallas Mosaic GPU."""
