@@ -143,23 +143,45 @@ def unpad_heads(x: jax.Array, kv_heads: int, group: int) -> jax.Array:
     return take_heads(x, kv_heads=kv_heads, part=(0, group))
 
 
-def tile_rows(x: jax.Array, kv_heads: int, group: int, tokens: int, fill: float) -> jax.Array:
-    """[B, T, K·G] -> [B, K, tiles·group·tokens]: a tile's rows (head, token) side by side."""
+def tile_rows(
+    x: jax.Array, kv_heads: int, group: int, tokens: int, fill: float, *, tokens_first: bool = False
+) -> jax.Array:
+    """[B, T, K·G] -> [B, K, tiles·group·tokens]: a tile's rows side by side.
+
+    Rows are (head, token), or with `tokens_first` (token, head).
+    """
     x = pad_heads(x, kv_heads=kv_heads, group=group, fill=fill)
     batch, length, _ = x.shape
     x = jnp.pad(x, ((0, 0), (0, -length % tokens), (0, 0)), constant_values=fill)
     x = x.reshape(batch, -1, tokens, kv_heads, group)
-    return x.transpose(0, 3, 1, 4, 2).reshape(batch, kv_heads, -1)
+    order = (0, 3, 1, 2, 4) if tokens_first else (0, 3, 1, 4, 2)
+    return x.transpose(order).reshape(batch, kv_heads, -1)
 
 
-def add_to_gmem(source: Any, target: Any) -> None:
-    """target += source, asynchronous: the memory system adds, nothing is read back."""
+def untile_rows(
+    x: jax.Array, length: int, group: int, tokens: int, *, tokens_first: bool = False
+) -> jax.Array:
+    """[B, K, tiles·group·tokens] -> [B, T, K·group]: the inverse of `tile_rows`."""
+    batch, kv_heads, _ = x.shape
+    if tokens_first:
+        x = x.reshape(batch, kv_heads, -1, tokens, group).transpose(0, 2, 3, 1, 4)
+    else:
+        x = x.reshape(batch, kv_heads, -1, group, tokens).transpose(0, 2, 4, 1, 3)
+    return x.reshape(batch, -1, kv_heads * group)[:, :length]
+
+
+def store(source: Any, target: Any, *, add: bool) -> None:
+    """target = source, or target += source, asynchronous and not yet in a group.
+
+    It is the memory system that adds: nothing is read back.
+    """
     plgpu = mosaic()
-    if not platforms.interpreted():
-        plgpu.copy_smem_to_gmem(source, target, reduction_op="add", commit_group=False)
+    if not (add and platforms.interpreted()):
+        reduction = "add" if add else None
+        plgpu.copy_smem_to_gmem(source, target, reduction_op=reduction, commit_group=False)
         return
 
-    def add(old, loaded):  # the interpreter knows no reduction
+    def read_and_add(old, loaded):  # the interpreter knows no reduction
         plgpu.copy_gmem_to_smem(target, old, loaded.at[0])
         plgpu.barrier_wait(loaded.at[0])
         old[...] = old[...] + source[...]
@@ -167,7 +189,7 @@ def add_to_gmem(source: Any, target: Any) -> None:
         plgpu.copy_smem_to_gmem(old, target)
         plgpu.wait_smem_to_gmem(0)
 
-    pallas().run_scoped(add, smem(source.shape, source.dtype), barrier(1, 1))
+    pallas().run_scoped(read_and_add, smem(source.shape, source.dtype), barrier(1, 1))
 
 
 def zeros(shape: tuple[int, int]) -> jax.Array:

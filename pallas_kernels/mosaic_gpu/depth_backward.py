@@ -27,22 +27,24 @@ from pallas_kernels.mosaic_gpu.depth_tiles import (
     Tile,
     choose_tile,
     clear_slots,
+    flat_slots,
     load_slots,
+    max_group,
+    store_slots,
+    store_zeros,
+    unflat_slots,
 )
 
 _LOG2_E = math.log2(math.e)
-
-
-def max_group(head_dim: int) -> int:
-    """Largest G of one call: the tile's dq is kept in registers."""
-    return 32 if head_dim <= 64 else 16
 
 
 def smem_bytes(tile: Tile, config: DepthConfig, grad_dtype: Any) -> int:
     """Shared memory that a block of the kernel asks for."""
     rows = 2 * tile.rows * (tile.head_dim + tile.columns) * 2 + 2 * tile.rows * 4
     slots = 2 * config.stages * tile.columns * tile.head_dim * 2
-    grads = 2 * tile.columns * tile.head_dim * jnp.dtype(grad_dtype).itemsize
+    grads = 0
+    if grad_dtype is not None:
+        grads = 2 * tile.columns * tile.head_dim * jnp.dtype(grad_dtype).itemsize
     return rows + slots + grads
 
 
@@ -56,6 +58,7 @@ def depth_backward(
     slots: jax.Array,
     *,
     scale: float,
+    is_prefix: bool = False,
     d_query: jax.Array | None = None,
     want_query: bool = True,
     depth_grads: tuple[jax.Array, jax.Array] | None = None,
@@ -70,82 +73,75 @@ def depth_backward(
         rowsum(do · o) - dlse.
       depth_key, depth_value: [S, B, T, K, H].
       slots: [4] int32, two half-open ranges of visible slots; no other slot is touched.
+      is_prefix: the first range starts at slot 0 and the second is empty, always.
       d_query: [B, T, N, H], added to dq; None: 0.
       want_query, want_depth: which of the results to compute; the other is None.
       depth_grads: running gradients [S, B, T, K, H], float32 or bfloat16, which are added to and
         returned; None: new ones in the keys' dtype, 0 for invisible slots.
     """
-    group = query.shape[2] // depth_key.shape[3]
+    kv_heads = depth_key.shape[3]
     config = config or DepthConfig()
-    limit = max_group(query.shape[3])
-    if want_depth and depth_grads is None:
-        zeros = jnp.zeros(depth_key.shape, depth_key.dtype)
-        depth_grads = (zeros, zeros)
-    heads = common.split_heads(group, limit)
+    limit = max_group(query.shape[3], query.shape[1], is_prefix)
     parts = []
-    for part in heads:  # a group larger than a tile's: each part adds into the same gradients
-        take = functools.partial(common.take_heads, kv_heads=depth_key.shape[3], part=part)
+    for part in common.split_heads(query.shape[2] // kv_heads, limit):
+        # A group larger than a tile's: each part adds into the gradients of the parts before it.
+        take = functools.partial(common.take_heads, kv_heads=kv_heads, part=part)
         dq, depth_grads = _call(
             take(query), take(d_out), take(lse), take(delta), depth_key, depth_value, slots,
-            None if d_query is None else take(d_query), depth_grads if want_depth else None,
-            scale=scale, want_query=want_query, config=config,
+            None if d_query is None else take(d_query), depth_grads, scale=scale,
+            is_prefix=is_prefix, want_query=want_query, want_depth=want_depth, config=config,
         )  # fmt: skip
         parts.append(dq)
-    dq = common.join_heads(parts, depth_key.shape[3]) if want_query else None
-    return dq, depth_grads
+    return common.join_heads(parts, kv_heads) if want_query else None, depth_grads
 
 
 def _call(
-    query, d_out, lse, delta, depth_key, depth_value, slots, d_query, grads, *, scale, want_query,
-    config,
+    query, d_out, lse, delta, depth_key, depth_value, slots, d_query, grads, *, scale, is_prefix,
+    want_query, want_depth, config,
 ):  # fmt: skip
     """One launch: at most `max_group` query heads a key/value head."""
     batch, length, num_heads, head_dim = query.shape
-    num_slots, kv_heads = depth_key.shape[0], depth_key.shape[3]
+    kv_heads = depth_key.shape[3]
     group = num_heads // kv_heads
     padded = common.next_power_of_two(group)
-    tile = choose_tile(padded, head_dim, config)
-    rows = [
-        common.tile_rows(x, kv_heads, padded, tile.tokens, fill)
-        for x, fill in ((lse * _LOG2_E, jnp.inf), (delta, 0.0))
-    ]
+    tile = choose_tile(padded, head_dim, length, is_prefix, config)
     # e^(s - inf) = 0: a query that sees nothing, or is padding, weighs nothing.
-    rows[0] = jnp.where(jnp.isneginf(rows[0]), jnp.inf, rows[0])
+    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * _LOG2_E)
+    rows = [
+        common.tile_rows(x, kv_heads, padded, tile.tokens, fill, tokens_first=tile.tokens_first)
+        for x, fill in ((lse, jnp.inf), (delta, 0.0))
+    ]
     pad = functools.partial(common.pad_heads, kv_heads=kv_heads, group=padded)
-    flat = [x.reshape(num_slots, batch, length, kv_heads * head_dim) for x in
-            (depth_key, depth_value)]  # fmt: skip
+    flat = [flat_slots(x, tile) for x in (depth_key, depth_value)]
     operands = [slots, pad(query), pad(d_out), *rows, *flat]
     if d_query is not None:
         operands.append(pad(d_query))
-    refs = []
-    if grads is not None:
-        refs = [jax.new_ref(g.reshape(flat[0].shape)) for g in grads]
-    common.check_smem(
-        smem_bytes(tile, config, grads[0].dtype if refs else query.dtype), "depth_backward"
-    )
-    out_type = []
-    if want_query:
-        out_type = [jax.ShapeDtypeStruct(operands[1].shape, query.dtype)]
-    kernel = functools.partial(
-        _kernel, tile=tile, config=config, scale=scale, has_d_query=d_query is not None,
-        want_query=want_query, has_grads=bool(refs),
-    )  # fmt: skip
+    running = [] if grads is None else [jax.new_ref(flat_slots(g, tile)) for g in grads]
+    out_type = [jax.ShapeDtypeStruct(operands[1].shape, query.dtype)] if want_query else []
+    if want_depth and not running:
+        out_type += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
+    grad_dtype = (running[0].dtype if running else flat[0].dtype) if want_depth else None
+    common.check_smem(smem_bytes(tile, config, grad_dtype), "depth_backward")
     outputs = common.launch(
-        kernel,
+        functools.partial(
+            _kernel, tile=tile, config=config, scale=scale, has_d_query=d_query is not None,
+            want_query=want_query, want_depth=want_depth, add=bool(running),
+        ),
         name="moda_depth_backward",
         grid={"head": kv_heads, "tile": -(-length // tile.tokens), "row": batch},
         out_type=out_type,
-        scratch=_scratch(tile, config, query.dtype, refs[0].dtype if refs else None),
-    )(*operands, *refs)
+        scratch=_scratch(tile, config, query.dtype, grad_dtype),
+    )(*operands, *running)  # fmt: skip
     dq = common.unpad_heads(outputs[0], kv_heads, group) if want_query else None
-    if not refs:
+    if not want_depth:
         return dq, None
-    return dq, tuple(jax.freeze(ref).reshape(depth_key.shape) for ref in refs)
+    new = [jax.freeze(ref) for ref in running] or outputs[-2:]
+    return dq, tuple(unflat_slots(x, tile) for x in new)
 
 
 def _scratch(tile: Tile, config: DepthConfig, dtype: Any, grad_dtype: Any) -> dict[str, Any]:
     smem, barrier = common.smem, common.barrier
-    copies = 2 * tile.slots
+    query_pieces, slot_pieces = Place.pieces(tile)
     scratch = {
         "q": smem((tile.rows, tile.head_dim), dtype),
         "do": smem((tile.rows, tile.head_dim), dtype),
@@ -155,9 +151,9 @@ def _scratch(tile: Tile, config: DepthConfig, dtype: Any, grad_dtype: Any) -> di
         "delta": smem((tile.rows,), jnp.float32),
         "kd": smem((config.stages, tile.columns, tile.head_dim), dtype),
         "vd": smem((config.stages, tile.columns, tile.head_dim), dtype),
-        "rows_loaded": barrier(2 * tile.group + 2, 1),
-        "slots_loaded": barrier(copies, config.stages),
-        "d_query_loaded": barrier(tile.group, 1),
+        "rows_loaded": barrier(2 * query_pieces + 2, 1),
+        "slots_loaded": barrier(2 * slot_pieces, config.stages),
+        "d_query_loaded": barrier(query_pieces, 1),
     }
     if grad_dtype is not None:
         scratch["dkd"] = smem((tile.columns, tile.head_dim), grad_dtype)
@@ -168,13 +164,15 @@ def _scratch(tile: Tile, config: DepthConfig, dtype: Any, grad_dtype: Any) -> di
 def _kernel(
     slots_ref, q_ref, do_ref, lse_ref, delta_ref, kd_ref, vd_ref, *refs,
     tile: Tile, config: DepthConfig, scale: float, has_d_query: bool, want_query: bool,
-    has_grads: bool, **scratch,
+    want_depth: bool, add: bool, **scratch,
 ):  # fmt: skip
     """One warpgroup: a token tile of one row and key/value head. `refs`: see `_split_refs`."""
     plgpu = common.mosaic()
-    d_query_ref, grad_refs, dq_ref = _split_refs(refs, has_d_query, has_grads, want_query)
+    d_query_ref, grad_refs, dq_ref = _split_refs(
+        refs, has_d_query=has_d_query, want_query=want_query, want_depth=want_depth, add=add
+    )
     here = Place(lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("tile"), tile)
-    blocks = Blocks.of(slots_ref, tile.slots)
+    blocks = Blocks.of(slots_ref, tile)
     _load_rows(here, q_ref, do_ref, lse_ref, delta_ref, scratch)
     load = functools.partial(load_slots, here, blocks, kd_ref, vd_ref, scratch)
     clear_slots(scratch, tile, config)
@@ -188,7 +186,7 @@ def _kernel(
         stage = lax.rem(block, jnp.int32(config.stages))
         plgpu.barrier_wait(scratch["slots_loaded"].at[stage])
         kd, vd = scratch["kd"].at[stage], scratch["vd"].at[stage]
-        seen = blocks.mask(block, tile)
+        seen = blocks.mask(block)
         for row in weights:
             row.weigh(scratch, kd, vd, seen, scale)
         plgpu.commit_smem()
@@ -197,8 +195,9 @@ def _kernel(
                 common.multiply_add(total, scratch["ds"].at[row.rows], kd)
                 for total, row in zip(dq, weights, strict=True)
             ]
-        if has_grads:
-            _store_slots(here, blocks, block, grad_refs, scratch)
+        if want_depth:
+            _multiply_slots(tile, scratch)
+            store_slots(here, blocks, block, grad_refs, scratch, ("dkd", "dvd"), add=add)
         else:
             plgpu.commit_smem()  # everyone has read the stage before it is loaded again
         following = block + config.stages
@@ -208,15 +207,21 @@ def _kernel(
     dq = lax.fori_loop(0, blocks.count, body, dq)
     if want_query:
         _store_query(here, dq, d_query_ref, dq_ref, scratch)
+    if want_depth and not add:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        scratch["dkd"][...] = jnp.zeros_like(scratch["dkd"])
+        plgpu.commit_smem()
+        store_zeros(here, blocks, kd_ref.shape[0] - tile.slot_shift, grad_refs, scratch["dkd"])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _split_refs(refs, has_d_query: bool, has_grads: bool, want_query: bool):
-    """(d_query or None, (dkd, dvd) or (), dq or None)."""
+def _split_refs(refs, *, has_d_query: bool, want_query: bool, want_depth: bool, add: bool):
+    """(d_query or None, (dkd, dvd) or (), dq or None); running gradients come before dq."""
     rest = list(refs)
     d_query_ref = rest.pop(0) if has_d_query else None
-    grad_refs = (rest.pop(0), rest.pop(0)) if has_grads else ()
-    return d_query_ref, grad_refs, rest.pop(0) if want_query else None
+    running = (rest.pop(0), rest.pop(0)) if add else ()
+    dq_ref = rest.pop(0) if want_query else None
+    return d_query_ref, running or tuple(rest), dq_ref
 
 
 class _RowTile(NamedTuple):
@@ -256,49 +261,34 @@ class _RowTile(NamedTuple):
 def _load_rows(here: Place, q_ref, do_ref, lse_ref, delta_ref, scratch) -> None:
     plgpu = common.mosaic()
     loaded, tile = scratch["rows_loaded"].at[0], here.tile
-    for g in range(tile.group):
-        rows = common.ds(g * tile.tokens, tile.tokens)
-        plgpu.copy_gmem_to_smem(here.query(q_ref, g), scratch["q"].at[rows], loaded)
-        plgpu.copy_gmem_to_smem(here.query(do_ref, g), scratch["do"].at[rows], loaded)
+    for rows, q, do in here.queries(q_ref, do_ref):
+        plgpu.copy_gmem_to_smem(q, scratch["q"].at[rows], loaded)
+        plgpu.copy_gmem_to_smem(do, scratch["do"].at[rows], loaded)
     rows = common.ds(here.index * tile.rows, tile.rows)
     for name, ref in (("lse", lse_ref), ("delta", delta_ref)):
         plgpu.copy_gmem_to_smem(ref.at[here.row, here.head, rows], scratch[name], loaded)
 
 
-def _store_slots(here: Place, blocks: Blocks, block, grad_refs, scratch) -> None:
-    """dvd = pᵀ do and dkd = dsᵀ q of a block, added to the gradients in memory."""
+def _multiply_slots(tile: Tile, scratch) -> None:
+    """dkd = dsᵀ q and dvd = pᵀ do of a block, to shared memory."""
     plgpu = common.mosaic()
-    tile = here.tile
     shape = (tile.columns, tile.head_dim)
-    base, stop = blocks.first_slot(block)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last block's tile is out
-    for name, weights, rows, ref in (
-        ("dkd", "ds", "q", grad_refs[0]), ("dvd", "p", "do", grad_refs[1])
-    ):  # fmt: skip
+    for name, weights, rows in (("dkd", "ds", "q"), ("dvd", "p", "do")):
         product = common.multiply(scratch[weights].transpose((1, 0)), scratch[rows], shape)
-        scratch[name][...] = product.astype(ref.dtype)
+        scratch[name][...] = product.astype(scratch[name].dtype)
     plgpu.commit_smem()
-    for i in range(tile.slots):
-        columns = common.ds(i * tile.tokens, tile.tokens)
-
-        def store(i=i, columns=columns):
-            for name, ref in zip(("dkd", "dvd"), grad_refs, strict=True):
-                common.add_to_gmem(scratch[name].at[columns], here.slot(ref, base + i))
-
-        common.when(base + i < stop, store)
-    plgpu.commit_smem_to_gmem_group()
 
 
 def _store_query(here: Place, dq, d_query_ref, dq_ref, scratch) -> None:
     """dq plus the sequence part's, through the queries' place in shared memory."""
     plgpu = common.mosaic()
-    tile, q = here.tile, scratch["q"]
-    row_groups = [common.ds(g * tile.tokens, tile.tokens) for g in range(tile.group)]
+    q = scratch["q"]
     plgpu.commit_smem()
     if d_query_ref is not None:
         loaded = scratch["d_query_loaded"].at[0]
-        for g, rows in enumerate(row_groups):
-            plgpu.copy_gmem_to_smem(here.query(d_query_ref, g), q.at[rows], loaded)
+        for rows, piece in here.queries(d_query_ref):
+            plgpu.copy_gmem_to_smem(piece, q.at[rows], loaded)
         plgpu.barrier_wait(loaded)
     for r, part in enumerate(dq):
         rows = common.ds(64 * r, 64)
@@ -307,5 +297,5 @@ def _store_query(here: Place, dq, d_query_ref, dq_ref, scratch) -> None:
             part = part + old.astype(jnp.float32)
         q[rows] = part.astype(q.dtype)
     plgpu.commit_smem()
-    for g, rows in enumerate(row_groups):
-        plgpu.copy_smem_to_gmem(q.at[rows], here.query(dq_ref, g))
+    for rows, piece in here.queries(dq_ref):
+        plgpu.copy_smem_to_gmem(q.at[rows], piece)
