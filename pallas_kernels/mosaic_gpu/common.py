@@ -198,7 +198,7 @@ def zeros(shape: tuple[int, int]) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
 
-def multiply(a: Any, b: Any, shape: tuple[int, int]) -> jax.Array:
+def multiply(a: Any, b: Any, shape: tuple[int, ...]) -> jax.Array:
     """a @ b by wgmma, float32; a in shared memory or registers, b in shared memory."""
     pl, plgpu = pallas(), mosaic()
 

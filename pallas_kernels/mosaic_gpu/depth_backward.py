@@ -264,7 +264,7 @@ def _load_rows(here: Place, q_ref, do_ref, lse_ref, delta_ref, scratch) -> None:
     for rows, q, do in here.queries(q_ref, do_ref):
         plgpu.copy_gmem_to_smem(q, scratch["q"].at[rows], loaded)
         plgpu.copy_gmem_to_smem(do, scratch["do"].at[rows], loaded)
-    rows = common.ds(here.index * tile.rows, tile.rows)
+    rows = common.ds(here.tile_index * tile.rows, tile.rows)
     for name, ref in (("lse", lse_ref), ("delta", delta_ref)):
         plgpu.copy_gmem_to_smem(ref.at[here.row, here.head, rows], scratch[name], loaded)
 

@@ -207,7 +207,7 @@ def _load_rows(here: Place, q_ref, lse_ref, out_ref, scratch) -> None:
     if out_ref is not None:
         for rows, out in here.queries(out_ref):
             plgpu.copy_gmem_to_smem(out, scratch["o"].at[rows], loaded)
-    rows = common.ds(here.index * tile.rows, tile.rows)
+    rows = common.ds(here.tile_index * tile.rows, tile.rows)
     plgpu.copy_gmem_to_smem(lse_ref.at[here.row, here.head, rows], scratch["lse"], loaded)
 
 
@@ -222,6 +222,6 @@ def _store_rows(here: Place, states, out_ref, lse_ref, scratch) -> None:
     plgpu.commit_smem()
     for rows, out in here.queries(out_ref):
         plgpu.copy_smem_to_gmem(scratch["o"].at[rows], out)
-    rows = common.ds(here.index * tile.rows, tile.rows)
+    rows = common.ds(here.tile_index * tile.rows, tile.rows)
     plgpu.copy_smem_to_gmem(scratch["lse"], lse_ref.at[here.row, here.head, rows])
     plgpu.wait_smem_to_gmem(0)

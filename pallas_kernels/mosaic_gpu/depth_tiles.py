@@ -82,12 +82,12 @@ class Place(NamedTuple):
 
     row: jax.Array
     head: jax.Array
-    index: jax.Array
+    tile_index: jax.Array
     tile: Tile
 
     @property
     def tokens(self):
-        return common.ds(self.index * self.tile.tokens, self.tile.tokens)
+        return common.ds(self.tile_index * self.tile.tokens, self.tile.tokens)
 
     def queries(self, *refs) -> Iterator[tuple[Any, ...]]:
         """(rows of the tile, their piece of every [B, T, K·G, H] array)."""
@@ -95,7 +95,7 @@ class Place(NamedTuple):
         if tile.tokens_first:
             heads = common.ds(self.head * tile.group, tile.group)
             for t in range(tile.tokens):
-                token = self.index * tile.tokens + t
+                token = self.tile_index * tile.tokens + t
                 rows = common.ds(t * tile.group, tile.group)
                 yield rows, *(ref.at[self.row, token, heads] for ref in refs)
         else:
@@ -112,7 +112,7 @@ class Place(NamedTuple):
             for start in range(0, tile.slots, 8):
                 slots = common.ds(base + (start + tile.slot_shift), 8)
                 for t in range(tile.tokens):
-                    token = self.index * tile.tokens + t
+                    token = self.tile_index * tile.tokens + t
                     columns = common.ds(t * tile.slots + start, 8)
                     pieces = (ref.at[slots, self.row, token, heads] for ref in refs)
                     yield base + start, columns, *pieces
@@ -249,7 +249,7 @@ def store_zeros(here: Place, blocks: Blocks, num_slots: int, refs, zeros) -> Non
             slots = common.ds(stop + i * 8 + tile.slot_shift, 8)
             for t in range(tile.tokens):
                 for ref in refs:
-                    target = ref.at[slots, here.row, here.index * tile.tokens + t, heads]
+                    target = ref.at[slots, here.row, here.tile_index * tile.tokens + t, heads]
                     common.store(zeros.at[common.ds(0, 8)], target, add=False)
 
         lax.fori_loop(0, lax.div(num_slots - stop + 7, jnp.int32(8)), store_eight, None)
