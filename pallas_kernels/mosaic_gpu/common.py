@@ -47,13 +47,16 @@ def race_detection() -> Iterator[None]:
         _detect_races.reset(token)
 
 
-def smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """A shared-memory buffer; matrices in the swizzled tiles that TMA and wgmma agree on."""
+def smem(shape: tuple[int, ...], dtype: Any, *, foldable: bool = False) -> Any:
+    """A shared-memory buffer; matrices in the swizzled tiles that TMA and wgmma agree on.
+
+    foldable: the last three dimensions can be reshaped to a matrix.
+    """
     plgpu = mosaic()
     if len(shape) == 1:
         return plgpu.SMEM(shape, dtype)
     lanes = min(128, shape[-1] * jnp.dtype(dtype).itemsize)
-    tile = (8, lanes // jnp.dtype(dtype).itemsize)
+    tile = (1,) * foldable + (8, lanes // jnp.dtype(dtype).itemsize)
     transforms = (plgpu.TilingTransform(tile), plgpu.SwizzleTransform(lanes))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -223,3 +226,7 @@ def when(condition: Any, do: Callable[[], None]) -> None:
 
 def ds(start: Any, size: int) -> Any:
     return pallas().ds(start, size)
+
+
+def multiple_of(x: Any, factor: int) -> Any:
+    return pallas().multiple_of(x, factor)

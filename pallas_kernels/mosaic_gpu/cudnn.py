@@ -23,7 +23,12 @@ def missing_names() -> list[str]:
         module = _private()
     except ImportError:
         return ["jax._src.cudnn.fused_attention_stablehlo"]
-    names = ("_dot_product_attention_bwd_p_wrapper", "MaskType", "AttentionLayout")
+    names = (
+        "dot_product_attention",
+        "_dot_product_attention_bwd_p_wrapper",
+        "MaskType",
+        "AttentionLayout",
+    )
     return [name for name in names if not hasattr(module, name)]
 
 
@@ -35,10 +40,11 @@ def forward(
     query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float, is_causal: bool
 ) -> tuple[jax.Array, jax.Array]:
     """(o [B, Tq, N, H], lse [B, Tq, N] float32) of the sequence part."""
-    return jax.nn.dot_product_attention(
-        query, key, value, scale=scale, is_causal=is_causal, implementation="cudnn",
-        return_residual=True,
-    )  # fmt: skip
+    # The public function rounds lse to the query's dtype.
+    out, lse = _private().dot_product_attention(
+        query, key, value, scale=scale, mask_type=_mask_type(is_causal), return_residual=True
+    )
+    return out, lse.swapaxes(1, 2)
 
 
 def backward(

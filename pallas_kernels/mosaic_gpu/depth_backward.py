@@ -23,16 +23,15 @@ from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.depth_tiles import (
     Blocks,
     DepthConfig,
+    Launch,
     Place,
     Tile,
-    choose_tile,
     clear_slots,
     flat_slots,
     load_slots,
-    max_group,
+    plan,
     store_slots,
     store_zeros,
-    unflat_slots,
 )
 
 _LOG2_E = math.log2(math.e)
@@ -81,30 +80,33 @@ def depth_backward(
     """
     kv_heads = depth_key.shape[3]
     config = config or DepthConfig()
-    limit = max_group(query.shape[3], query.shape[1], is_prefix)
-    parts = []
-    for part in common.split_heads(query.shape[2] // kv_heads, limit):
-        # A group larger than a tile's: each part adds into the gradients of the parts before it.
-        take = functools.partial(common.take_heads, kv_heads=kv_heads, part=part)
+    group = query.shape[2] // kv_heads
+    parts: dict[tuple[int, int], jax.Array | None] = {}
+    for launch in plan(group, query.shape, slots, is_prefix, config):
+        # What one launch computed, the next adds to: of other slots, or of other heads.
+        take = functools.partial(common.take_heads, kv_heads=kv_heads, part=launch.heads)
+        so_far = parts.get((0, group), d_query)
         dq, depth_grads = _call(
-            take(query), take(d_out), take(lse), take(delta), depth_key, depth_value, slots,
-            None if d_query is None else take(d_query), depth_grads, scale=scale,
-            is_prefix=is_prefix, want_query=want_query, want_depth=want_depth, config=config,
+            launch, *map(take, (query, d_out, lse, delta)), depth_key, depth_value,
+            None if so_far is None else take(so_far), depth_grads, scale=scale,
+            want_query=want_query, want_depth=want_depth, config=config,
         )  # fmt: skip
-        parts.append(dq)
-    return common.join_heads(parts, kv_heads) if want_query else None, depth_grads
+        parts[launch.heads] = dq
+    if len(parts) > 1:
+        parts.pop((0, group), None)
+    return common.join_heads(list(parts.values()), kv_heads) if want_query else None, depth_grads
 
 
 def _call(
-    query, d_out, lse, delta, depth_key, depth_value, slots, d_query, grads, *, scale, is_prefix,
+    launch: Launch, query, d_out, lse, delta, depth_key, depth_value, d_query, grads, *, scale,
     want_query, want_depth, config,
 ):  # fmt: skip
-    """One launch: at most `max_group` query heads a key/value head."""
-    batch, length, num_heads, head_dim = query.shape
+    """One launch."""
+    batch, length, num_heads, _ = query.shape
     kv_heads = depth_key.shape[3]
     group = num_heads // kv_heads
-    padded = common.next_power_of_two(group)
-    tile = choose_tile(padded, head_dim, length, is_prefix, config)
+    tile = launch.tile
+    padded = tile.group
     # e^(s - inf) = 0: a query that sees nothing, or is padding, weighs nothing.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * _LOG2_E)
     rows = [
@@ -112,11 +114,11 @@ def _call(
         for x, fill in ((lse, jnp.inf), (delta, 0.0))
     ]
     pad = functools.partial(common.pad_heads, kv_heads=kv_heads, group=padded)
-    flat = [flat_slots(x, tile) for x in (depth_key, depth_value)]
-    operands = [slots, pad(query), pad(d_out), *rows, *flat]
+    flat = [flat_slots(x) for x in (depth_key, depth_value)]
+    operands = [jnp.asarray(launch.slots), pad(query), pad(d_out), *rows, *flat]
     if d_query is not None:
         operands.append(pad(d_query))
-    running = [] if grads is None else [jax.new_ref(flat_slots(g, tile)) for g in grads]
+    running = [] if grads is None else [jax.new_ref(flat_slots(g)) for g in grads]
     out_type = [jax.ShapeDtypeStruct(operands[1].shape, query.dtype)] if want_query else []
     if want_depth and not running:
         out_type += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
@@ -136,12 +138,11 @@ def _call(
     if not want_depth:
         return dq, None
     new = [jax.freeze(ref) for ref in running] or outputs[-2:]
-    return dq, tuple(unflat_slots(x, tile) for x in new)
+    return dq, tuple(x.reshape(depth_key.shape) for x in new)
 
 
 def _scratch(tile: Tile, config: DepthConfig, dtype: Any, grad_dtype: Any) -> dict[str, Any]:
     smem, barrier = common.smem, common.barrier
-    query_pieces, slot_pieces = Place.pieces(tile)
     scratch = {
         "q": smem((tile.rows, tile.head_dim), dtype),
         "do": smem((tile.rows, tile.head_dim), dtype),
@@ -149,15 +150,15 @@ def _scratch(tile: Tile, config: DepthConfig, dtype: Any, grad_dtype: Any) -> di
         "ds": smem((tile.rows, tile.columns), dtype),
         "lse": smem((tile.rows,), jnp.float32),
         "delta": smem((tile.rows,), jnp.float32),
-        "kd": smem((config.stages, tile.columns, tile.head_dim), dtype),
-        "vd": smem((config.stages, tile.columns, tile.head_dim), dtype),
-        "rows_loaded": barrier(2 * query_pieces + 2, 1),
-        "slots_loaded": barrier(2 * slot_pieces, config.stages),
-        "d_query_loaded": barrier(query_pieces, 1),
+        "kd": tile.buffer(dtype, config.stages),
+        "vd": tile.buffer(dtype, config.stages),
+        "rows_loaded": barrier(2 * tile.copies[0] + 2, 1),
+        "slots_loaded": barrier(2 * tile.copies[1], config.stages),
+        "d_query_loaded": barrier(tile.copies[0], 1),
     }
     if grad_dtype is not None:
-        scratch["dkd"] = smem((tile.columns, tile.head_dim), grad_dtype)
-        scratch["dvd"] = smem((tile.columns, tile.head_dim), grad_dtype)
+        scratch["dkd"] = tile.buffer(grad_dtype)
+        scratch["dvd"] = tile.buffer(grad_dtype)
     return scratch
 
 
@@ -185,7 +186,7 @@ def _kernel(
     def body(block, dq):
         stage = lax.rem(block, jnp.int32(config.stages))
         plgpu.barrier_wait(scratch["slots_loaded"].at[stage])
-        kd, vd = scratch["kd"].at[stage], scratch["vd"].at[stage]
+        kd, vd = (tile.matrix(scratch[name].at[stage]) for name in ("kd", "vd"))
         seen = blocks.mask(block)
         for row in weights:
             row.weigh(scratch, kd, vd, seen, scale)
@@ -209,9 +210,10 @@ def _kernel(
         _store_query(here, dq, d_query_ref, dq_ref, scratch)
     if want_depth and not add:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        scratch["dkd"][...] = jnp.zeros_like(scratch["dkd"])
+        zeros = common.zeros((tile.columns, tile.head_dim)).astype(scratch["dkd"].dtype)
+        tile.matrix(scratch["dkd"])[...] = zeros
         plgpu.commit_smem()
-        store_zeros(here, blocks, kd_ref.shape[0] - tile.slot_shift, grad_refs, scratch["dkd"])
+        store_zeros(here, blocks, kd_ref.shape[0], grad_refs, scratch["dkd"])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -276,7 +278,7 @@ def _multiply_slots(tile: Tile, scratch) -> None:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last block's tile is out
     for name, weights, rows in (("dkd", "ds", "q"), ("dvd", "p", "do")):
         product = common.multiply(scratch[weights].transpose((1, 0)), scratch[rows], shape)
-        scratch[name][...] = product.astype(scratch[name].dtype)
+        tile.matrix(scratch[name])[...] = product.astype(scratch[name].dtype)
     plgpu.commit_smem()
 
 

@@ -17,13 +17,13 @@ from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.depth_tiles import (
     Blocks,
     DepthConfig,
+    Launch,
     Place,
     Tile,
-    choose_tile,
     clear_slots,
     flat_slots,
     load_slots,
-    max_group,
+    plan,
 )
 
 _LOG2_E = math.log2(math.e)
@@ -58,36 +58,45 @@ def depth_forward(
       valid: [B, T] bool: queries that may see slots; None: all.
     """
     kv_heads = depth_key.shape[3]
-    batch, length, num_heads, head_dim = query.shape
+    batch, length, num_heads, _ = query.shape
     out, lse = sequence or (None, jnp.full((batch, length, num_heads), -jnp.inf, jnp.float32))
     if valid is not None:
         lse = jnp.where(valid[:, :, None], lse, jnp.inf)  # +inf marks a query that sees no slot
     config = config or DepthConfig()
-    limit = max_group(head_dim, length, is_prefix)
-    parts = []
-    for part in common.split_heads(num_heads // kv_heads, limit):
-        take = functools.partial(common.take_heads, kv_heads=kv_heads, part=part)
-        before = None if out is None else take(out)
-        call = take(query), depth_key, depth_value, slots, before, take(lse)
-        parts.append(_call(*call, scale=scale, is_prefix=is_prefix, config=config))
-    outs, lses = zip(*parts, strict=True)
+    parts: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
+    for launch in plan(num_heads // kv_heads, query.shape, slots, is_prefix, config):
+        take = functools.partial(common.take_heads, kv_heads=kv_heads, part=launch.heads)
+        before = (None if out is None else take(out), take(lse))
+        if (0, num_heads // kv_heads) in parts:  # continue the first launch over other slots
+            before = tuple(take(x) for x in parts[0, num_heads // kv_heads])
+            if valid is not None:
+                hidden = jnp.where(valid[:, :, None], before[1], jnp.inf)
+                before = (before[0], hidden)
+        call = take(query), depth_key, depth_value, *before
+        parts[launch.heads] = _call(launch, *call, scale=scale, config=config)
+    if len(parts) > 1:
+        parts.pop((0, num_heads // kv_heads), None)
+    outs, lses = zip(*parts.values(), strict=True)
     return common.join_heads(list(outs), kv_heads), common.join_heads(list(lses), kv_heads)
 
 
-def _call(query, depth_key, depth_value, slots, out, lse, *, scale, is_prefix, config):
-    """One launch: at most `max_group` query heads a key/value head."""
+def _call(launch: Launch, query, depth_key, depth_value, out, lse, *, scale, config):
+    """One launch."""
     batch, length, num_heads, head_dim = query.shape
     kv_heads = depth_key.shape[3]
     group = num_heads // kv_heads
-    padded = common.next_power_of_two(group)
-    tile = choose_tile(padded, head_dim, length, is_prefix, config)
+    tile = launch.tile
     common.check_smem(smem_bytes(tile, config), "depth_forward")
-    pad = functools.partial(common.pad_heads, kv_heads=kv_heads, group=padded)
+    pad = functools.partial(common.pad_heads, kv_heads=kv_heads, group=tile.group)
     rows = common.tile_rows(
-        lse * _LOG2_E, kv_heads, padded, tile.tokens, jnp.inf, tokens_first=tile.tokens_first
+        lse * _LOG2_E, kv_heads, tile.group, tile.tokens, jnp.inf, tokens_first=tile.tokens_first
     )
-    flat = (flat_slots(x, tile) for x in (depth_key, depth_value))
-    operands = [slots, pad(query), rows, *flat]
+    operands = [
+        jnp.asarray(launch.slots),
+        pad(query),
+        rows,
+        *map(flat_slots, (depth_key, depth_value)),
+    ]
     if out is not None:
         operands.append(pad(out))
     smem, barrier = common.smem, common.barrier
@@ -104,14 +113,14 @@ def _call(query, depth_key, depth_value, slots, out, lse, *, scale, is_prefix, c
             "o": smem((tile.rows, head_dim), query.dtype),
             "p": smem((tile.rows, tile.columns), query.dtype),
             "lse": smem((tile.rows,), jnp.float32),
-            "kd": smem((config.stages, tile.columns, head_dim), query.dtype),
-            "vd": smem((config.stages, tile.columns, head_dim), query.dtype),
-            "rows_loaded": barrier(Place.pieces(tile)[0] * (1 if out is None else 2) + 1, 1),
-            "slots_loaded": barrier(2 * Place.pieces(tile)[1], config.stages),
+            "kd": tile.buffer(query.dtype, config.stages),
+            "vd": tile.buffer(query.dtype, config.stages),
+            "rows_loaded": barrier(tile.copies[0] * (1 if out is None else 2) + 1, 1),
+            "slots_loaded": barrier(2 * tile.copies[1], config.stages),
         },
     )(*operands)
     new_lse = common.untile_rows(
-        new_rows, length, padded, tile.tokens, tokens_first=tile.tokens_first
+        new_rows, length, tile.group, tile.tokens, tokens_first=tile.tokens_first
     )
     new_lse = new_lse / _LOG2_E
     return tuple(common.unpad_heads(x, kv_heads, group) for x in (new_out, new_lse))
@@ -176,7 +185,7 @@ def _kernel(
     def body(block, states):
         stage = lax.rem(block, jnp.int32(config.stages))
         plgpu.barrier_wait(scratch["slots_loaded"].at[stage])
-        kd, vd = scratch["kd"].at[stage], scratch["vd"].at[stage]
+        kd, vd = (tile.matrix(scratch[name].at[stage]) for name in ("kd", "vd"))
         same = blocks.mask(block)
         new = []
         for r, state, ok in zip(rows, states, valid, strict=True):

@@ -3,12 +3,13 @@
 A block of the grid takes a tile of tokens of one row and one key/value head, with all query heads
 of that head. Rows are (token, query head) pairs, columns (token, slot) pairs, in one of two orders:
 
-- slots first: rows (head, token), columns (slot, token). Copies are [tokens, H] of one slot, at
-  least 8 tokens, so any set of slots can be visible. 64 rows hold 8 heads at most.
-- tokens first: rows (token, head), columns (token, slot). Copies are 8 slots of one token, so a
-  tile of few tokens has many heads: less of the dense product is masked away. The visible slots
-  are a prefix; what does not fill a copy lies before slot 0, where TMA reads zeros and writes
-  nothing.
+- slots first: rows (head, token), columns (slot, token), at least 8 tokens, 64 rows for up to 8
+  heads. If the visible slots are a prefix, a block is one copy [slots, tokens, H], and what does
+  not fill the first block lies before slot 0, where TMA reads zeros and writes nothing. Otherwise
+  it is a copy a slot.
+- tokens first: rows (token, head), columns (token, slot), copied as 8 slots of a token: a tile of
+  few tokens has 64 rows for many heads, and less of the dense product is masked away. Needs a range
+  of slots whose ends are multiples of 8.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import platforms
@@ -42,7 +44,8 @@ class Tile(NamedTuple):
     tokens: int
     slots: int
     head_dim: int
-    tokens_first: bool
+    tokens_first: bool = False
+    boxes: bool = False  # slots first, a block is one copy
 
     @property
     def rows(self) -> int:
@@ -53,28 +56,84 @@ class Tile(NamedTuple):
         return self.tokens * self.slots
 
     @property
-    def slot_shift(self) -> int:
-        """Slots to pad in front for the interpreter, which cannot read before slot 0."""
-        return self.slots if self.tokens_first and platforms.interpreted() else 0
+    def block_shape(self) -> tuple[int, ...]:
+        """Of a block's keys in shared memory."""
+        if self.boxes:
+            return self.slots, self.tokens, self.head_dim
+        return self.columns, self.head_dim
+
+    @property
+    def copies(self) -> tuple[int, int]:
+        """How many pieces `Place.queries` and `Place.slots` yield."""
+        if self.tokens_first:
+            return self.tokens, self.tokens * self.slots // 8
+        return self.group, 1 if self.boxes else self.slots
+
+    def buffer(self, dtype: Any, *leading: int) -> Any:
+        """Shared memory for the keys of a block, or of several."""
+        return common.smem((*leading, *self.block_shape), dtype, foldable=self.boxes)
+
+    def matrix(self, block_ref):
+        """A block's keys in shared memory as [columns, H]."""
+        return block_ref.reshape(self.columns, self.head_dim) if self.boxes else block_ref
 
 
-def choose_tile(
-    group: int, head_dim: int, length: int, is_prefix: bool, config: DepthConfig
-) -> Tile:
-    """The tile for a padded group; `is_prefix`: visible slots are the first so many."""
-    wanted = group >= 16 if config.tokens_first is None else config.tokens_first
-    if wanted and is_prefix and 8 <= group <= 64 and length % (64 // group) == 0:
-        tokens = 64 // group
-        return Tile(group, tokens, max(8, config.columns // tokens), head_dim, True)
+def tokens_first_tile(group: int, head_dim: int, config: DepthConfig) -> Tile:
+    """64 rows of the heads of few tokens."""
+    tokens = 64 // group
+    return Tile(group, tokens, max(8, config.columns // tokens), head_dim, tokens_first=True)
+
+
+def slots_first_tile(group: int, head_dim: int, is_prefix: bool, config: DepthConfig) -> Tile:
+    """64 rows, and never less than 8 tokens: the swizzled layout's unit."""
     tokens = max(8, 64 // group)
-    return Tile(group, tokens, max(1, config.columns // tokens), head_dim, False)
+    # The interpreter reads neither before slot 0 nor through a reshaped buffer.
+    boxes = is_prefix and not platforms.interpreted()
+    return Tile(group, tokens, max(1, config.columns // tokens), head_dim, boxes=boxes)
 
 
-def max_group(head_dim: int, length: int, is_prefix: bool) -> int:
-    """Largest G of one call: a tile's results are kept in registers, 64 rows or a few times 64."""
-    if is_prefix and length % 4 == 0:
-        return 64
-    return 32 if head_dim <= 64 else 16
+class Launch(NamedTuple):
+    """One launch of a depth kernel: its tile, its slots and the heads of each group it takes."""
+
+    tile: Tile
+    slots: Any  # [4] int32
+    heads: tuple[int, int]
+
+
+def plan(
+    group: int, shape: tuple[int, ...], slots: Any, is_prefix: bool, config: DepthConfig
+) -> list[Launch]:
+    """Launches that together cover a call; each continues where the one before stopped.
+
+    With tokens first: the slots up to a multiple of 8, then the rest with slots first. A group
+    larger than a tile's is taken in parts.
+    """
+    length, head_dim = shape[1], shape[3]
+    padded = common.next_power_of_two(group)
+    wanted = padded >= 16 if config.tokens_first is None else config.tokens_first
+    if not (wanted and is_prefix and 8 <= padded <= 64 and length % (64 // padded) == 0):
+        return _slots_first(group, head_dim, slots, is_prefix, config)
+    stop = slots[1]
+    aligned = stop // 8 * 8
+    whole = [Launch(tokens_first_tile(padded, head_dim, config), _range(0, aligned), (0, group))]
+    if isinstance(slots, np.ndarray) and stop == aligned:
+        return whole
+    return whole + _slots_first(group, head_dim, _range(aligned, stop), False, config)
+
+
+def _slots_first(group, head_dim, slots, is_prefix, config) -> list[Launch]:
+    limit = 32 if head_dim <= 64 else 16  # a tile's results are kept in registers
+    return [
+        Launch(
+            slots_first_tile(common.next_power_of_two(stop - start), head_dim, is_prefix, config),
+            slots, (start, stop),
+        )
+        for start, stop in common.split_heads(group, limit)
+    ]  # fmt: skip
+
+
+def _range(start: Any, stop: Any) -> jax.Array:
+    return jnp.stack([jnp.asarray(x, jnp.int32) for x in (start, stop, stop, stop)])
 
 
 class Place(NamedTuple):
@@ -105,12 +164,15 @@ class Place(NamedTuple):
                 yield rows, *(ref.at[self.row, self.tokens, head] for ref in refs)
 
     def slots(self, base, *refs) -> Iterator[tuple[Any, ...]]:
-        """(first slot, columns, their piece of every [S, B, T, K·H] array) of a block."""
+        """(first slot, index in the block, their piece of every [S, B, T, K·H] array)."""
         tile = self.tile
         heads = common.ds(self.head * tile.head_dim, tile.head_dim)
-        if tile.tokens_first:
+        if tile.boxes:
+            slots = common.ds(base, tile.slots)
+            yield base, ..., *(ref.at[slots, self.row, self.tokens, heads] for ref in refs)
+        elif tile.tokens_first:
             for start in range(0, tile.slots, 8):
-                slots = common.ds(base + (start + tile.slot_shift), 8)
+                slots = common.ds(base + start, 8)
                 for t in range(tile.tokens):
                     token = self.tile_index * tile.tokens + t
                     columns = common.ds(t * tile.slots + start, 8)
@@ -119,18 +181,8 @@ class Place(NamedTuple):
         else:
             for i in range(tile.slots):
                 columns = common.ds(i * tile.tokens, tile.tokens)
-                yield (
-                    base + i,
-                    columns,
-                    *(ref.at[base + i, self.row, self.tokens, heads] for ref in refs),
-                )
-
-    @staticmethod
-    def pieces(tile: Tile) -> tuple[int, int]:
-        """How many pieces `queries` and `slots` yield."""
-        if tile.tokens_first:
-            return tile.tokens, tile.tokens * tile.slots // 8
-        return tile.group, tile.slots
+                pieces = (ref.at[base + i, self.row, self.tokens, heads] for ref in refs)
+                yield base + i, columns, *pieces
 
 
 class Blocks(NamedTuple):
@@ -146,21 +198,20 @@ class Blocks(NamedTuple):
         start0, stop0, start1, stop1 = (slots_ref[i] for i in range(4))
         size = jnp.int32(tile.slots)
         first = lax.div(stop0 - start0 + (size - 1), size)
-        if tile.tokens_first:  # a prefix: the second range is empty
-            return cls((start0, stop0, start1, stop1), first, first, tile)
         second = lax.div(stop1 - start1 + (size - 1), size)
         return cls((start0, stop0, start1, stop1), first, first + second, tile)
 
     def bounds(self, block):
-        """(first slot of a block, end of its range); tokens first: a slot below 0 is none."""
+        """(first slot of a block, end of its range); with boxes a slot below 0 is none."""
         start0, stop0, start1, stop1 = self.ranges
         size = self.tile.slots
-        if self.tile.tokens_first:
+        if self.tile.boxes:
             return stop0 - (self.count - block) * size, stop0
+        if self.tile.tokens_first:  # one range; multiples of 8, which copies must be shown
+            return common.multiple_of(block * size, 8), stop0
+        in_second = start1 + (block - self.first_count) * size
         is_first = block < self.first_count
-        base = jnp.where(
-            is_first, start0 + block * size, start1 + (block - self.first_count) * size
-        )
+        base = jnp.where(is_first, start0 + block * size, in_second)
         return base, jnp.where(is_first, stop0, stop1)
 
     def mask(self, block):
@@ -168,15 +219,15 @@ class Blocks(NamedTuple):
         plgpu, tile = common.mosaic(), self.tile
         base, stop = self.bounds(block)
         row, column = (
-            plgpu.broadcasted_iota(
-                jnp.int32, (64, tile.columns), axis, layout=plgpu.Layout.WGMMA
-            )
+            plgpu.broadcasted_iota(jnp.int32, (64, tile.columns), axis, layout=plgpu.Layout.WGMMA)
             for axis in (0, 1)
-        )  # fmt: skip
+        )
         if tile.tokens_first:  # the sizes are powers of two
             same_token = (row >> _log2(tile.group)) == (column >> _log2(tile.slots))
-            return same_token & ((column & (tile.slots - 1)) >= -base)
+            return same_token & ((column & (tile.slots - 1)) < stop - base)
         same_token = ((row ^ column) & (tile.tokens - 1)) == 0
+        if tile.boxes:
+            return same_token & (column >= -base * tile.tokens)
         return same_token & (column < (stop - base) * tile.tokens)
 
     def is_visible(self, slot):
@@ -192,9 +243,9 @@ def clear_slots(scratch, tile: Tile, config: DepthConfig) -> None:
     """Zeros in every stage: columns of slots that are not loaded keep what was there, and
     0 · NaN must not come from it.
     """
-    if tile.tokens_first:
-        return  # every column is loaded
-    zeros = jnp.zeros((tile.columns, tile.head_dim), scratch["kd"].dtype)
+    if tile.boxes:
+        return  # TMA writes the zeros
+    zeros = jnp.zeros(tile.block_shape, scratch["kd"].dtype)
     for stage in range(config.stages):
         scratch["kd"][stage] = zeros
         scratch["vd"][stage] = zeros
@@ -206,32 +257,32 @@ def load_slots(here: Place, blocks: Blocks, kd_ref, vd_ref, scratch, block, stag
     plgpu = common.mosaic()
     loaded = scratch["slots_loaded"].at[stage]
     base, stop = blocks.bounds(block)
-    for slot, columns, kd, vd in here.slots(base, kd_ref, vd_ref):
+    for slot, index, kd, vd in here.slots(base, kd_ref, vd_ref):
 
-        def load(columns=columns, kd=kd, vd=vd):
-            plgpu.copy_gmem_to_smem(kd, scratch["kd"].at[stage, columns], loaded)
-            plgpu.copy_gmem_to_smem(vd, scratch["vd"].at[stage, columns], loaded)
+        def load(index=index, kd=kd, vd=vd):
+            plgpu.copy_gmem_to_smem(kd, scratch["kd"].at[stage, index], loaded)
+            plgpu.copy_gmem_to_smem(vd, scratch["vd"].at[stage, index], loaded)
 
         def skip():
             plgpu.barrier_arrive(loaded)
             plgpu.barrier_arrive(loaded)
 
-        if here.tile.tokens_first:
+        if here.tile.boxes:
             load()
         else:
             lax.cond(slot < stop, load, skip)
 
 
 def store_slots(here: Place, blocks: Blocks, block, refs, scratch, names, *, add: bool) -> None:
-    """Starts writing a block's columns of `scratch[names]` to the visible slots of `refs`."""
+    """Starts writing a block's `scratch[names]` to the visible slots of `refs`."""
     base, stop = blocks.bounds(block)
-    for slot, columns, *targets in here.slots(base, *refs):
+    for slot, index, *targets in here.slots(base, *refs):
 
-        def store(columns=columns, targets=targets):
+        def store(index=index, targets=targets):
             for name, target in zip(names, targets, strict=True):
-                common.store(scratch[name].at[columns], target, add=add)
+                common.store(scratch[name].at[index], target, add=add)
 
-        if here.tile.tokens_first:
+        if here.tile.boxes:
             store()
         else:
             common.when(slot < stop, store)
@@ -239,14 +290,14 @@ def store_slots(here: Place, blocks: Blocks, block, refs, scratch, names, *, add
 
 
 def store_zeros(here: Place, blocks: Blocks, num_slots: int, refs, zeros) -> None:
-    """Writes `zeros`, some columns in shared memory, to the slots that are not visible."""
+    """Writes `zeros`, a block in shared memory, to the slots that are not visible."""
     tile = here.tile
     heads = common.ds(here.head * tile.head_dim, tile.head_dim)
     if tile.tokens_first:
         stop = blocks.ranges[1]
 
         def store_eight(i, _):
-            slots = common.ds(stop + i * 8 + tile.slot_shift, 8)
+            slots = common.ds(common.multiple_of(stop + i * 8, 8), 8)
             for t in range(tile.tokens):
                 for ref in refs:
                     target = ref.at[slots, here.row, here.tile_index * tile.tokens + t, heads]
@@ -254,12 +305,13 @@ def store_zeros(here: Place, blocks: Blocks, num_slots: int, refs, zeros) -> Non
 
         lax.fori_loop(0, lax.div(num_slots - stop + 7, jnp.int32(8)), store_eight, None)
     else:
+        source = zeros.at[common.ds(0, 1 if tile.boxes else tile.tokens)]
 
         def store_one(slot, _):
             def store():
+                index = common.ds(slot, 1) if tile.boxes else slot
                 for ref in refs:
-                    target = ref.at[slot, here.row, here.tokens, heads]
-                    common.store(zeros.at[common.ds(0, tile.tokens)], target, add=False)
+                    common.store(source, ref.at[index, here.row, here.tokens, heads], add=False)
 
             common.when(jnp.logical_not(blocks.is_visible(slot)), store)
 
@@ -267,13 +319,6 @@ def store_zeros(here: Place, blocks: Blocks, num_slots: int, refs, zeros) -> Non
     common.mosaic().commit_smem_to_gmem_group()
 
 
-def flat_slots(x: jax.Array, tile: Tile) -> jax.Array:
+def flat_slots(x: jax.Array) -> jax.Array:
     """[S, B, T, K, H] -> [S, B, T, K·H], which TMA's five dimensions can tile."""
-    flat = x.reshape(*x.shape[:3], -1)
-    return jnp.pad(flat, ((tile.slot_shift, 0), (0, 0), (0, 0), (0, 0)))
-
-
-def unflat_slots(x: jax.Array, tile: Tile) -> jax.Array:
-    """The inverse of `flat_slots`."""
-    x = x[tile.slot_shift :]
-    return x.reshape(*x.shape[:3], -1, tile.head_dim)
+    return x.reshape(*x.shape[:3], -1)
