@@ -135,7 +135,7 @@ def choose(operands: Operands, options: Options, implementation: str | None) -> 
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, SlowAttentionWarning, stacklevel=5)
+    warnings.warn(message, SlowAttentionWarning, stacklevel=4)
 
 
 def resolve(operands: Operands, options: Options, implementation: str | None) -> Backend:

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moda_jax import attention
 from moda_jax.block import AttentionInputs, Block, KeyValue, KVProjection, Rope
 from moda_jax.config import ModelConfig
 from moda_jax.depth_cache import DepthCache
 from moda_jax.layers import compute_dtype, rope_table
+from moda_jax.sharded_attention import attention_call
 from moda_jax.sharding import constrain
 
 
@@ -119,8 +119,7 @@ def _forward(spec: StackSpec, params: StackParams, x, tokens: Tokens, *, save: b
             inputs, before = jax.vjp(lambda w, x: _before(spec, rope, layer, w, x), weights, x)
         else:
             inputs, before = _before(spec, rope, layer, weights, x), None
-        backend, operands, options = _attention_call(spec, layer, inputs, cache, tokens)
-        out, lse = backend.forward(operands, options)
+        out, lse = _attention_call(spec, layer, inputs, cache, tokens).forward()
         read = inputs._replace(depth=None)  # what an own projection wrote is in the cache already
         if before is not None:
             (y, ffn), after = jax.vjp(
@@ -151,8 +150,8 @@ def _run_stack_backward(spec: StackSpec, residuals, dy):
         inputs, out, lse, before, after = _restore(spec, rope, layer, weights, saved, cache, tokens)
         d_depth, d_ffn = _written_grads(spec, layer, grads)
         d_weights_after, dx_after, d_out = after((dy, d_ffn))
-        backend, operands, options = _attention_call(spec, layer, inputs, cache, tokens)
-        d = backend.gradients(operands, options, out, lse, d_out, None, grads)
+        call = _attention_call(spec, layer, inputs, cache, tokens)
+        d = call.gradients(out, lse, d_out, grads)
         if grads is not None:
             grads = (d.depth_key, d.depth_value)
         d_inputs = AttentionInputs(d.query, d.key, d.value)
@@ -197,8 +196,7 @@ def _restore(spec: StackSpec, rope: Rope, layer, weights: StackParams, saved, ca
     if spec.config.remat == "save_attention":
         inputs, out, lse = saved[1:]
     else:
-        backend, operands, options = _attention_call(spec, layer, inputs, cache, tokens)
-        out, lse = backend.forward(operands, options)
+        out, lse = _attention_call(spec, layer, inputs, cache, tokens).forward()
     _, after = jax.vjp(lambda w, x, o: _after(spec, rope, layer, w, x, o), weights, x, out)
     return inputs, out, lse, before, after
 
@@ -233,11 +231,11 @@ class _Stripped:
 
 
 def _attention_call(spec: StackSpec, layer, inputs: AttentionInputs, cache, tokens: Tokens):
-    """(backend, operands, options) of the layer's attention over sequence and depth."""
+    """The layer's attention over sequence and depth."""
     depth = {} if cache is None else cache.attention_kwargs()
     if cache is not None:
         depth["depth_length"] = spec.slots_before(layer)
-    return attention.prepare(
+    return attention_call(
         inputs.query, inputs.key, inputs.value, **depth, segment_ids=tokens.segment_ids,
         implementation=spec.config.attention,
     )  # fmt: skip
