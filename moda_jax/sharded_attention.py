@@ -6,15 +6,24 @@ call runs per shard (`jax.shard_map`), with nothing to exchange; on one device i
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moda_jax import attention, backends
 from moda_jax.sharding import compiler_axes, partition_spec
-from pallas_kernels.operands import Gradients, Operands, Options, num_kv_heads
+from pallas_kernels.operands import (
+    DepthReaders,
+    Gradients,
+    Operands,
+    Options,
+    num_kv_heads,
+    row_delta,
+)
 
 _TOKENS, _ROWS = ("batch", None), ("batch",)
 _QUERY = (*_TOKENS, "heads", None)
@@ -41,7 +50,7 @@ class AttentionCall:
         def attend(operands: Operands) -> tuple[jax.Array, jax.Array]:
             return self._backend(operands).forward(operands, self.options)
 
-        specs = self._specs()
+        specs = self.specs()
         return _per_shard(attend, (self.operands,), (specs,), (specs.query, _of_lse(specs)))
 
     def gradients(
@@ -58,7 +67,7 @@ class AttentionCall:
                 operands, self.options, out, lse, d_out, None, depth_grads
             )
 
-        specs = self._specs()
+        specs = self.specs()
         query, lse_spec, depth = specs.query, _of_lse(specs), specs.depth_key
         return _per_shard(
             attend,
@@ -67,10 +76,22 @@ class AttentionCall:
             Gradients(*specs[: len(Gradients._fields)]),
         )
 
+    def backend(self) -> backends.Backend:
+        """The backend that a device picks."""
+        found = []
+
+        def attend(operands: Operands) -> jax.Array:
+            found.append(self._backend(operands))
+            return operands.query
+
+        specs = self.specs()
+        jax.eval_shape(lambda x: _per_shard(attend, (x,), (specs,), specs.query), self.operands)
+        return found[0]
+
     def _backend(self, operands: Operands) -> backends.Backend:
         return backends.resolve(operands, self.options, self.implementation)
 
-    def _specs(self) -> Any:
+    def specs(self) -> Any:
         """Operands of PartitionSpecs: how each is split; None in the place of a missing one."""
         sizes = compiler_axes()
         tensor, kv_heads = sizes.get("tensor", 1), num_kv_heads(self.operands)
@@ -86,6 +107,56 @@ class AttentionCall:
         return Operands(**specs)
 
 
+@dataclasses.dataclass(frozen=True)
+class DeferredDepth:
+    """Depth gradients in one pass for several layers, whose calls all pick the same backend."""
+
+    deferral: backends.Deferral
+    scale: float
+
+    def gradients(
+        self, call: AttentionCall, out: jax.Array, lse: jax.Array, d_out: jax.Array
+    ) -> tuple[Gradients, DepthReaders]:
+        """The backward but for the slots, and what `add` needs for them (without an axis R)."""
+
+        def attend(operands, out, lse, d_out) -> tuple[Gradients, DepthReaders]:
+            grads = self.deferral.backward(operands, call.options, out, lse, d_out, None)
+            delta = row_delta(out, lse, d_out, None)
+            d_out = d_out.astype(operands.query.dtype)
+            return grads, DepthReaders(operands.query, d_out, lse, delta)
+
+        specs = call.specs()
+        query, lse_spec = specs.query, _of_lse(specs)
+        grads: Any = Gradients(query, specs.key, specs.value, None, None)
+        return _per_shard(
+            attend,
+            (call.operands, out, lse, d_out),
+            (specs, query, lse_spec, query),
+            (grads, _of_readers(query, lse_spec)),
+        )
+
+    def add(
+        self,
+        readers: DepthReaders,
+        depth_key: jax.Array,
+        depth_value: jax.Array,
+        depth_grads: tuple[jax.Array, jax.Array],
+        first: jax.Array | int,
+        stop: jax.Array | int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Adds to the slots first ... stop - 1 what their readers [R, ...] owe them."""
+        sizes = compiler_axes()
+        query = partition_spec((None, *_QUERY), readers.query.shape, sizes)
+        readers_spec = _of_readers(query, PartitionSpec(*query[:4]))
+        depth = partition_spec(_DEPTH, depth_key.shape, sizes)
+        return _per_shard(
+            functools.partial(self.deferral.add, scale=self.scale),
+            (readers, depth_key, depth_value, depth_grads, jnp.int32(first), jnp.int32(stop)),
+            (readers_spec, depth, depth, (depth, depth), PartitionSpec(), PartitionSpec()),
+            (depth, depth),
+        )
+
+
 def attention_call(
     *arrays: Any, implementation: str | None = None, **settings: Any
 ) -> AttentionCall:
@@ -96,6 +167,10 @@ def attention_call(
     """
     operands, options = attention.check(*arrays, implementation=implementation, **settings)
     return AttentionCall(operands, options, implementation)
+
+
+def _of_readers(query: Any, lse: Any) -> DepthReaders:
+    return DepthReaders(query, query, lse, lse)
 
 
 def _of_lse(specs: Any) -> PartitionSpec:
