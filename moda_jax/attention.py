@@ -76,12 +76,13 @@ def moda_attention(
       ValueError: bad input; names the argument, what was expected and what came.
       NotImplementedError: the backend asked for, or every backend, cannot do the call.
     """
-    backend, operands, options = prepare(
+    operands, options = check(
         query, key, value, depth_key, depth_value, depth_length=depth_length,
         depth_window=depth_window, depth_reserved=depth_reserved, is_causal=is_causal, scale=scale,
         segment_ids=segment_ids, query_offset=query_offset, kv_length=kv_length,
         depth_chunk=depth_chunk, implementation=implementation,
     )  # fmt: skip
+    backend = backends.resolve(operands, options, implementation)
     if backend.backward is None:
         out, lse = backend.forward(operands, options)
     else:
@@ -106,22 +107,11 @@ def explain_attention(
     def trace(tracers: dict[int, jax.Array]) -> None:
         given = [tracers.get(i, x) for i, x in enumerate(leaves)]
         arrays, settings = jax.tree.unflatten(structure, given)
-        operands, options = _check(*arrays, **settings, implementation=implementation)
+        operands, options = check(*arrays, **settings, implementation=implementation)
         choice.append(backends.choose(operands, options, implementation))
 
     jax.eval_shape(trace, shapes)
     return choice[0]
-
-
-def prepare(
-    *arrays: Any, implementation: str | None = None, **settings: Any
-) -> tuple[backends.Backend, Operands, Options]:
-    """A checked call and the backend that takes it, for code that calls its two passes itself.
-
-    Takes the arguments of `moda_attention` but `return_lse`, and raises what it raises.
-    """
-    operands, options = _check(*arrays, implementation=implementation, **settings)
-    return backends.resolve(operands, options, implementation), operands, options
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -181,7 +171,7 @@ def _check_pair(name: str, key: Any, value: Any) -> bool:
     return key is not None
 
 
-def _check(
+def check(
     query: Any,
     key: Any,
     value: Any,
@@ -199,7 +189,7 @@ def _check(
     depth_chunk: Any = None,
     implementation: str | None = None,
 ) -> tuple[Operands, Options]:
-    """Validates a call once, here, and fills in the defaults."""
+    """Validates a call once, here, and fills in the defaults. Arguments as `moda_attention`."""
     _check_array("query", query, ("B", "Tq", "N", "H"))
     if str(query.dtype) not in _DTYPES and not (
         str(query.dtype) == "float64" and implementation == "reference"

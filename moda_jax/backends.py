@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,19 @@ Refusal = Callable[[Operands, Options, str], str | None]
 
 class SlowAttentionWarning(UserWarning):
     """The chosen implementation is not the one built for this kind of device."""
+
+
+class Deferral(NamedTuple):
+    """How a backend adds what several layers owe to the same slots in one pass over the slots."""
+
+    backward: Callable[..., Gradients]
+    """(operands, options, o, lse, do, dlse): as a backend's backward, but neither computes nor
+    writes gradients of the slots: `depth_key` and `depth_value` of what it returns are None."""
+    add: Callable[..., tuple[jax.Array, jax.Array]]
+    """(readers, depth_key, depth_value, depth_grads, first, stop, scale=...) -> depth_grads: adds,
+    in place, what the R layers of `readers` owe to the slots first ... stop - 1 (int32 scalars, may
+    be traced), which all R see. No other slot is read or written. `depth_grads`: float32 or
+    bfloat16. No chunk-visible slots. See `pallas_kernels.xla.add_depth_grads`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +47,8 @@ class Backend:
     """Platforms for which it was built; chosen elsewhere, the user is warned."""
     only_by_name_on: tuple[str, ...] = ()
     """Platforms where it runs (interpreted, for tests) but `implementation=None` never takes it."""
+    deferral: Deferral | None = None
+    """None: the layer stack adds every layer's slot gradients at once (`depth_grad_block` 1)."""
 
     def gradients(
         self,
@@ -78,10 +94,13 @@ def _reference_refusal(operands: Operands, options: Options, platform: str) -> s
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("xla", xla.forward, xla.backward, _xla_refusal, fast_on=("cpu",)),
+        Backend(
+            "xla", xla.forward, xla.backward, _xla_refusal, fast_on=("cpu",),
+            deferral=Deferral(xla.backward_without_depth_grads, xla.add_depth_grads),
+        ),
         Backend("reference", reference.forward, None, _reference_refusal, fast_on=()),
     )
-}
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +153,14 @@ def choose(operands: Operands, options: Options, implementation: str | None) -> 
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, SlowAttentionWarning, stacklevel=5)
+def warn_once(message: str) -> None:
+    """A `SlowAttentionWarning` that points at the caller of the caller's caller."""
+    warnings.warn(message, SlowAttentionWarning, stacklevel=4)
 
 
 def resolve(operands: Operands, options: Options, implementation: str | None) -> Backend:
     """`choose`, with a warning (once per reason) where nobody asked for the slow way."""
     choice = choose(operands, options, implementation)
     if choice.is_slow and implementation is None:
-        _warn_once(f"slow attention: {choice}")
+        warn_once(f"slow attention: {choice}")
     return BACKENDS[choice.name]

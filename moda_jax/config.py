@@ -77,6 +77,13 @@ class ModelConfig:
     """Bounded slots (paper section 6.2): read only this many newest slots; None reads all."""
     depth_reserved: int = 0
     """Bounded slots: the earliest slots that stay visible beside the window."""
+    depth_grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the backward's running gradient cache, into which up to 2L layers add: bfloat16 halves its
+    memory and traffic, and rounds the sum at every addition."""
+    depth_grad_block: int = 1
+    """Layers whose depth gradients the backward adds in one pass over the older slots: divides the
+    running cache's traffic, and keeps that many layers' queries and output gradients. 1: layer by
+    layer, as also (with a warning) where the attention implementation cannot defer."""
     compute_dtype: ComputeDtype = "bfloat16"
     """Matrix products and the depth cache; parameters, norms, softmax and loss are float32."""
     remat: RematPolicy = "full"
@@ -88,10 +95,11 @@ class ModelConfig:
         _require_positive(
             self, "vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim",
             "mlp_dim", "norm_eps", "rope_theta", "init_std", "depth_write_every",
+            "depth_grad_block",
         )  # fmt: skip
         _require_choice(
             self, "norm_placement", "qk_norm", "depth_stream", "depth_attention_kv",
-            "depth_ffn_kv", "compute_dtype", "remat",
+            "depth_ffn_kv", "depth_grad_dtype", "compute_dtype", "remat",
         )  # fmt: skip
         _require(self, "num_heads", self.num_heads % self.num_kv_heads == 0,
                  f"a multiple of num_kv_heads = {self.num_kv_heads}")  # fmt: skip
@@ -101,6 +109,10 @@ class ModelConfig:
         _require(self, "depth_reserved", self.depth_reserved >= 0, "a number >= 0")
         _require(self, "depth_reserved", self.depth_reserved == 0 or self.depth_window is not None,
                  "0 while depth_window is None (every slot is visible then)")  # fmt: skip
+        block_ok = self.depth_grad_block == 1 or self.depth_window is None
+        _require(self, "depth_grad_block", block_ok,
+                 "1 while depth_window is set (a block's layers must see the same older slots)",
+                 )  # fmt: skip
 
     @property
     def depth_writers(self) -> int:

@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from moda_jax.attention import moda_attention
 from moda_jax.config import ModelConfig
 from moda_jax.layers import compute_dtype
 from moda_jax.model import Transformer
+from moda_jax.sharded_attention import attention_call
 from moda_jax.stack import Tokens, scan_layers
 
 BUCKET = 64
@@ -60,10 +60,10 @@ def prefill(
 
     def attend(layer, inputs, cache, state):
         depth = {} if cache is None else cache.attention_kwargs()
-        out = moda_attention(
+        out, _ = attention_call(
             inputs.query, inputs.key, inputs.value, **depth, segment_ids=segment_ids,
             implementation=model.config.attention,
-        )  # fmt: skip
+        ).forward()  # fmt: skip
         return out, state, (inputs.key, inputs.value)
 
     spec, params = model.stack()
@@ -86,10 +86,10 @@ def decode_step(model: Transformer, cache: KVCache, tokens: jax.Array) -> tuple[
             for x, new in zip(state, (inputs.key, inputs.value), strict=True)
         )
         depth = {} if depth_cache is None else depth_cache.attention_kwargs()
-        out = moda_attention(
+        out, _ = attention_call(
             inputs.query, key[layer], value[layer], **depth, query_offset=position,
             kv_length=position + 1, implementation=model.config.attention,
-        )  # fmt: skip
+        ).forward()  # fmt: skip
         return out, (key, value), None
 
     spec, params = model.stack()

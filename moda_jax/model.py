@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moda_jax import attention
 from moda_jax.block import Block, KVProjection
 from moda_jax.config import ModelConfig
 from moda_jax.layers import Linear, RMSNorm, compute_dtype, parameter
+from moda_jax.sharded_attention import attention_call
 from moda_jax.sharding import constrain
 from moda_jax.stack import StackParams, StackSpec, Tokens, run_stack, scan_layers
 
@@ -111,10 +111,10 @@ class Transformer(nnx.Module):
 
         def attend(layer, inputs, cache, state):
             depth = {} if cache is None else cache.attention_kwargs()
-            out, lse = attention.moda_attention(
+            out, lse = attention_call(
                 inputs.query, inputs.key, inputs.value, **depth, segment_ids=segment_ids,
-                return_lse=True, implementation=self.config.attention,
-            )  # fmt: skip
+                implementation=self.config.attention,
+            ).forward()  # fmt: skip
             return out, state, _mass(inputs.query, cache, lse, real)
 
         return scan_layers(spec, params, self.embed(tokens), token_info, attend)[2]

@@ -82,18 +82,27 @@ def _mesh_axes(name: str | None) -> tuple[str, ...]:
     return () if name is None else RULES[name]
 
 
+def compiler_axes(at_least: int = 2) -> dict[str, int]:
+    """Sizes of the axes, of `at_least` so many devices, over which the compiler splits arrays.
+
+    They are those of the current mesh (`jax.set_mesh`), but not the ones that are manual here,
+    inside `shard_map`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto and size >= at_least
+    }
+
+
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """`x` with the sharding that its logical axes have under the current mesh (`jax.set_mesh`).
 
     Without a mesh, or on a mesh of one device, `x` is returned as it is. Inside `shard_map` the
     manual axes are left alone.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = {
-        name: size
-        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto and size > 1
-    }
+    sizes = compiler_axes()
     spec = partition_spec(logical_axes, x.shape, sizes)
     return jax.lax.with_sharding_constraint(x, spec) if sizes else x
 

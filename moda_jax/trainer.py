@@ -332,11 +332,13 @@ def _perplexity(loss: float) -> float:
 
 
 def _describe_attention(config: Config) -> str:
-    """Which attention implementation the training step gets; raises if none takes it."""
-    model, seq_len = config.model, config.data.seq_len
-    rows, dtype = config.batch_size // config.accumulation_steps, jnp.dtype(model.compute_dtype)
-    query = jax.ShapeDtypeStruct((rows, seq_len, model.num_heads, model.head_dim), dtype)
-    key = jax.ShapeDtypeStruct((rows, seq_len, model.num_kv_heads, model.head_dim), dtype)
+    """Which attention implementation each device's part of a training step gets; raises if none."""
+    model, mesh, seq_len = config.model, config.mesh, config.data.seq_len
+    rows = config.batch_size // (config.accumulation_steps * mesh.data * mesh.fsdp)
+    heads, kv_heads = model.num_heads // mesh.tensor, model.num_kv_heads // mesh.tensor
+    dtype = jnp.dtype(model.compute_dtype)
+    query = jax.ShapeDtypeStruct((rows, seq_len, heads, model.head_dim), dtype)
+    key = jax.ShapeDtypeStruct((rows, seq_len, kv_heads, model.head_dim), dtype)
     depth = None
     if model.depth_slots:
         depth = jax.ShapeDtypeStruct((model.depth_slots, *key.shape), dtype)

@@ -5,5 +5,10 @@ A backend takes one checked call (`operands.Operands`, `operands.Options`) and o
     forward(operands, options) -> (o, lse)
     backward(operands, options, o, lse, do, dlse, depth_grads=None) -> operands.Gradients
 
+and, if it can defer the slots' gradients (`moda_jax.backends.Deferral`), two functions more:
+
+    backward_without_depth_grads(operands, options, o, lse, do, dlse) -> operands.Gradients
+    add_depth_grads(readers, depth_key, depth_value, grads, first, stop, scale=...) -> (gk, gv)
+
 `reference` is the specification: short, float32, differentiated by JAX. `xla` runs everywhere.
 """

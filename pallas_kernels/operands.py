@@ -47,6 +47,15 @@ class Gradients(NamedTuple):
     depth_value: jax.Array | None
 
 
+class DepthReaders(NamedTuple):
+    """What is kept of R layers so that the gradients of slots that all of them read can follow."""
+
+    query: jax.Array  # [R, B, T, N, H]
+    d_out: jax.Array  # [R, B, T, N, H], in the query's dtype
+    lse: jax.Array  # [R, B, T, N], the unified one; -inf: the query sees nothing
+    delta: jax.Array  # [R, B, T, N], see `row_delta`
+
+
 class Tokens(NamedTuple):
     """What a mask needs to know of the query or key tokens."""
 
@@ -65,6 +74,17 @@ def num_kv_heads(operands: Operands) -> int:
 def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """float32 for the 16-bit types and float32; float64 stays (used by the tests' reference)."""
     return jnp.promote_types(jnp.float32, dtype)
+
+
+def row_delta(
+    out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array | None
+) -> jax.Array:
+    """rowsum(do o) - dlse [B, Tq, N], float32 or wider: ds = p (do v^T - delta)."""
+    dtype = accumulator_dtype(out.dtype)
+    delta = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1)
+    if d_lse is not None:  # a row that sees nothing has lse = -inf, whatever cotangent it gets
+        delta -= jnp.where(jnp.isneginf(lse), 0.0, d_lse.astype(dtype))
+    return delta
 
 
 def _positions(batch_offset: jax.Array | None, length: int) -> jax.Array:

@@ -26,7 +26,7 @@ from attention_cases import (
 from tolerances import LSE_RELATIVE, RELATIVE
 
 from moda_jax import backends, moda_attention
-from pallas_kernels.operands import Operands, Options
+from pallas_kernels.operands import DepthReaders, Operands, Options, row_delta
 
 
 def assert_close(name: str, got, expected, rtol: float) -> None:
@@ -229,6 +229,68 @@ class AttentionSuite:
             wanted = np.float64(before[visible]) + np.float64(gradient[visible])
             assert_close("running gradient", after[visible], wanted, RELATIVE[grads_dtype])
             assert np.abs(np.float64(gradient[visible])).max() > 0.1
+
+    @pytest.mark.parametrize("grads_dtype", ["float32", "bfloat16"])
+    def test_deferred_depth_gradients_are_those_of_the_backward(self, grads_dtype):
+        """R layers' gradients of the slots 2 ... 5 in one pass; other slots hold NaN or stay.
+
+        For backends that can defer; the layers differ in queries, lse and output gradients.
+        """
+        backend = backends.BACKENDS[self.implementation]
+        if backend.deferral is None:
+            pytest.skip(f"{self.implementation} adds every layer's depth gradients at once")
+        case = Case("deferred", q_len=9, slots=8, segments="packed")
+        problem, dtype = make_problem(case), self.dtypes[0]
+        arrays, segments = _cast(problem.arrays, dtype), problem.integers["segment_ids"]
+        options, visible = Options(0.25), slice(2, 6)
+        rng = np.random.default_rng(0)
+        shape = problem.arrays["depth_key"].shape
+        start = [jnp.asarray(rng.normal(size=shape), grads_dtype).at[:, 0].set(-0.0) for _ in "kv"]
+        factors = (1.0, -0.5, 2.0)
+
+        @compile_quickly
+        def run(arrays, start, first, stop):
+            readers, wanted = [], [jnp.float32(x[visible]) for x in start]
+            for factor in factors:
+                operands = Operands(
+                    **arrays | {"query": factor * arrays["query"]}, query_segments=segments,
+                    key_segments=segments, depth_length=jnp.int32(6),
+                )  # fmt: skip
+                out, lse = backend.forward(operands, options)
+                d_out, d_lse = problem.cotangents
+                args = operands, options, out, lse, (d_out + factor).astype(out.dtype), d_lse
+                whole, tokens = backend.gradients(*args, None), backend.deferral.backward(*args)
+                assert tokens.depth_key is None
+                assert tokens.depth_value is None
+                wanted = [x + d[visible] for x, d in zip(wanted, whole[3:], strict=True)]
+                delta = row_delta(out, lse, *args[4:])
+                readers.append((DepthReaders(operands.query, args[4], lse, delta), whole, tokens))
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *(reader for reader, *_ in readers))
+            unread = jnp.where(jnp.isin(jnp.arange(8), jnp.arange(2, 6)), 0, jnp.nan)
+            slots = [
+                (arrays[name] + unread[:, None, None, None, None]).astype(dtype)
+                for name in ("depth_key", "depth_value")
+            ]
+            added = backend.deferral.add(
+                stacked, *slots, tuple(start), first, stop, scale=options.scale
+            )
+            untouched = backend.deferral.add(
+                stacked, *slots, tuple(start), stop, stop, scale=options.scale
+            )
+            return added, wanted, untouched, [pair[1:] for pair in readers]
+
+        added, wanted, untouched, pairs = run(arrays, start, jnp.int32(2), jnp.int32(6))
+        for whole, tokens in pairs:
+            for x, y in zip(whole[:3], tokens[:3], strict=True):
+                assert_close("without depth gradients", y, x, RELATIVE[dtype])
+        for before, after, sums, same in zip(start, added, wanted, untouched, strict=True):
+            assert after.dtype == grads_dtype
+            assert_close(
+                "deferred", after[visible], sums, max(RELATIVE[grads_dtype], RELATIVE[dtype])
+            )
+            assert np.asarray(same).tobytes() == np.asarray(before).tobytes()
+            for part in (slice(0, 2), slice(6, 8)):
+                assert np.asarray(after[part]).tobytes() == np.asarray(before[part]).tobytes()
 
     def test_under_vmap_and_scan_with_a_traced_length(self):
         case = Case("transformed", q_len=7, slots=5, depth_lengths=(0, 2, 5))

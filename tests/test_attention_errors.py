@@ -207,7 +207,7 @@ def test_explain_takes_shapes_alone_and_every_argument():
 def test_slow_fallback_warns_once_and_only_where_nobody_asked_for_it(fake, monkeypatch):
     fake(refusing)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    backends._warn_once.cache_clear()
+    backends.warn_once.cache_clear()
     assert explain_attention(**arrays()).is_slow
     assert "no kernel built for gpu takes this call" in str(explain_attention(**arrays()))
     trace_call(**arrays(), implementation="xla")  # asked for: silent
@@ -218,7 +218,7 @@ def test_slow_fallback_warns_once_and_only_where_nobody_asked_for_it(fake, monke
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trace_call(**arrays())
-    backends._warn_once.cache_clear()
+    backends.warn_once.cache_clear()
 
 
 @pytest.mark.parametrize(("device", "platform"), [("cuda", "gpu"), ("rocm", "gpu"), ("tpu", "tpu")])

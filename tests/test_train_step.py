@@ -27,7 +27,8 @@ CONFIG = Config(
 ROWS, SEQ_LEN = 8, 12
 # Steps in float32 whose sums run in another order: each loss is a mean over ~100 terms of size 4,
 # and Adam turns a gradient's last bits into a step of full size where it is close to 0.
-REORDERED = {"rtol": 2e-5, "atol": 0}
+# Losses move by less than 1e-6; the gradient norm of the fourth step by 2.1e-5 on one CPU.
+REORDERED = {"rtol": 5e-5, "atol": 0}
 
 
 def make_batch(seed: int, *, row_lengths=None) -> dict[str, np.ndarray]:

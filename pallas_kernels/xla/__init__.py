@@ -1,6 +1,6 @@
 """MoDA in plain XLA: every device, every call; memory linear in T."""
 
-from pallas_kernels.xla.backward import backward
+from pallas_kernels.xla.backward import add_depth_grads, backward, backward_without_depth_grads
 from pallas_kernels.xla.forward import forward
 
-__all__ = ["backward", "forward"]
+__all__ = ["add_depth_grads", "backward", "backward_without_depth_grads", "forward"]

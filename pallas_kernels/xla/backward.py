@@ -13,15 +13,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.operands import (
+    DepthReaders,
     Gradients,
     Operands,
     Options,
     Tokens,
-    accumulator_dtype,
     depth_tokens,
     key_tokens,
     num_kv_heads,
     query_tokens,
+    row_delta,
     visible_slots,
 )
 from pallas_kernels.xla import tiles
@@ -50,27 +51,40 @@ def backward(
     With `depth_grads`, a pair [S, B, Td, K, H] in any float dtype, the depth gradients are added
     into it and returned in its dtype; slots that are not visible keep their value.
     """
+    if depth_grads is None and operands.depth_key is not None:
+        depth_grads = jnp.zeros_like(operands.depth_key), jnp.zeros_like(operands.depth_value)
+    return _backward(operands, options, out, lse, d_out, d_lse, depth_grads)
+
+
+def backward_without_depth_grads(
+    operands: Operands,
+    options: Options,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array | None,
+) -> Gradients:
+    """`backward` with None for the slots' gradients, which `add_depth_grads` adds later."""
+    return _backward(operands, options, out, lse, d_out, d_lse, None)
+
+
+def _backward(operands: Operands, options: Options, out, lse, d_out, d_lse, depth_grads):
+    """Slots are differentiated where there is a `depth_grads` to add into."""
     kv_heads = num_kv_heads(operands)
-    dtype = accumulator_dtype(operands.query.dtype)
-    delta = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1)
-    if d_lse is not None:  # a row that sees nothing has lse = -inf, whatever cotangent it gets
-        delta -= jnp.where(jnp.isneginf(lse), 0.0, d_lse.astype(dtype))
+    delta = row_delta(out, lse, d_out, d_lse)
     safe_lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
     rows = _Rows(*(
         tiles.to_heads_first(x, kv_heads)
         for x in (operands.query, d_out.astype(operands.query.dtype), safe_lse, delta)
     ))  # fmt: skip
-    d_query = jnp.zeros(rows.query.shape, dtype)
-    d_key = d_value = d_depth_key = d_depth_value = None
-    if operands.depth_key is not None:
-        if depth_grads is None:
-            depth_grads = jnp.zeros_like(operands.depth_key), jnp.zeros_like(operands.depth_value)
-        d_depth_key, d_depth_value = depth_grads
-        if operands.depth_key.shape[0]:
-            part = _slots if options.depth_chunk is None else _chunks
-            d_query, d_depth_key, d_depth_value = part(
-                rows, operands, options, (d_query, d_depth_key, d_depth_value)
-            )
+    d_query = jnp.zeros(rows.query.shape, delta.dtype)
+    d_key = d_value = None
+    d_depth_key, d_depth_value = (None, None) if depth_grads is None else depth_grads
+    if operands.depth_key is not None and operands.depth_key.shape[0]:
+        part = _slots if options.depth_chunk is None else _chunks
+        d_query, d_depth_key, d_depth_value = part(
+            rows, operands, options, (d_query, d_depth_key, d_depth_value)
+        )
     if operands.key is not None:
         d_query, d_key, d_value = tokens_backward(
             rows, d_query, operands.key, operands.value, query_tokens(operands),
@@ -193,8 +207,51 @@ def _chunks(rows: _Rows, operands: Operands, options: Options, grads):
     return tiles.for_each_slot(visible_slots(operands, options), body, grads)
 
 
-def _add_slot(grads_SxBxTxKxH: jax.Array, slot: jax.Array, block: jax.Array) -> jax.Array:
+def add_depth_grads(
+    readers: DepthReaders,
+    depth_key: jax.Array,
+    depth_value: jax.Array,
+    depth_grads: tuple[jax.Array, jax.Array],
+    first: jax.Array,
+    stop: jax.Array,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Adds what R layers owe to the slots first ... stop - 1, which all of them read.
+
+    One pass over the running gradient cache in place of R: a slot is read and written once. Other
+    slots keep their bits, and are not read.
+
+    Args:
+      readers: of the R layers.
+      depth_key, depth_value: [S, B, T, K, H].
+      depth_grads: a pair [S, B, T, K, H], in any float dtype.
+      first, stop: int32 scalars, may be traced.
+      scale: of the scores.
+    """
+    kv_heads = depth_key.shape[-2]
+    query, d_out, lse, delta = (
+        x.reshape(*x.shape[:3], kv_heads, x.shape[3] // kv_heads, *x.shape[4:]) for x in readers
+    )
+    blind = jnp.isneginf(lse)
+    lse = jnp.where(blind, 0.0, lse)
+
+    def body(slot, grads):
+        key, value = depth_key[slot], depth_value[slot]  # [B, T, K, H]
+        scores = scale * tiles.dot("rbtkgh,btkh->rbtkg", query, key)
+        p = jnp.where(blind, 0.0, jnp.exp(scores - lse))
+        ds = scale * p * (tiles.dot("rbtkgh,btkh->rbtkg", d_out, value) - delta)
+        d_key = jnp.sum(ds[..., None] * query, axis=(0, 4))
+        d_value = jnp.sum(p[..., None] * d_out, axis=(0, 4))
+        return _add_slot(grads[0], slot, d_key), _add_slot(grads[1], slot, d_value)
+
+    return tiles.for_each_slot([(first, stop)], body, depth_grads)
+
+
+def _add_slot(grads_SxBxTxKxH: jax.Array | None, slot: jax.Array, block: jax.Array):
     """Read, add in the wider dtype, write back: one pass over the slot's memory."""
+    if grads_SxBxTxKxH is None:
+        return None
     old = lax.dynamic_index_in_dim(grads_SxBxTxKxH, slot, 0, keepdims=False)
     new = (old.astype(block.dtype) + block).astype(grads_SxBxTxKxH.dtype)
     return lax.dynamic_update_index_in_dim(grads_SxBxTxKxH, new, slot, 0)

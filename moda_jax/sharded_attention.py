@@ -1,0 +1,188 @@
+"""The model's attention call, run by every device on its own rows and heads.
+
+The compiler cannot split a kernel: left to itself it gathers all operands on every device, or
+refuses. Attention mixes neither rows nor key/value heads, so under a mesh of several devices the
+call runs per shard (`jax.shard_map`), with nothing to exchange; on one device it is a plain call.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from moda_jax import attention, backends
+from moda_jax.sharding import compiler_axes, partition_spec
+from pallas_kernels.operands import (
+    DepthReaders,
+    Gradients,
+    Operands,
+    Options,
+    num_kv_heads,
+    row_delta,
+)
+
+_TOKENS, _ROWS = ("batch", None), ("batch",)
+_QUERY = (*_TOKENS, "heads", None)
+_KEY = (*_TOKENS, "kv_heads", None)
+_DEPTH = (None, *_KEY)
+_AXES: dict[str, tuple[str | None, ...]] = {
+    "query": _QUERY, "key": _KEY, "value": _KEY, "depth_key": _DEPTH, "depth_value": _DEPTH,
+    "depth_length": (), "query_segments": _TOKENS, "key_segments": _TOKENS,
+    "query_offset": _ROWS, "kv_length": _ROWS,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCall:
+    """One checked call. Each device picks the backend by the shapes that it gets itself."""
+
+    operands: Operands
+    options: Options
+    implementation: str | None
+
+    def forward(self) -> tuple[jax.Array, jax.Array]:
+        """(o, lse), as `moda_attention` with return_lse; not differentiable."""
+
+        def attend(operands: Operands) -> tuple[jax.Array, jax.Array]:
+            return self._backend(operands).forward(operands, self.options)
+
+        specs = self.specs()
+        return _per_shard(attend, (self.operands,), (specs,), (specs.query, _of_lse(specs)))
+
+    def gradients(
+        self,
+        out: jax.Array,
+        lse: jax.Array,
+        d_out: jax.Array,
+        depth_grads: tuple[jax.Array, jax.Array] | None,
+    ) -> Gradients:
+        """The backward of `forward`, adding into `depth_grads` as `Backend.gradients` does."""
+
+        def attend(operands, out, lse, d_out, depth_grads) -> Gradients:
+            return self._backend(operands).gradients(
+                operands, self.options, out, lse, d_out, None, depth_grads
+            )
+
+        specs = self.specs()
+        query, lse_spec, depth = specs.query, _of_lse(specs), specs.depth_key
+        return _per_shard(
+            attend,
+            (self.operands, out, lse, d_out, depth_grads),
+            (specs, query, lse_spec, query, None if depth_grads is None else (depth, depth)),
+            Gradients(*specs[: len(Gradients._fields)]),
+        )
+
+    def backend(self) -> backends.Backend:
+        """The backend that a device picks."""
+        found = []
+
+        def attend(operands: Operands) -> jax.Array:
+            found.append(self._backend(operands))
+            return operands.query
+
+        specs = self.specs()
+        jax.eval_shape(lambda x: _per_shard(attend, (x,), (specs,), specs.query), self.operands)
+        return found[0]
+
+    def _backend(self, operands: Operands) -> backends.Backend:
+        return backends.resolve(operands, self.options, self.implementation)
+
+    def specs(self) -> Any:
+        """Operands of PartitionSpecs: how each is split; None in the place of a missing one."""
+        sizes = compiler_axes()
+        tensor, kv_heads = sizes.get("tensor", 1), num_kv_heads(self.operands)
+        if kv_heads % tensor:
+            raise ValueError(
+                f"num_kv_heads: expected a multiple of the mesh's tensor axis, {tensor}, got "
+                f"{kv_heads}; make mesh.tensor smaller and mesh.fsdp larger"
+            )
+        specs: Any = {
+            name: None if x is None else partition_spec(_AXES[name], x.shape, sizes)
+            for name, x in self.operands._asdict().items()
+        }
+        return Operands(**specs)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeferredDepth:
+    """Depth gradients in one pass for several layers, whose calls all pick the same backend."""
+
+    deferral: backends.Deferral
+    scale: float
+
+    def gradients(
+        self, call: AttentionCall, out: jax.Array, lse: jax.Array, d_out: jax.Array
+    ) -> tuple[Gradients, DepthReaders]:
+        """The backward but for the slots, and what `add` needs for them (without an axis R)."""
+
+        def attend(operands, out, lse, d_out) -> tuple[Gradients, DepthReaders]:
+            grads = self.deferral.backward(operands, call.options, out, lse, d_out, None)
+            delta = row_delta(out, lse, d_out, None)
+            d_out = d_out.astype(operands.query.dtype)
+            return grads, DepthReaders(operands.query, d_out, lse, delta)
+
+        specs = call.specs()
+        query, lse_spec = specs.query, _of_lse(specs)
+        grads: Any = Gradients(query, specs.key, specs.value, None, None)
+        return _per_shard(
+            attend,
+            (call.operands, out, lse, d_out),
+            (specs, query, lse_spec, query),
+            (grads, _of_readers(query, lse_spec)),
+        )
+
+    def add(
+        self,
+        readers: DepthReaders,
+        depth_key: jax.Array,
+        depth_value: jax.Array,
+        depth_grads: tuple[jax.Array, jax.Array],
+        first: jax.Array | int,
+        stop: jax.Array | int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Adds to the slots first ... stop - 1 what their readers [R, ...] owe them."""
+        sizes = compiler_axes()
+        query = partition_spec((None, *_QUERY), readers.query.shape, sizes)
+        readers_spec = _of_readers(query, PartitionSpec(*query[:4]))
+        depth = partition_spec(_DEPTH, depth_key.shape, sizes)
+        return _per_shard(
+            functools.partial(self.deferral.add, scale=self.scale),
+            (readers, depth_key, depth_value, depth_grads, jnp.int32(first), jnp.int32(stop)),
+            (readers_spec, depth, depth, (depth, depth), PartitionSpec(), PartitionSpec()),
+            (depth, depth),
+        )
+
+
+def attention_call(
+    *arrays: Any, implementation: str | None = None, **settings: Any
+) -> AttentionCall:
+    """A call with the arguments of `moda_attention` but `return_lse`; raises what it raises.
+
+    Raises:
+      ValueError: besides, the current mesh's tensor axis does not divide the key/value heads.
+    """
+    operands, options = attention.check(*arrays, implementation=implementation, **settings)
+    return AttentionCall(operands, options, implementation)
+
+
+def _of_readers(query: Any, lse: Any) -> DepthReaders:
+    return DepthReaders(query, query, lse, lse)
+
+
+def _of_lse(specs: Any) -> PartitionSpec:
+    return PartitionSpec(*specs.query[:3])
+
+
+def _per_shard(function: Callable, arguments: Any, in_specs: Any, out_specs: Any) -> Any:
+    sizes = compiler_axes(at_least=1)
+    if max(sizes.values(), default=1) == 1:
+        return function(*arguments)
+    # Axes of one device are taken along: a TPU kernel wants every axis of the mesh to be manual.
+    # Kernels do not say over which axes their results vary, so that cannot be checked.
+    return jax.shard_map(
+        function, in_specs=in_specs, out_specs=out_specs, axis_names=set(sizes), check_vma=False
+    )(*arguments)

@@ -1,0 +1,221 @@
+"""One layer of the stack: its parameters, its three pieces, what it writes, what it saves."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from moda_jax import sharded_attention
+from moda_jax.block import AttentionInputs, Block, KeyValue, KVProjection, Rope
+from moda_jax.config import ModelConfig
+from moda_jax.depth_cache import DepthCache
+from moda_jax.layers import compute_dtype, rope_table
+from moda_jax.sharding import constrain
+
+
+class StackParams(NamedTuple):
+    """Parameters of all layers: pytrees with a leading axis."""
+
+    blocks: Any  # [L, ...]
+    attention_kv: Any  # [W, ...] own depth projections of the W writing layers; None: reused
+    ffn_kv: Any  # [W, ...]; None: the FFN writes nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class StackSpec:
+    """The static side of a stack: settings and module structure."""
+
+    config: ModelConfig
+    block: nnx.GraphDef[Block]
+    projection: nnx.GraphDef[KVProjection]
+
+    def slots_before(self, layer: jax.Array) -> jax.Array:
+        """Slots written by the layers before `layer`: what its attention sees."""
+        writers = (layer + self.config.depth_write_every - 1) // self.config.depth_write_every
+        return writers * self.config.slots_per_writer
+
+    def writes(self, layer: jax.Array) -> jax.Array | bool:
+        """Whether somebody reads what `layer` writes: every n-th layer, never the last."""
+        every, last = self.config.depth_write_every, self.config.num_layers - 1
+        return (layer % every == 0) & (layer < last)
+
+    def writer(self, layer: jax.Array) -> jax.Array:
+        """Index of the writing layer among the writers; in range for the others too."""
+        return jnp.minimum(layer // self.config.depth_write_every, self.config.depth_writers - 1)
+
+
+class Tokens(NamedTuple):
+    """Where the tokens stand; not differentiated."""
+
+    positions: jax.Array  # [B, T] int32
+    segment_ids: jax.Array | None  # [B, T] int32
+
+
+def attention_call(spec: StackSpec, layer, inputs: AttentionInputs, cache, tokens: Tokens):
+    """The layer's attention over sequence and depth."""
+    depth = {} if cache is None else cache.attention_kwargs()
+    if cache is not None:
+        depth["depth_length"] = spec.slots_before(layer)
+    return sharded_attention.attention_call(
+        inputs.query, inputs.key, inputs.value, **depth, segment_ids=tokens.segment_ids,
+        implementation=spec.config.attention,
+    )  # fmt: skip
+
+
+def empty_cache(config: ModelConfig, shape: tuple[int, ...], *, ring: bool) -> DepthCache | None:
+    """The cache for one pass over x [B, T, D]; None for a stack without depth slots."""
+    if not config.depth_slots:
+        return None
+    cache = DepthCache.empty(
+        config.depth_slots, shape[0], shape[1], config.num_kv_heads, config.head_dim,
+        compute_dtype(config), window=config.depth_window, reserved=config.depth_reserved,
+        ring=ring,
+    )  # fmt: skip
+    return dataclasses.replace(
+        cache, key=constrain_cache(cache.key), value=constrain_cache(cache.value)
+    )
+
+
+def constrain_cache(cache_SxBxTxKxH: jax.Array) -> jax.Array:
+    return constrain(cache_SxBxTxKxH, None, "batch", None, "kv_heads", None)
+
+
+def rope_of(spec: StackSpec, tokens: Tokens) -> Rope:
+    return rope_table(tokens.positions, spec.config.head_dim, spec.config.rope_theta)
+
+
+def layer_params(spec: StackSpec, params: StackParams, layer, block) -> StackParams:
+    """One layer's parameters in the types it computes with: matrices cast, norms float32.
+
+    Cast here, outside of what is differentiated, so that no residual holds a copy of a matrix.
+    """
+    index = spec.writer(layer)
+    own = [
+        jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, index, 0, keepdims=False), tree)
+        for tree in (params.attention_kv, params.ffn_kv)
+    ]
+    dtype = compute_dtype(spec.config)
+
+    def cast(path, leaf):
+        is_norm = any(getattr(key, "key", None) == "scale" for key in path)
+        return leaf if is_norm else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, StackParams(block, *own))
+
+
+def before(spec: StackSpec, rope: Rope, layer, weights: StackParams, x) -> AttentionInputs:
+    block = nnx.merge(spec.block, weights.blocks)
+    inputs, source = block.before_attention(x, rope)
+    return inputs._replace(depth=_project(spec, block, weights.attention_kv, layer, source, rope))
+
+
+def after(spec: StackSpec, rope: Rope, layer, weights: StackParams, x, out):
+    block = nnx.merge(spec.block, weights.blocks)
+    y, source = block.after_attention(x, out)
+    return y, _project(spec, block, weights.ffn_kv, layer, source, rope)
+
+
+def _project(spec: StackSpec, block: Block, weights: Any, layer, source, rope) -> KeyValue | None:
+    """Depth keys and values of an own projection; zeros in layers that do not write."""
+    if weights is None:
+        return None
+
+    def project(source):
+        return block.keys_values(nnx.merge(spec.projection, weights), source, rope)
+
+    if spec.config.depth_write_every == 1:  # all but the last write: a conditional costs more
+        return project(source)
+    shapes = jax.eval_shape(project, source)
+
+    def nothing(source):
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    return lax.cond(spec.writes(layer), project, nothing, source)
+
+
+def write(spec: StackSpec, layer, cache: DepthCache | None, inputs: AttentionInputs, ffn):
+    """Appends what the layer writes: the attention's keys and values, then its FFN's."""
+    if cache is None:
+        return None
+    writes = spec.writes(layer)
+    depth = (inputs.key, inputs.value) if inputs.depth is None else inputs.depth
+    cache = cache.append(*depth, where=writes)
+    return cache if ffn is None else cache.append(*ffn, where=writes)
+
+
+def run(
+    spec: StackSpec,
+    rope: Rope,
+    layer,
+    weights: StackParams,
+    x,
+    cache,
+    tokens: Tokens,
+    *,
+    save: bool,
+):
+    """(y, attention's inputs, what the FFN writes, what `restore` needs to `save` or None)."""
+    if save and spec.config.remat == "none":
+        inputs, before_vjp = jax.vjp(lambda w, x: before(spec, rope, layer, w, x), weights, x)
+    else:
+        inputs, before_vjp = before(spec, rope, layer, weights, x), None
+    out, lse = attention_call(spec, layer, inputs, cache, tokens).forward()
+    read = inputs._replace(depth=None)  # what an own projection wrote is in the cache already
+    saved: tuple[Any, ...]
+    if before_vjp is not None:
+        (y, ffn), after_vjp = jax.vjp(
+            lambda w, x, o: after(spec, rope, layer, w, x, o), weights, x, out
+        )
+        saved = (read, out, lse, _strip(before_vjp, weights), _strip(after_vjp, weights))
+    else:
+        y, ffn = after(spec, rope, layer, weights, x, out)
+        saved = (x, read, out, lse) if spec.config.remat == "save_attention" else (x,)
+    return y, inputs, ffn, saved if save else None
+
+
+def restore(spec: StackSpec, rope: Rope, layer, weights: StackParams, saved, cache, tokens):
+    """(inputs, o, lse, vjp of before, vjp of after) of a layer: kept, or computed again."""
+    if spec.config.remat == "none":
+        inputs, out, lse, before_vjp, after_vjp = saved
+        return inputs, out, lse, _unstrip(before_vjp, weights), _unstrip(after_vjp, weights)
+    x = saved[0]
+    inputs, before_vjp = jax.vjp(lambda w, x: before(spec, rope, layer, w, x), weights, x)
+    if spec.config.remat == "save_attention":
+        inputs, out, lse = saved[1:]
+    else:
+        out, lse = attention_call(spec, layer, inputs, cache, tokens).forward()
+    _, after_vjp = jax.vjp(lambda w, x, o: after(spec, rope, layer, w, x, o), weights, x, out)
+    return inputs, out, lse, before_vjp, after_vjp
+
+
+def _strip(vjp: Any, weights: Any) -> Any:
+    """`vjp` without the weights it holds: they are at hand in the backward, so keep no copy."""
+    position = {id(leaf): n for n, leaf in enumerate(jax.tree.leaves(weights))}
+    leaves, tree = jax.tree.flatten(vjp)
+    kept = [None if id(leaf) in position else leaf for leaf in leaves]
+    return _Stripped(kept, tree, tuple(position.get(id(leaf)) for leaf in leaves))
+
+
+def _unstrip(stripped: "_Stripped", weights: Any) -> Any:
+    own = jax.tree.leaves(weights)
+    leaves = [
+        kept if n is None else own[n]
+        for kept, n in zip(stripped.kept, stripped.positions, strict=True)
+    ]
+    return jax.tree.unflatten(stripped.tree, leaves)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["tree", "positions"]
+)
+@dataclasses.dataclass(frozen=True)
+class _Stripped:
+    """A vjp function's residuals; `positions` says which were a leaf of the layer's weights."""
+
+    kept: list[Any]
+    tree: Any
+    positions: tuple[int | None, ...]
