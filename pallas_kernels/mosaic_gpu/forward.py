@@ -45,10 +45,15 @@ class ForwardConfig:
     persistent: bool = True  # one thread block per multiprocessor, looping over tiles
     turns: bool = True  # warpgroups take turns on the tensor cores
 
+    @property
+    def stage_keys(self) -> int:
+        """Rows of a ring stage: a sequence block, or 64 depth keys for every warpgroup."""
+        return max(self.block_kv, ROWS * self.warpgroups)
+
     def shared_memory(self, head_dim: int) -> int:
         """Bytes of shared memory, barriers rounded up."""
         tile = self.warpgroups * ROWS * head_dim * 2
-        ring = 2 * self.stages * self.block_kv * head_dim * 2
+        ring = 2 * self.stages * self.stage_keys * head_dim * 2
         return 2 * tile + ring + self.stages * self.block_kv * 4 + self.warpgroups * ROWS * 4 + 4096
 
     def check(self, head_dim: int) -> None:
@@ -115,13 +120,13 @@ class _Plan(NamedTuple):
         return self.batch * self.kv_heads * self.steps_per_head
 
     @property
-    def block_slots(self) -> int:
-        """Depth slots of a ring stage, of which every warpgroup has a part for its own tokens."""
-        return self.config.block_kv // (self.config.warpgroups * self.tokens)
+    def depth_keys(self) -> int:
+        """(slot, token) pairs of a warpgroup's depth block: a part of a ring stage."""
+        return self.config.stage_keys // self.config.warpgroups // ROWS * ROWS
 
     @property
-    def depth_keys(self) -> int:
-        return self.block_slots * self.tokens
+    def block_slots(self) -> int:
+        return self.depth_keys // self.tokens
 
 
 class _Refs(NamedTuple):
@@ -289,8 +294,9 @@ def _load_tiles(plan: _Plan, refs: _Refs, blocks: int) -> None:
         stage = _rem(step, stages)
         keys = common.ds(block * plan.config.block_kv, plan.config.block_kv)
         acquire(refs.k_free, step)
-        where = (tile.batch, keys, tile.kv_head)
-        plgpu.copy_gmem_to_smem(refs.key.at[where], refs.k_smem.at[stage], refs.k_full.at[stage])
+        where, rows = (tile.batch, keys, tile.kv_head), common.ds(0, plan.config.block_kv)
+        k_ref, v_ref = refs.k_smem.at[stage, rows], refs.v_smem.at[stage, rows]
+        plgpu.copy_gmem_to_smem(refs.key.at[where], k_ref, refs.k_full.at[stage])
         if plan.segments:
             plgpu.copy_gmem_to_smem(
                 refs.key_segments.at[tile.batch, keys],
@@ -298,7 +304,7 @@ def _load_tiles(plan: _Plan, refs: _Refs, blocks: int) -> None:
                 refs.k_full.at[stage],
             )
         acquire(refs.v_free, step)
-        plgpu.copy_gmem_to_smem(refs.value.at[where], refs.v_smem.at[stage], refs.v_full.at[stage])
+        plgpu.copy_gmem_to_smem(refs.value.at[where], v_ref, refs.v_full.at[stage])
         return step + 1
 
     def load_tile(r, step):
@@ -457,7 +463,7 @@ def _attend_tiles(plan: _Plan, refs: _Refs, blocks: int, warpgroup: jax.Array) -
     def attend_tile(r, step):
         tile = _locate(plan, refs, nth(r))
         buffer = _rem(r, 2)
-        token, head = _unit(plan, tile, warpgroup)
+        token, _ = _unit(plan, tile, warpgroup)
         q_ref = refs.q_smem.at[buffer, warpgroup]
         row_segment = None
         if plan.segments:
@@ -552,7 +558,7 @@ def _store(plan: _Plan, refs: _Refs, tile: _Tile, state, o_ref, lse_ref, warpgro
 def _scratch(plan: _Plan) -> dict[str, Any]:
     config, dtype = plan.config, plan.dtype
     plgpu = common.mosaic()
-    ring = common.smem((config.stages, config.block_kv, plan.head_dim), dtype)
+    ring = common.smem((config.stages, config.stage_keys, plan.head_dim), dtype)
     ring_barrier = functools.partial(common.barrier, count=config.stages)
     copies = config.warpgroups * plan.block_slots
     scratch = {
@@ -716,13 +722,13 @@ def attend(
         head_dim, query.dtype, scale, is_causal, query_segments is not None,
         0 if depth_key is None else depth_key.shape[0],
     )  # fmt: skip
-    if plan.slots and not plan.block_slots:
-        raise ValueError(f"block_kv holds no depth slot for {plan.tokens} tokens, got {config}")
     inputs = {"query": pad_tokens(query, 1)}
     if key is not None and value is not None:
         inputs |= {"key": pad_tokens(key, 1), "value": pad_tokens(value, 1)}
     if plan.slots:
-        assert depth_key is not None and depth_value is not None and slots is not None
+        assert depth_key is not None
+        assert depth_value is not None
+        assert slots is not None
         inputs |= {"depth_key": pad_tokens(depth_key, 2), "depth_value": pad_tokens(depth_value, 2)}
         inputs["slots"] = slots
     if query_segments is not None:
