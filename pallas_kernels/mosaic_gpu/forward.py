@@ -28,11 +28,11 @@ from pallas_kernels.mosaic_gpu import common
 
 ROWS = 64  # of a tile: the M of one wgmma
 TOKEN_ALIGNMENT = 8  # rows of a swizzled TMA tile; token axes are padded to it
-_LOG2E = math.log2(math.e)
+LOG2E = math.log2(math.e)
 # Not -inf: exp2(-inf - LOWEST) is 0 and exp2(LOWEST - LOWEST) is 1, so that rows that have seen
 # nothing yet need no guard against -inf - (-inf).
 _LOWEST = float(jnp.finfo(jnp.float32).min)
-_NO_SEGMENT = -(2**31)  # of a padding query: equals no key's segment
+NO_SEGMENT = -(2**31)  # of a padding query: equals no key's segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +112,8 @@ class _Plan(NamedTuple):
     @property
     def steps_per_head(self) -> int:
         """Thread-block tiles of one KV head."""
-        units = _cdiv(self.q_len, self.tokens) * self.subgroups
-        return _cdiv(units, self.config.warpgroups)
+        units = cdiv(self.q_len, self.tokens) * self.subgroups
+        return cdiv(units, self.config.warpgroups)
 
     @property
     def tiles(self) -> int:
@@ -172,27 +172,27 @@ class _Tile(NamedTuple):
     kv_stop: jax.Array
 
 
-def _cdiv(x: int, y: int) -> int:
+def cdiv(x: int, y: int) -> int:
     return -(-x // y)
 
 
-def _i32(x) -> jax.Array:
+def i32(x) -> jax.Array:
     return jnp.asarray(x, jnp.int32)
 
 
-def _div(x: jax.Array, y: int) -> jax.Array:
-    return lax.div(x, _i32(y))
+def div(x: jax.Array, y: int) -> jax.Array:
+    return lax.div(x, i32(y))
 
 
-def _rem(x: jax.Array, y: int) -> jax.Array:
-    return lax.rem(x, _i32(y))
+def rem(x: jax.Array, y: int) -> jax.Array:
+    return lax.rem(x, i32(y))
 
 
 def _unit(plan: _Plan, tile: _Tile, warpgroup) -> tuple[jax.Array, jax.Array]:
     """First token and first query head of a warpgroup's tile."""
     unit = tile.index * plan.config.warpgroups + warpgroup
-    token = _div(unit, plan.subgroups) * plan.tokens
-    head = tile.kv_head * plan.group + _rem(unit, plan.subgroups) * plan.heads
+    token = div(unit, plan.subgroups) * plan.tokens
+    head = tile.kv_head * plan.group + rem(unit, plan.subgroups) * plan.heads
     return token, head
 
 
@@ -205,28 +205,28 @@ def _num_rounds(plan: _Plan, blocks: int) -> tuple[jax.Array, Callable]:
     block = lax.axis_index("block")
 
     def nth(r: jax.Array) -> jax.Array:
-        place = jnp.where(_rem(r, 2) == 1, blocks - 1 - block, block)
+        place = jnp.where(rem(r, 2) == 1, blocks - 1 - block, block)
         return r * blocks + place
 
     full, rest = divmod(plan.tiles, blocks)
     if not rest:
-        return _i32(full), nth
+        return i32(full), nth
     place = blocks - 1 - block if full % 2 else block
     return full + (place < rest).astype(jnp.int32), nth
 
 
 def _locate(plan: _Plan, refs: _Refs, number: jax.Array) -> _Tile:
-    head = _div(number, plan.steps_per_head)
-    index = _rem(number, plan.steps_per_head)
+    head = div(number, plan.steps_per_head)
+    index = rem(number, plan.steps_per_head)
     if plan.causal:
         index = plan.steps_per_head - 1 - index
-    batch, kv_head = _div(head, plan.kv_heads), _rem(head, plan.kv_heads)
-    zero = _i32(0)
+    batch, kv_head = div(head, plan.kv_heads), rem(head, plan.kv_heads)
+    zero = i32(0)
     tile = _Tile(batch, kv_head, index, zero, zero, zero, zero, zero)
     if plan.slots:
         size = plan.block_slots
-        first = _div(refs.slots[1] - refs.slots[0] + (size - 1), size)
-        second = _div(refs.slots[3] - refs.slots[2] + (size - 1), size)
+        first = div(refs.slots[1] - refs.slots[0] + (size - 1), size)
+        second = div(refs.slots[3] - refs.slots[2] + (size - 1), size)
         tile = tile._replace(depth_first=first, depth_blocks=first + second)
     if plan.kv_len:
         tile = tile._replace(**_kv_blocks(plan, refs, tile))
@@ -235,14 +235,14 @@ def _locate(plan: _Plan, refs: _Refs, number: jax.Array) -> _Tile:
 
 def _kv_blocks(plan: _Plan, refs: _Refs, tile: _Tile) -> dict[str, jax.Array]:
     block_kv = plan.config.block_kv
-    visible_to_all = visible = _i32(plan.kv_len)
+    visible_to_all = visible = i32(plan.kv_len)
     if plan.causal:
         first = _unit(plan, tile, 0)[0]
         last = _unit(plan, tile, plan.config.warpgroups - 1)[0] + (plan.tokens - 1)
         visible_to_all = jnp.minimum(first + 1, visible)
         visible = jnp.minimum(last + 1, visible)
-    start, masked = _i32(0), _div(visible_to_all, block_kv)
-    stop = _div(visible + (block_kv - 1), block_kv)
+    start, masked = i32(0), div(visible_to_all, block_kv)
+    stop = div(visible + (block_kv - 1), block_kv)
     if plan.segments:
         start = jnp.minimum(refs.ranges[tile.batch, tile.index, 0], stop)
         stop = jnp.minimum(refs.ranges[tile.batch, tile.index, 1], stop)
@@ -267,11 +267,11 @@ def _load_tiles(plan: _Plan, refs: _Refs, blocks: int) -> None:
     def acquire(barriers, step):
         @pl.when(step >= stages)
         def _():
-            plgpu.barrier_wait(barriers.at[_rem(step, stages)])
+            plgpu.barrier_wait(barriers.at[rem(step, stages)])
 
     def load_depth(block, step, tile):
         first, stop = _slot_block(plan, refs, tile, block)
-        stage = _rem(step, stages)
+        stage = rem(step, stages)
         for source, ring, full, free in (
             (refs.depth_key, refs.k_smem, refs.kd_full, refs.k_free),
             (refs.depth_value, refs.v_smem, refs.vd_full, refs.v_free),
@@ -291,7 +291,7 @@ def _load_tiles(plan: _Plan, refs: _Refs, blocks: int) -> None:
         return step + 1
 
     def load_kv(block, step, tile):
-        stage = _rem(step, stages)
+        stage = rem(step, stages)
         keys = common.ds(block * plan.config.block_kv, plan.config.block_kv)
         acquire(refs.k_free, step)
         where, rows = (tile.batch, keys, tile.kv_head), common.ds(0, plan.config.block_kv)
@@ -309,7 +309,7 @@ def _load_tiles(plan: _Plan, refs: _Refs, blocks: int) -> None:
 
     def load_tile(r, step):
         tile = _locate(plan, refs, nth(r))
-        buffer = _rem(r, 2)
+        buffer = rem(r, 2)
 
         @pl.when(r >= 2)
         def _():
@@ -334,48 +334,48 @@ def _load_tiles(plan: _Plan, refs: _Refs, blocks: int) -> None:
         return step
 
     def drain(step, _):
-        plgpu.barrier_wait(refs.k_free.at[_rem(step, stages)])
-        plgpu.barrier_wait(refs.v_free.at[_rem(step, stages)])
+        plgpu.barrier_wait(refs.k_free.at[rem(step, stages)])
+        plgpu.barrier_wait(refs.v_free.at[rem(step, stages)])
 
     def drain_query(r, _):
-        plgpu.barrier_wait(refs.q_free.at[_rem(r, 2)])
+        plgpu.barrier_wait(refs.q_free.at[rem(r, 2)])
 
     # Every arrival is waited for: no barrier is left in the middle of a phase.
-    steps = lax.fori_loop(0, rounds, load_tile, _i32(0))
+    steps = lax.fori_loop(0, rounds, load_tile, i32(0))
     lax.fori_loop(jnp.maximum(steps - stages, 0), steps, drain, None)
     lax.fori_loop(jnp.maximum(rounds - 2, 0), rounds, drain_query, None)
 
 
-def _iota(plan: _Plan, keys: int, axis: int) -> jax.Array:
+def wgmma_iota(shape: tuple[int, int], axis: int) -> jax.Array:
     plgpu = common.mosaic()
-    return plgpu.broadcasted_iota(jnp.int32, (ROWS, keys), axis, layout=plgpu.Layout.WGMMA)
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
-def _spread(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
+def spread(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [axis])
 
 
 def _depth_mask(plan: _Plan, slots_left: jax.Array, row_segment) -> jax.Array:
     """A row sees the slots of its own token, unless it is padding."""
     shape = (ROWS, plan.depth_keys)
-    row, column = _iota(plan, shape[1], 0), _iota(plan, shape[1], 1)
+    row, column = wgmma_iota(shape, 0), wgmma_iota(shape, 1)
     last = plan.tokens - 1  # the number of tokens is a power of two
     mask = ((row & last) == (column & last)) & (column < slots_left * plan.tokens)
     if row_segment is not None:
-        mask &= _spread(row_segment, shape, 0) != _NO_SEGMENT
+        mask &= spread(row_segment, shape, 0) != NO_SEGMENT
     return mask
 
 
 def _kv_mask(plan: _Plan, token: jax.Array, start: jax.Array, row_segment, segment_ref):
     plgpu = common.mosaic()
     shape = (ROWS, plan.config.block_kv)
-    column = _iota(plan, shape[1], 1) + start
+    column = wgmma_iota(shape, 1) + start
     mask = column < plan.kv_len
     if plan.causal:
-        mask &= column <= (_iota(plan, shape[1], 0) & (plan.tokens - 1)) + token
+        mask &= column <= (wgmma_iota(shape, 0) & (plan.tokens - 1)) + token
     if row_segment is not None:
         segment = plgpu.load(segment_ref, layout=plgpu.Layout.WGMMA.reduce(0))
-        mask &= _spread(row_segment, shape, 0) == _spread(segment, shape, 1)
+        mask &= spread(row_segment, shape, 0) == spread(segment, shape, 1)
     return mask
 
 
@@ -386,8 +386,8 @@ def _softmax_step(scores, mask, scale: float, state):
         scores = jnp.where(mask, scores, -jnp.inf)
     new_max = jnp.maximum(row_max, scores.max(axis=1) * scale)
     rescale = jnp.exp2(row_max - new_max)
-    weights = jnp.exp2(scores * scale - _spread(new_max, scores.shape, 0))
-    acc *= _spread(rescale, acc.shape, 0)
+    weights = jnp.exp2(scores * scale - spread(new_max, scores.shape, 0))
+    acc *= spread(rescale, acc.shape, 0)
     row_sum = row_sum * rescale + weights.sum(axis=1)
     return weights, (acc, new_max, row_sum)
 
@@ -423,7 +423,7 @@ def _attend_block(plan: _Plan, q_ref, block: _Block, mask_fn, state, take_turn, 
     scores = pl.run_scoped(product, plgpu.ACC((ROWS, block.key.shape[0]), jnp.float32))
     mask = None if mask_fn is None else mask_fn()
     plgpu.barrier_arrive(block.key_free)
-    weights, (acc, row_max, row_sum) = _softmax_step(scores, mask, plan.scale * _LOG2E, state)
+    weights, (acc, row_max, row_sum) = _softmax_step(scores, mask, plan.scale * LOG2E, state)
     acc, row_max, row_sum, weights = lax.optimization_barrier(
         (acc, row_max, row_sum, weights.astype(plan.dtype))
     )
@@ -447,10 +447,10 @@ def _attend_tiles(plan: _Plan, refs: _Refs, blocks: int, warpgroup: jax.Array) -
 
     def pass_turn():
         if config.turns:
-            plgpu.barrier_arrive(refs.turn.at[_rem(warpgroup + 1, config.warpgroups)])
+            plgpu.barrier_arrive(refs.turn.at[rem(warpgroup + 1, config.warpgroups)])
 
     def ring(step, rows, depth: bool) -> _Block:
-        stage = _rem(step, config.stages)
+        stage = rem(step, config.stages)
         return _Block(
             refs.k_smem.at[stage, rows],
             refs.v_smem.at[stage, rows],
@@ -462,13 +462,13 @@ def _attend_tiles(plan: _Plan, refs: _Refs, blocks: int, warpgroup: jax.Array) -
 
     def attend_tile(r, step):
         tile = _locate(plan, refs, nth(r))
-        buffer = _rem(r, 2)
+        buffer = rem(r, 2)
         token, _ = _unit(plan, tile, warpgroup)
         q_ref = refs.q_smem.at[buffer, warpgroup]
         row_segment = None
         if plan.segments:
             row_segment = plgpu.load(
-                refs.query_segments.at[tile.batch, _div(token, plan.tokens)],
+                refs.query_segments.at[tile.batch, div(token, plan.tokens)],
                 layout=plgpu.Layout.WGMMA.reduce(1),
                 optimized=False,
             )
@@ -487,7 +487,7 @@ def _attend_tiles(plan: _Plan, refs: _Refs, blocks: int, warpgroup: jax.Array) -
 
         def kv_step(block, carry, masked: bool):
             step, state = carry
-            segment_ref = refs.segment_smem.at[_rem(step, config.stages)] if plan.segments else None
+            segment_ref = refs.segment_smem.at[rem(step, config.stages)] if plan.segments else None
 
             def mask():
                 return _kv_mask(plan, token, block * config.block_kv, row_segment, segment_ref)
@@ -513,7 +513,7 @@ def _attend_tiles(plan: _Plan, refs: _Refs, blocks: int, warpgroup: jax.Array) -
         plgpu.barrier_arrive(refs.q_free.at[buffer])
         return step
 
-    lax.fori_loop(0, rounds, attend_tile, _i32(0))
+    lax.fori_loop(0, rounds, attend_tile, i32(0))
     common.when(warpgroup == 0, take_turn)  # the last warpgroup passed its turn once more
 
 
@@ -537,8 +537,8 @@ def _store(plan: _Plan, refs: _Refs, tile: _Tile, state, o_ref, lse_ref, warpgro
     acc, row_max, row_sum = state
     seen = row_sum > 0
     inverse = jnp.where(seen, 1 / jnp.where(seen, row_sum, 1.0), 0.0)
-    o_ref[...] = (acc * _spread(inverse, acc.shape, 0)).astype(plan.dtype)
-    lse_ref[...] = jnp.where(seen, row_max / _LOG2E + jnp.log(row_sum), -jnp.inf)
+    o_ref[...] = (acc * spread(inverse, acc.shape, 0)).astype(plan.dtype)
+    lse_ref[...] = jnp.where(seen, row_max / LOG2E + jnp.log(row_sum), -jnp.inf)
     plgpu.commit_smem()
     token, head = _unit(plan, tile, warpgroup)
     for i in range(plan.heads):
@@ -598,12 +598,12 @@ def _run(plan: _Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Arra
 
         @pl.when(warpgroup < config.warpgroups)
         def _():
-            plgpu.set_max_registers(_compute_registers(config.warpgroups), action="increase")
+            plgpu.set_max_registers(compute_registers(config.warpgroups), action="increase")
             _attend_tiles(plan, refs, blocks, warpgroup)
 
         @pl.when(warpgroup == config.warpgroups)
         def _():
-            plgpu.set_max_registers(40 if config.warpgroups < 3 else 32, action="decrease")
+            plgpu.set_max_registers(memory_registers(config.warpgroups), action="decrease")
             if config.turns:
                 plgpu.barrier_arrive(refs.turn.at[0])
             _load_tiles(plan, refs, blocks)
@@ -623,8 +623,13 @@ def _run(plan: _Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Arra
     )(*inputs.values())
 
 
-def _compute_registers(warpgroups: int) -> int:
+def compute_registers(warpgroups: int) -> int:
+    """Registers of a thread that computes, beside one warpgroup that loads."""
     return {1: 240, 2: 232, 3: 160}[warpgroups]
+
+
+def memory_registers(warpgroups: int) -> int:
+    return 32 if warpgroups == 3 else 40
 
 
 def _multiprocessors() -> int:
@@ -644,33 +649,44 @@ def pad_tokens(x: jax.Array, axis: int) -> jax.Array:
 
 def _segment_rows(plan: _Plan, segments: jax.Array) -> jax.Array:
     """[B, token tiles, 64]: the segment of every row of a tile, padding made unequal to all."""
-    tiles = _cdiv(plan.steps_per_head * plan.config.warpgroups, plan.subgroups)
+    tiles = cdiv(plan.steps_per_head * plan.config.warpgroups, plan.subgroups)
     ids = jnp.pad(segments, ((0, 0), (0, tiles * plan.tokens - segments.shape[1])))
-    ids = jnp.where(ids == 0, _NO_SEGMENT, ids).reshape(plan.batch, tiles, plan.tokens)
+    ids = jnp.where(ids == 0, NO_SEGMENT, ids).reshape(plan.batch, tiles, plan.tokens)
     return jnp.tile(ids, (1, 1, plan.heads))
 
 
-def _segment_ranges(plan: _Plan, rows: jax.Array, key_segments: jax.Array) -> jax.Array:
-    """[B, thread-block tiles, 2]: first and last + 1 block of keys that a tile may see.
+def segment_bounds(tiles: jax.Array, others: jax.Array, block: int) -> jax.Array:
+    """[B, tiles, 2]: first and last + 1 block of `others` that a tile may meet.
 
-    By the smallest and largest segment on both sides: exact for packed documents, and never too
-    narrow for any ids.
+    Segments of rows in tiles [B, tiles, rows] against those of [B, length] in blocks, 0 being
+    padding. By the smallest and largest segment on both sides: exact for packed documents, and
+    never too narrow for any ids.
     """
     low, high = jnp.iinfo(jnp.int32).max, jnp.iinfo(jnp.int32).min
-    count = plan.config.warpgroups
-    units = jnp.arange(plan.steps_per_head * count).reshape(-1, count) // plan.subgroups
-    q_min = jnp.where(rows == _NO_SEGMENT, low, rows).min(-1)[:, units].min(-1)
-    q_max = rows.max(-1)[:, units].max(-1)
-    blocks = _cdiv(plan.kv_len, plan.config.block_kv)
-    keys = jnp.pad(key_segments, ((0, 0), (0, -plan.kv_len % plan.config.block_kv)))
-    keys = keys.reshape(plan.batch, blocks, -1)
-    k_min = jnp.where(keys == 0, low, keys).min(-1)
-    k_max = jnp.where(keys == 0, high, keys).max(-1)
-    meet = (q_min[:, :, None] <= k_max[:, None]) & (k_min[:, None] <= q_max[:, :, None])
+
+    def extremes(x):
+        return jnp.where(x == 0, low, x).min(-1), jnp.where(x == 0, high, x).max(-1)
+
+    others = jnp.pad(others, ((0, 0), (0, -others.shape[1] % block)))
+    others = others.reshape(*others.shape[:1], -1, block)
+    (t_min, t_max), (o_min, o_max) = extremes(tiles), extremes(others)
+    meet = (t_min[:, :, None] <= o_max[:, None]) & (o_min[:, None] <= t_max[:, :, None])
     some = meet.any(-1)
     first = jnp.where(some, meet.argmax(-1), 0)
-    stop = jnp.where(some, blocks - meet[..., ::-1].argmax(-1), 0)
+    stop = jnp.where(some, others.shape[1] - meet[..., ::-1].argmax(-1), 0)
     return jnp.stack([first, stop], -1).astype(jnp.int32)
+
+
+def _segment_ranges(plan: _Plan, segments: jax.Array, key_segments: jax.Array) -> jax.Array:
+    """[B, thread-block tiles, 2]: the blocks of keys that a thread block's tiles may see."""
+    count = plan.config.warpgroups
+    tiles = cdiv(plan.steps_per_head * count, plan.subgroups)
+    ids = jnp.pad(segments, ((0, 0), (0, tiles * plan.tokens - segments.shape[1])))
+    units = jnp.arange(plan.steps_per_head * count) // plan.subgroups
+    ids = ids.reshape(plan.batch, tiles, plan.tokens)[:, units]
+    return segment_bounds(
+        ids.reshape(plan.batch, plan.steps_per_head, -1), key_segments, plan.config.block_kv
+    )
 
 
 def attend(
@@ -736,14 +752,14 @@ def attend(
         if key is not None:
             assert key_segments is not None
             inputs["key_segments"] = pad_tokens(key_segments, 1)
-            inputs["ranges"] = _segment_ranges(plan, inputs["query_segments"], key_segments)
+            inputs["ranges"] = _segment_ranges(plan, query_segments, key_segments)
     out, lse = _run(plan, inputs)
     return out[:, :q_len], _lse_by_token(plan, lse)
 
 
 def _lse_by_token(plan: _Plan, lse: jax.Array) -> jax.Array:
     """[B, K, units, 64] as the tiles lie to [B, Tq, N]."""
-    token_tiles = _cdiv(plan.q_len, plan.tokens)
+    token_tiles = cdiv(plan.q_len, plan.tokens)
     lse = lse[:, :, : token_tiles * plan.subgroups].reshape(
         plan.batch, plan.kv_heads, token_tiles, plan.subgroups, plan.heads, plan.tokens
     )
