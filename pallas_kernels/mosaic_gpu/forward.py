@@ -31,6 +31,7 @@ TOKEN_ALIGNMENT = 8  # rows of a swizzled TMA tile; token axes are padded to it
 LOG2E = math.log2(math.e)
 # Not -inf: exp2(-inf - LOWEST) is 0 and exp2(LOWEST - LOWEST) is 1, so that rows that have seen
 # nothing yet need no guard against -inf - (-inf).
+L2_BYTES = 24 * 2**20  # of an H100's 50 MB and an H200's 60, what keys and values may take
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 NO_SEGMENT = -(2**31)  # of a padding query: equals no key's segment
 
@@ -44,6 +45,7 @@ class ForwardConfig:
     warpgroups: int = 2  # compute warpgroups, a tile each
     persistent: bool = True  # one thread block per multiprocessor, looping over tiles
     turns: bool = True  # warpgroups take turns on the tensor cores
+    slot_boxes: bool = True  # one TMA load for all slots of a depth block, where layouts allow it
 
     @property
     def stage_keys(self) -> int:
@@ -116,8 +118,21 @@ class _Plan(NamedTuple):
         return cdiv(units, self.config.warpgroups)
 
     @property
+    def heads_together(self) -> int:
+        return heads_together(self.batch * self.kv_heads, self.kv_len, self.head_dim)
+
+    @property
     def tiles(self) -> int:
         return self.batch * self.kv_heads * self.steps_per_head
+
+    @property
+    def boxes(self) -> bool:
+        """Whether whole depth blocks come in one piece: [slots, tokens, H] is then laid out like
+        the rows of a ring stage. The interpreter cannot see one memory as two arrays.
+        """
+        config = self.config
+        fits = self.head_dim == 64 and self.depth_keys * config.warpgroups == config.stage_keys
+        return fits and config.slot_boxes and self.slots > 0 and not platforms.interpreted()
 
     @property
     def depth_keys(self) -> int:
@@ -154,6 +169,10 @@ class _Refs(NamedTuple):
     v_full: Any = None
     kd_full: Any = None
     vd_full: Any = None
+    kd_box_full: Any = None
+    vd_box_full: Any = None
+    k_smem_boxes: Any = None
+    v_smem_boxes: Any = None
     k_free: Any = None
     v_free: Any = None
     turn: Any = None
@@ -188,6 +207,19 @@ def rem(x: jax.Array, y: int) -> jax.Array:
     return lax.rem(x, i32(y))
 
 
+def divmod_i32(x: jax.Array, y: int) -> tuple[jax.Array, jax.Array]:
+    return div(x, y), rem(x, y)
+
+
+def heads_together(count: int, length: int, head_dim: int) -> int:
+    """How many of `count` KV heads are worked on side by side: as many as the L2 cache holds.
+
+    Tiles of several heads, sorted by their work, leave the multiprocessors less to wait for.
+    """
+    fit = max(1, L2_BYTES // max(1, 2 * length * head_dim * 2))
+    return max(n for n in range(1, count + 1) if count % n == 0 and n <= fit)
+
+
 def _unit(plan: _Plan, tile: _Tile, warpgroup) -> tuple[jax.Array, jax.Array]:
     """First token and first query head of a warpgroup's tile."""
     unit = tile.index * plan.config.warpgroups + warpgroup
@@ -216,11 +248,13 @@ def _num_rounds(plan: _Plan, blocks: int) -> tuple[jax.Array, Callable]:
 
 
 def _locate(plan: _Plan, refs: _Refs, number: jax.Array) -> _Tile:
-    head = div(number, plan.steps_per_head)
-    index = rem(number, plan.steps_per_head)
+    together = plan.heads_together
+    span, place = divmod_i32(number, plan.steps_per_head * together)
+    index, head = divmod_i32(place, together)
+    head = span * together + head
     if plan.causal:
         index = plan.steps_per_head - 1 - index
-    batch, kv_head = div(head, plan.kv_heads), rem(head, plan.kv_heads)
+    batch, kv_head = divmod_i32(head, plan.kv_heads)
     zero = i32(0)
     tile = _Tile(batch, kv_head, index, zero, zero, zero, zero, zero)
     if plan.slots:
@@ -258,6 +292,15 @@ def _slot_block(plan: _Plan, refs: _Refs, tile: _Tile, block: jax.Array):
     return first, jnp.where(second, refs.slots[3], refs.slots[1])
 
 
+def _either(plan: _Plan, slots_left, whole: Callable, part: Callable) -> None:
+    """`whole` for a depth block that is loaded in one piece, `part` for one slot by slot."""
+    if not plan.boxes:
+        part()
+        return
+    common.when(slots_left >= plan.block_slots, whole)
+    common.when(slots_left < plan.block_slots, part)
+
+
 def _load_tiles(plan: _Plan, refs: _Refs, blocks: int) -> None:
     """The memory warpgroup: every load of every tile of this thread block, in the ring's order."""
     pl, plgpu = common.pallas(), common.mosaic()
@@ -269,25 +312,45 @@ def _load_tiles(plan: _Plan, refs: _Refs, blocks: int) -> None:
         def _():
             plgpu.barrier_wait(barriers.at[rem(step, stages)])
 
+    def load_slots(first, stop, stage, tile, ring):
+        source, name, single, _ = ring
+        for warpgroup in range(plan.config.warpgroups):
+            token, _ = _unit(plan, tile, warpgroup)
+            for i in range(plan.block_slots):
+                # Past the range the last visible slot again: what nobody wrote may be NaN.
+                slot = jnp.minimum(first + i, stop - 1)
+                row = warpgroup * plan.depth_keys + i * plan.tokens
+                plgpu.copy_gmem_to_smem(
+                    source.at[slot, tile.batch, common.ds(token, plan.tokens), tile.kv_head],
+                    getattr(refs, name).at[stage, common.ds(row, plan.tokens)],
+                    single.at[stage],
+                )
+
+    def load_box(first, stage, tile, ring):
+        source, name, _, box = ring
+        for warpgroup in range(plan.config.warpgroups):
+            token, _ = _unit(plan, tile, warpgroup)
+            slots, tokens = common.ds(first, plan.block_slots), common.ds(token, plan.tokens)
+            plgpu.copy_gmem_to_smem(
+                source.at[slots, tile.batch, tokens, tile.kv_head],
+                getattr(refs, name + "_boxes").at[stage, warpgroup],
+                box.at[stage],
+            )
+
     def load_depth(block, step, tile):
         first, stop = _slot_block(plan, refs, tile, block)
         stage = rem(step, stages)
-        for source, ring, full, free in (
-            (refs.depth_key, refs.k_smem, refs.kd_full, refs.k_free),
-            (refs.depth_value, refs.v_smem, refs.vd_full, refs.v_free),
+        for ring, free in (
+            ((refs.depth_key, "k_smem", refs.kd_full, refs.kd_box_full), refs.k_free),
+            ((refs.depth_value, "v_smem", refs.vd_full, refs.vd_box_full), refs.v_free),
         ):
             acquire(free, step)
-            for warpgroup in range(plan.config.warpgroups):
-                token, _ = _unit(plan, tile, warpgroup)
-                for i in range(plan.block_slots):
-                    # Past the range the last visible slot again: what nobody wrote may be NaN.
-                    slot = jnp.minimum(first + i, stop - 1)
-                    row = warpgroup * plan.depth_keys + i * plan.tokens
-                    plgpu.copy_gmem_to_smem(
-                        source.at[slot, tile.batch, common.ds(token, plan.tokens), tile.kv_head],
-                        ring.at[stage, common.ds(row, plan.tokens)],
-                        full.at[stage],
-                    )
+            _either(
+                plan,
+                stop - first,
+                functools.partial(load_box, first, stage, tile, ring),
+                functools.partial(load_slots, first, stop, stage, tile, ring),
+            )
         return step + 1
 
     def load_kv(block, step, tile):
@@ -404,8 +467,8 @@ class _Block(NamedTuple):
 
     key: Any
     value: Any
-    key_full: Any
-    value_full: Any
+    wait_key: Callable[[], None]
+    wait_value: Callable[[], None]
     key_free: Any
     value_free: Any
 
@@ -413,7 +476,7 @@ class _Block(NamedTuple):
 def _attend_block(plan: _Plan, q_ref, block: _Block, mask_fn, state, take_turn, pass_turn):
     """Scores, softmax, weighted values. Enters and leaves with this warpgroup's turn taken."""
     pl, plgpu = common.pallas(), common.mosaic()
-    plgpu.barrier_wait(block.key_full)
+    block.wait_key()
 
     def product(acc_ref):
         plgpu.wgmma(acc_ref, q_ref, block.key.transpose((1, 0)))
@@ -427,7 +490,7 @@ def _attend_block(plan: _Plan, q_ref, block: _Block, mask_fn, state, take_turn, 
     acc, row_max, row_sum, weights = lax.optimization_barrier(
         (acc, row_max, row_sum, weights.astype(plan.dtype))
     )
-    plgpu.barrier_wait(block.value_full)
+    block.wait_value()
     take_turn()
 
     acc = accumulate(acc, weights, block.value)
@@ -449,13 +512,25 @@ def _attend_tiles(plan: _Plan, refs: _Refs, blocks: int, warpgroup: jax.Array) -
         if config.turns:
             plgpu.barrier_arrive(refs.turn.at[rem(warpgroup + 1, config.warpgroups)])
 
-    def ring(step, rows, depth: bool) -> _Block:
+    def ring(step, rows, slots_left=None) -> _Block:
+        """A block of the sequence, or with `slots_left` one of depth slots."""
         stage = rem(step, config.stages)
+
+        def wait(name):
+            plgpu.barrier_wait(getattr(refs, name).at[stage])
+
+        def wait_for(name):
+            if slots_left is None:
+                wait(name + "_full")
+            else:
+                box, single = name + "d_box_full", name + "d_full"
+                _either(plan, slots_left, lambda: wait(box), lambda: wait(single))
+
         return _Block(
             refs.k_smem.at[stage, rows],
             refs.v_smem.at[stage, rows],
-            (refs.kd_full if depth else refs.k_full).at[stage],
-            (refs.vd_full if depth else refs.v_full).at[stage],
+            lambda: wait_for("k"),
+            lambda: wait_for("v"),
             refs.k_free.at[stage],
             refs.v_free.at[stage],
         )
@@ -483,7 +558,7 @@ def _attend_tiles(plan: _Plan, refs: _Refs, blocks: int, warpgroup: jax.Array) -
             def mask():
                 return _depth_mask(plan, stop - first, row_segment)
 
-            return step + 1, attend(plan, q_ref, ring(step, rows, True), mask, state)
+            return step + 1, attend(plan, q_ref, ring(step, rows, stop - first), mask, state)
 
         def kv_step(block, carry, masked: bool):
             step, state = carry
@@ -493,9 +568,7 @@ def _attend_tiles(plan: _Plan, refs: _Refs, blocks: int, warpgroup: jax.Array) -
                 return _kv_mask(plan, token, block * config.block_kv, row_segment, segment_ref)
 
             rows = common.ds(0, config.block_kv)
-            return step + 1, attend(
-                plan, q_ref, ring(step, rows, False), mask if masked else None, state
-            )
+            return step + 1, attend(plan, q_ref, ring(step, rows), mask if masked else None, state)
 
         take_turn()
         carry = (step, _empty_state(plan.head_dim))
@@ -577,6 +650,12 @@ def _scratch(plan: _Plan) -> dict[str, Any]:
     if plan.slots:
         scratch["kd_full"] = ring_barrier(copies)
         scratch["vd_full"] = ring_barrier(copies)
+    if plan.boxes:
+        shape = (config.stages, config.warpgroups, plan.block_slots, plan.tokens, plan.head_dim)
+        both = plgpu.RefUnion(ring, common.smem(shape, dtype))
+        scratch |= {"k_smem": both, "v_smem": both}
+        scratch["kd_box_full"] = ring_barrier(config.warpgroups)
+        scratch["vd_box_full"] = ring_barrier(config.warpgroups)
     if plan.kv_len and plan.segments:
         scratch["segment_smem"] = plgpu.SMEM((config.stages, config.block_kv), jnp.int32)
     if config.turns:
@@ -592,6 +671,9 @@ def _run(plan: _Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Arra
 
     def body(*operands, **scratch):
         *arrays, out, lse = operands
+        if plan.boxes:
+            for name in ("k_smem", "v_smem"):
+                scratch[name], scratch[name + "_boxes"] = scratch[name]
         refs = _Refs(**dict.fromkeys(_Refs._fields[:9]) | dict(zip(names, arrays, strict=True)),
                      out=out, lse=lse, **scratch)  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")

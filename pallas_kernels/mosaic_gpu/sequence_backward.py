@@ -1,9 +1,9 @@
 """Backward of the sequence part for Hopper: dq, dk and dv from the unified lse and delta.
 
 Two kernels, so that every gradient is summed by one thread block in a fixed order: one for dq,
-which walks over the keys of a tile of queries, and one for dk and dv, which walks over the queries of all
-heads of a KV head. Scores are computed in both. In each, one warpgroup issues the TMA loads into a
-ring and two or three compute; the products of one block are issued together, so that the
+which walks over the keys of a tile of queries, and one for dk and dv, which walks over the queries
+of all heads of a KV head. Scores are computed in both. In each, one warpgroup issues the TMA loads
+into a ring and two or three compute; the products of one block are issued together, so that the
 exponentials of the scores run beside the product with the values.
 
 With z the scores, p = e^(z - lse): dv = p^T do, ds = p (do v^T - delta), dq = scale ds k,
@@ -28,6 +28,8 @@ from pallas_kernels.mosaic_gpu.forward import (
     cdiv,
     compute_registers,
     div,
+    divmod_i32,
+    heads_together,
     i32,
     memory_registers,
     pad_tokens,
@@ -130,11 +132,13 @@ class _Refs(NamedTuple):
 
 def _tile(plan: _Plan, per_head: int, heavy_last: bool):
     """Batch, KV head and place of this thread block's tile; those with the most work come first."""
-    number = lax.axis_index("block")
-    head, index = div(number, per_head), rem(number, per_head)
+    length = max(plan.q_len * plan.group, plan.kv_len)
+    together = heads_together(plan.batch * plan.kv_heads, length, plan.head_dim)
+    span, place = divmod_i32(lax.axis_index("block"), per_head * together)
+    index, head = divmod_i32(place, together)
     if heavy_last:
         index = per_head - 1 - index
-    return div(head, plan.kv_heads), rem(head, plan.kv_heads), index
+    return *divmod_i32(span * together + head, plan.kv_heads), index
 
 
 def _segments_meet(rows, columns, shape):
