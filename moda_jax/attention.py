@@ -85,8 +85,10 @@ def moda_attention(
     backend = backends.resolve(operands, options, implementation)
     if backend.backward is None:
         out, lse = backend.forward(operands, options)
-    else:
+    elif return_lse:
         out, lse = _attend(backend, options, operands)
+    else:
+        return _attend_without_lse(backend, options, operands)
     return (out, lse) if return_lse else out
 
 
@@ -132,6 +134,24 @@ def _attend_backward(backend: backends.Backend, options: Options, residuals, cot
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend_without_lse(backend: backends.Backend, options: Options, operands: Operands):
+    """o alone: its backward is told that there is no dlse, which some kernels do faster."""
+    return backend.forward(operands, options)[0]
+
+
+def _attend_without_lse_forward(backend, options, operands):
+    out, lse = backend.forward(operands, options)
+    return out, (operands, out, lse)
+
+
+def _attend_without_lse_backward(backend, options, residuals, d_out):
+    return _attend_backward(backend, options, residuals, (d_out, None))
+
+
+_attend_without_lse.defvjp(_attend_without_lse_forward, _attend_without_lse_backward)
 
 
 def _fail(name: str, expected: str, got: Any) -> None:

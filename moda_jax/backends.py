@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import platforms, reference, xla
+from pallas_kernels import mosaic_gpu, platforms, reference, xla
 from pallas_kernels.operands import Gradients, Operands, Options
 
 Forward = Callable[[Operands, Options], tuple[jax.Array, jax.Array]]
@@ -94,6 +94,11 @@ def _reference_refusal(operands: Operands, options: Options, platform: str) -> s
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
+        Backend(
+            "mosaic_gpu", mosaic_gpu.forward, mosaic_gpu.backward, mosaic_gpu.refusal,
+            fast_on=("gpu",), only_by_name_on=("cpu",),
+            deferral=Deferral(mosaic_gpu.backward_without_depth_grads, mosaic_gpu.add_depth_grads),
+        ),
         Backend(
             "xla", xla.forward, xla.backward, _xla_refusal, fast_on=("cpu",),
             deferral=Deferral(xla.backward_without_depth_grads, xla.add_depth_grads),

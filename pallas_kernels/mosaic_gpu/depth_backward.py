@@ -86,9 +86,10 @@ def depth_backward(
         # What one launch computed, the next adds to: of other slots, or of other heads.
         take = functools.partial(common.take_heads, kv_heads=kv_heads, part=launch.heads)
         so_far = parts.get((0, group), d_query)
+        rows = take(query), take(d_out), take(lse), take(delta)
+        before = None if so_far is None else take(so_far)
         dq, depth_grads = _call(
-            launch, *map(take, (query, d_out, lse, delta)), depth_key, depth_value,
-            None if so_far is None else take(so_far), depth_grads, scale=scale,
+            launch, *rows, depth_key, depth_value, before, depth_grads, scale,
             want_query=want_query, want_depth=want_depth, config=config,
         )  # fmt: skip
         parts[launch.heads] = dq
@@ -98,7 +99,7 @@ def depth_backward(
 
 
 def _call(
-    launch: Launch, query, d_out, lse, delta, depth_key, depth_value, d_query, grads, *, scale,
+    launch: Launch, query, d_out, lse, delta, depth_key, depth_value, d_query, grads, scale, *,
     want_query, want_depth, config,
 ):  # fmt: skip
     """One launch."""

@@ -63,19 +63,19 @@ def depth_forward(
     if valid is not None:
         lse = jnp.where(valid[:, :, None], lse, jnp.inf)  # +inf marks a query that sees no slot
     config = config or DepthConfig()
-    parts: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
-    for launch in plan(num_heads // kv_heads, query.shape, slots, is_prefix, config):
+    parts: dict[tuple[int, int], tuple[jax.Array, ...]] = {}
+    whole = (0, num_heads // kv_heads)
+    for launch in plan(whole[1], query.shape, slots, is_prefix, config):
         take = functools.partial(common.take_heads, kv_heads=kv_heads, part=launch.heads)
-        before = (None if out is None else take(out), take(lse))
-        if (0, num_heads // kv_heads) in parts:  # continue the first launch over other slots
-            before = tuple(take(x) for x in parts[0, num_heads // kv_heads])
+        before = [None if out is None else take(out), take(lse)]
+        if whole in parts:  # continue the first launch over other slots
+            before = [take(x) for x in parts[whole]]
             if valid is not None:
-                hidden = jnp.where(valid[:, :, None], before[1], jnp.inf)
-                before = (before[0], hidden)
+                before[1] = jnp.where(valid[:, :, None], before[1], jnp.inf)
         call = take(query), depth_key, depth_value, *before
         parts[launch.heads] = _call(launch, *call, scale=scale, config=config)
     if len(parts) > 1:
-        parts.pop((0, num_heads // kv_heads), None)
+        parts.pop(whole, None)
     outs, lses = zip(*parts.values(), strict=True)
     return common.join_heads(list(outs), kv_heads), common.join_heads(list(lses), kv_heads)
 

@@ -183,7 +183,7 @@ class _Tile(NamedTuple):
 
     batch: jax.Array
     kv_head: jax.Array
-    index: jax.Array  # among the tiles of its KV head
+    place: jax.Array  # among the tiles of its KV head
     depth_first: jax.Array  # blocks of the first range of slots
     depth_blocks: jax.Array
     kv_start: jax.Array  # sequence blocks [kv_start, kv_stop), masked from kv_masked on
@@ -222,7 +222,7 @@ def heads_together(count: int, length: int, head_dim: int) -> int:
 
 def _unit(plan: _Plan, tile: _Tile, warpgroup) -> tuple[jax.Array, jax.Array]:
     """First token and first query head of a warpgroup's tile."""
-    unit = tile.index * plan.config.warpgroups + warpgroup
+    unit = tile.place * plan.config.warpgroups + warpgroup
     token = div(unit, plan.subgroups) * plan.tokens
     head = tile.kv_head * plan.group + rem(unit, plan.subgroups) * plan.heads
     return token, head
@@ -278,8 +278,8 @@ def _kv_blocks(plan: _Plan, refs: _Refs, tile: _Tile) -> dict[str, jax.Array]:
     start, masked = i32(0), div(visible_to_all, block_kv)
     stop = div(visible + (block_kv - 1), block_kv)
     if plan.segments:
-        start = jnp.minimum(refs.ranges[tile.batch, tile.index, 0], stop)
-        stop = jnp.minimum(refs.ranges[tile.batch, tile.index, 1], stop)
+        start = jnp.minimum(refs.ranges[tile.batch, tile.place, 0], stop)
+        stop = jnp.minimum(refs.ranges[tile.batch, tile.place, 1], stop)
         masked = start  # any block may hold a foreign key
     return {"kv_start": start, "kv_masked": masked, "kv_stop": stop}
 
@@ -620,7 +620,7 @@ def _store(plan: _Plan, refs: _Refs, tile: _Tile, state, o_ref, lse_ref, warpgro
             refs.out.at[tile.batch, common.ds(token, plan.tokens), head + i],
             commit_group=False,
         )
-    unit = tile.index * plan.config.warpgroups + warpgroup
+    unit = tile.place * plan.config.warpgroups + warpgroup
     plgpu.copy_smem_to_gmem(
         lse_ref, refs.lse.at[tile.batch, tile.kv_head, unit], commit_group=False
     )

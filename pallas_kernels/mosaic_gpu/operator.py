@@ -1,0 +1,245 @@
+"""The backend's functions: which kernels a call takes, and the paddings they ask for."""
+
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import platforms
+from pallas_kernels.mosaic_gpu import chunks, cudnn
+from pallas_kernels.mosaic_gpu.depth_backward import depth_backward
+from pallas_kernels.mosaic_gpu.depth_forward import depth_forward
+from pallas_kernels.mosaic_gpu.forward import attend
+from pallas_kernels.mosaic_gpu.sequence_backward import sequence_backward
+from pallas_kernels.operands import (
+    DepthReaders,
+    Gradients,
+    Operands,
+    Options,
+    row_delta,
+    visible_slots,
+)
+
+_HEAD_DIMS = (64, 128)
+
+
+def refusal(operands: Operands, options: Options, platform: str) -> str | None:
+    """Why this backend cannot do a call; None if it can."""
+    if platform == "tpu":
+        return "Mosaic GPU kernels need an NVIDIA GPU"
+    if platform == "gpu" and (reason := _device_refusal()):
+        return reason
+    if jax.__version_info__ < (0, 11):
+        return f"needs JAX >= 0.11, this is {jax.__version__}"
+    dtype = operands.query.dtype
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16, not {dtype}"
+    if operands.query.shape[-1] > _HEAD_DIMS[-1]:
+        return f"takes head sizes up to {_HEAD_DIMS[-1]}, not {operands.query.shape[-1]}"
+    if operands.query_offset is not None or operands.kv_length is not None:
+        return "is for training and prefill: no query_offset or kv_length"
+    if operands.query.shape[1] == 0 or (operands.key is not None and operands.key.shape[1] == 0):
+        return "needs at least one token"
+    return None
+
+
+@functools.cache
+def _device_refusal() -> str | None:
+    """Of the first device: all devices of a mesh are of one kind."""
+    if platforms.current() != jax.default_backend().replace("cuda", "gpu"):
+        return None  # compiled ahead of time for a chip that is not here
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", None))
+    if capability != "9.0":
+        return f"needs compute capability 9.0 (H100, H200), {device.device_kind} has {capability}"
+    return None
+
+
+def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
+    """o [B, Tq, N, H] in the query's dtype, lse [B, Tq, N] float32. See `reference.forward`."""
+    head_dim = operands.query.shape[-1]
+    operands = _pad_head_dim(operands)
+    query, key, value, depth_key, depth_value = operands[:5]
+    segments: dict[str, Any] = {
+        "query_segments": operands.query_segments,
+        "key_segments": operands.key_segments if key is not None else operands.query_segments,
+    }
+    has_depth = depth_key is not None and depth_key.shape[0] > 0
+    settings: dict[str, Any] = {"scale": options.scale}
+    if has_depth and options.depth_chunk is not None:
+        out, lse = chunks.forward(operands, options)
+    elif has_depth and _takes_cudnn(operands):
+        sequence = cudnn.forward(query, key, value, is_causal=options.is_causal, **settings)
+        out, lse = depth_forward(
+            query, depth_key, depth_value, _slots(operands, options),
+            is_prefix=options.depth_window is None, sequence=sequence, **settings,
+        )  # fmt: skip
+    elif has_depth:
+        out, lse = attend(
+            query, key, value, depth_key, depth_value, jnp.asarray(_slots(operands, options)),
+            is_causal=options.is_causal, **settings, **segments,
+        )  # fmt: skip
+    elif _takes_cudnn(operands):
+        out, lse = cudnn.forward(query, key, value, is_causal=options.is_causal, **settings)
+    else:
+        out, lse = attend(
+            query, key, value, None, None, None, is_causal=options.is_causal, **settings,
+            **segments,
+        )  # fmt: skip
+    return out[..., :head_dim], lse
+
+
+def backward(
+    operands: Operands,
+    options: Options,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array | None,
+    depth_grads: tuple[jax.Array, jax.Array] | None = None,
+) -> Gradients:
+    """Gradients of the differentiable operands; see `pallas_kernels` for `depth_grads`."""
+    return _backward(operands, options, out, lse, d_out, d_lse, depth_grads, want_depth=True)
+
+
+def backward_without_depth_grads(
+    operands: Operands,
+    options: Options,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array | None,
+) -> Gradients:
+    """As `backward`, but the gradients of the slots are neither computed nor written: None."""
+    return _backward(operands, options, out, lse, d_out, d_lse, None, want_depth=False)
+
+
+def _backward(operands, options, out, lse, d_out, d_lse, depth_grads, *, want_depth) -> Gradients:
+    head_dim = operands.query.shape[-1]
+    delta = row_delta(out, lse, d_out, d_lse)
+    operands = _pad_head_dim(operands)
+    out, d_out = (_pad_last(x, operands.query.shape[-1]) for x in (out, d_out))
+    query, key, _, depth_key, depth_value = operands[:5]
+    d_query = d_key = d_value = None
+    if key is not None:
+        d_query, d_key, d_value = _sequence(operands, options, out, lse, d_out, delta, d_lse)
+    new = None
+    if depth_key is not None and depth_key.shape[0] == 0:
+        new = depth_grads or (depth_key, depth_value)
+    elif depth_key is not None:
+        padded = None
+        if depth_grads is not None:
+            padded = (
+                _pad_last(depth_grads[0], query.shape[-1]),
+                _pad_last(depth_grads[1], query.shape[-1]),
+            )
+        if options.depth_chunk is not None:
+            d_query, new = chunks.backward(
+                operands, options, d_out, lse, delta, d_query, padded, want_depth=want_depth
+            )
+        else:
+            d_query, new = depth_backward(
+                query, d_out, lse, delta, depth_key, depth_value, _slots(operands, options),
+                scale=options.scale, is_prefix=options.depth_window is None, d_query=d_query,
+                depth_grads=padded, want_depth=want_depth,
+            )  # fmt: skip
+    grads = [d_query, d_key, d_value, *(new if new is not None and want_depth else (None, None))]
+    return Gradients(*(None if x is None else x[..., :head_dim] for x in grads))
+
+
+def add_depth_grads(
+    readers: DepthReaders,
+    depth_key: jax.Array,
+    depth_value: jax.Array,
+    depth_grads: tuple[jax.Array, jax.Array],
+    first: Any,
+    stop: Any,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Adds what R layers owe to the slots first ... stop - 1. See `xla.add_depth_grads`.
+
+    To the depth kernel, the layers' queries are query heads: a token's slots meet R·G of them.
+    """
+    kv_heads, head_dim = depth_key.shape[-2:]
+    width = _padded_size(head_dim)
+    rows = [_layers_as_heads(x, kv_heads) for x in readers]
+    query, d_out = (_pad_last(x, width) for x in rows[:2])
+    key, value, *padded = (_pad_last(x, width) for x in (depth_key, depth_value, *depth_grads))
+    is_prefix = isinstance(first, int) and first == 0
+    slots = jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, stop, stop, stop)])
+    _, grads = depth_backward(
+        query, d_out, rows[2], rows[3], key, value, slots, scale=scale, is_prefix=is_prefix,
+        want_query=False, depth_grads=(padded[0], padded[1]),
+    )  # fmt: skip
+    assert grads is not None
+    return grads[0][..., :head_dim], grads[1][..., :head_dim]
+
+
+def _layers_as_heads(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[R, B, T, K·G, ...] -> [B, T, K·(R·G), ...]."""
+    layers, batch, length, heads = x.shape[:4]
+    grouped = x.reshape(layers, batch, length, kv_heads, heads // kv_heads, *x.shape[4:])
+    return jnp.moveaxis(grouped, 0, 3).reshape(batch, length, layers * heads, *x.shape[4:])
+
+
+def _sequence(operands: Operands, options: Options, out, lse, d_out, delta, d_lse):
+    """(dq, dk, dv) of the sequence part."""
+    query, key, value = operands[:3]
+    settings: dict[str, Any] = {"scale": options.scale, "is_causal": options.is_causal}
+    if _takes_cudnn(operands) and d_lse is None and not deterministic():
+        return cudnn.backward(query, key, value, out, lse, d_out, **settings)
+    return sequence_backward(
+        query, key, value, d_out, lse, delta, query_segments=operands.query_segments,
+        key_segments=operands.key_segments, dq_dtype=query.dtype, **settings,
+    )  # fmt: skip
+
+
+def deterministic() -> bool:
+    """Whether XLA was asked for bitwise reproducible results, which cuDNN's backward is not."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    return any(
+        flag in flags or f"{flag}=true" in flags
+        for flag in ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
+    )
+
+
+def _takes_cudnn(operands: Operands) -> bool:
+    """Whether cuDNN can do the sequence part: it knows no segments and has no interpreter."""
+    return (
+        operands.key is not None
+        and operands.query_segments is None
+        and not platforms.interpreted()
+        and not cudnn.missing_names()
+    )
+
+
+def _slots(operands: Operands, options: Options) -> Any:
+    """[4] int32: the two ranges of visible slots; a numpy array if they are known."""
+    ranges = visible_slots(operands, options)
+    if len(ranges) == 1:
+        stop = ranges[0][1]
+        ranges = [*ranges, (stop, stop)]
+    bounds = [bound for pair in ranges for bound in pair]
+    if all(isinstance(bound, int) for bound in bounds):
+        return np.asarray(bounds, np.int32)
+    return jnp.stack([jnp.asarray(bound, jnp.int32) for bound in bounds])
+
+
+def _padded_size(head_dim: int) -> int:
+    return next(size for size in _HEAD_DIMS if size >= head_dim)
+
+
+def _pad_last(x: jax.Array, size: int) -> jax.Array:
+    missing = size - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+
+
+def _pad_head_dim(operands: Operands) -> Operands:
+    """Zeros up to a head size that the kernels have: scores and values do not change."""
+    size = _padded_size(operands.query.shape[-1])
+    arrays = (None if x is None else _pad_last(x, size) for x in operands[:5])
+    return operands._replace(**dict(zip(Gradients._fields, arrays, strict=True)))
