@@ -29,7 +29,7 @@ from moda_jax import backends, moda_attention
 from pallas_kernels.operands import DepthReaders, Operands, Options, row_delta
 
 
-def assert_close(name: str, got, expected, rtol: float) -> None:
+def assert_close(name: str, got, expected, rtol: float, *, exact_zeros: bool = True) -> None:
     """Relative to the largest entry; infinities and exact zeros must be those of `expected`."""
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     assert got.shape == expected.shape, name
@@ -37,7 +37,7 @@ def assert_close(name: str, got, expected, rtol: float) -> None:
     np.testing.assert_array_equal(np.isinf(got), np.isinf(expected), err_msg=name)
     finite = np.isfinite(expected)
     got, expected = got[finite], expected[finite]
-    assert not got[expected == 0].any(), f"{name}: not 0 where nothing is seen"
+    assert not (exact_zeros and got[expected == 0].any()), f"{name}: not 0 where nothing is seen"
     error = np.abs(got - expected).max(initial=0)
     scale = np.abs(expected).max(initial=0)
     assert error <= rtol * scale, f"{name}: relative error {error / scale:.1e} > {rtol:.1e}"
@@ -292,8 +292,9 @@ class AttentionSuite:
         for before, after, sums, same in zip(start, added, wanted, untouched, strict=True):
             assert after.dtype == grads_dtype
             assert_close(
-                "deferred", after[visible], sums, max(RELATIVE[grads_dtype], RELATIVE[dtype])
-            )
+                "deferred", after[visible], sums, max(RELATIVE[grads_dtype], RELATIVE[dtype]),
+                exact_zeros=False,  # sums of rounded gradients may cancel
+            )  # fmt: skip
             assert np.asarray(same).tobytes() == np.asarray(before).tobytes()
             for part in (slice(0, 2), slice(6, 8)):
                 assert np.asarray(after[part]).tobytes() == np.asarray(before[part]).tobytes()

@@ -146,6 +146,13 @@ def unpad_heads(x: jax.Array, kv_heads: int, group: int) -> jax.Array:
     return take_heads(x, kv_heads=kv_heads, part=(0, group))
 
 
+def pad_tokens(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """Zeros at the end of `axis` up to whole tiles: TMA's clipping knows no other token count."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths) if widths[axis][1] else x
+
+
 def tile_rows(
     x: jax.Array, kv_heads: int, group: int, tokens: int, fill: float, *, tokens_first: bool = False
 ) -> jax.Array:

@@ -30,8 +30,11 @@ from pallas_kernels.mosaic_gpu.depth_tiles import (
     flat_slots,
     load_slots,
     plan,
+    slot_barriers,
     store_slots,
     store_zeros,
+    unflat_slots,
+    wait_slots,
 )
 
 _LOG2_E = math.log2(math.e)
@@ -114,12 +117,16 @@ def _call(
         common.tile_rows(x, kv_heads, padded, tile.tokens, fill, tokens_first=tile.tokens_first)
         for x, fill in ((lse, jnp.inf), (delta, 0.0))
     ]
-    pad = functools.partial(common.pad_heads, kv_heads=kv_heads, group=padded)
-    flat = [flat_slots(x) for x in (depth_key, depth_value)]
+
+    def pad(x: jax.Array) -> jax.Array:
+        x = common.pad_heads(x, kv_heads=kv_heads, group=padded)
+        return common.pad_tokens(x, 1, tile.tokens)
+
+    flat = [flat_slots(x, tile) for x in (depth_key, depth_value)]
     operands = [jnp.asarray(launch.slots), pad(query), pad(d_out), *rows, *flat]
     if d_query is not None:
         operands.append(pad(d_query))
-    running = [] if grads is None else [jax.new_ref(flat_slots(g)) for g in grads]
+    running = [] if grads is None else [jax.new_ref(flat_slots(g, tile)) for g in grads]
     out_type = [jax.ShapeDtypeStruct(operands[1].shape, query.dtype)] if want_query else []
     if want_depth and not running:
         out_type += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
@@ -135,11 +142,11 @@ def _call(
         out_type=out_type,
         scratch=_scratch(tile, config, query.dtype, grad_dtype),
     )(*operands, *running)  # fmt: skip
-    dq = common.unpad_heads(outputs[0], kv_heads, group) if want_query else None
+    dq = common.unpad_heads(outputs[0][:, :length], kv_heads, group) if want_query else None
     if not want_depth:
         return dq, None
     new = [jax.freeze(ref) for ref in running] or outputs[-2:]
-    return dq, tuple(x.reshape(depth_key.shape) for x in new)
+    return dq, tuple(unflat_slots(x, depth_key.shape) for x in new)
 
 
 def _scratch(tile: Tile, config: DepthConfig, dtype: Any, grad_dtype: Any) -> dict[str, Any]:
@@ -154,7 +161,7 @@ def _scratch(tile: Tile, config: DepthConfig, dtype: Any, grad_dtype: Any) -> di
         "kd": tile.buffer(dtype, config.stages),
         "vd": tile.buffer(dtype, config.stages),
         "rows_loaded": barrier(2 * tile.copies[0] + 2, 1),
-        "slots_loaded": barrier(2 * tile.copies[1], config.stages),
+        **slot_barriers(tile, config),
         "d_query_loaded": barrier(tile.copies[0], 1),
     }
     if grad_dtype is not None:
@@ -173,7 +180,7 @@ def _kernel(
     d_query_ref, grad_refs, dq_ref = _split_refs(
         refs, has_d_query=has_d_query, want_query=want_query, want_depth=want_depth, add=add
     )
-    here = Place(lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("tile"), tile)
+    here = Place.here(lse_ref.shape[2] // tile.rows, tile)
     blocks = Blocks.of(slots_ref, tile)
     _load_rows(here, q_ref, do_ref, lse_ref, delta_ref, scratch)
     load = functools.partial(load_slots, here, blocks, kd_ref, vd_ref, scratch)
@@ -186,7 +193,7 @@ def _kernel(
 
     def body(block, dq):
         stage = lax.rem(block, jnp.int32(config.stages))
-        plgpu.barrier_wait(scratch["slots_loaded"].at[stage])
+        wait_slots(blocks, scratch, block, stage)
         kd, vd = (tile.matrix(scratch[name].at[stage]) for name in ("kd", "vd"))
         seen = blocks.mask(block)
         for row in weights:

@@ -24,6 +24,8 @@ from pallas_kernels.mosaic_gpu.depth_tiles import (
     flat_slots,
     load_slots,
     plan,
+    slot_barriers,
+    wait_slots,
 )
 
 _LOG2_E = math.log2(math.e)
@@ -87,7 +89,11 @@ def _call(launch: Launch, query, depth_key, depth_value, out, lse, *, scale, con
     group = num_heads // kv_heads
     tile = launch.tile
     common.check_smem(smem_bytes(tile, config), "depth_forward")
-    pad = functools.partial(common.pad_heads, kv_heads=kv_heads, group=tile.group)
+
+    def pad(x: jax.Array) -> jax.Array:
+        x = common.pad_heads(x, kv_heads=kv_heads, group=tile.group)
+        return common.pad_tokens(x, 1, tile.tokens)
+
     rows = common.tile_rows(
         lse * _LOG2_E, kv_heads, tile.group, tile.tokens, jnp.inf, tokens_first=tile.tokens_first
     )
@@ -95,7 +101,7 @@ def _call(launch: Launch, query, depth_key, depth_value, out, lse, *, scale, con
         jnp.asarray(launch.slots),
         pad(query),
         rows,
-        *map(flat_slots, (depth_key, depth_value)),
+        *(flat_slots(x, tile) for x in (depth_key, depth_value)),
     ]
     if out is not None:
         operands.append(pad(out))
@@ -116,13 +122,14 @@ def _call(launch: Launch, query, depth_key, depth_value, out, lse, *, scale, con
             "kd": tile.buffer(query.dtype, config.stages),
             "vd": tile.buffer(query.dtype, config.stages),
             "rows_loaded": barrier(tile.copies[0] * (1 if out is None else 2) + 1, 1),
-            "slots_loaded": barrier(2 * tile.copies[1], config.stages),
+            **slot_barriers(tile, config),
         },
     )(*operands)
     new_lse = common.untile_rows(
         new_rows, length, tile.group, tile.tokens, tokens_first=tile.tokens_first
     )
     new_lse = new_lse / _LOG2_E
+    new_out, new_lse = new_out[:, :length], new_lse
     return tuple(common.unpad_heads(x, kv_heads, group) for x in (new_out, new_lse))
 
 
@@ -171,7 +178,7 @@ def _kernel(
 ):  # fmt: skip
     """One warpgroup: a token tile of one row and key/value head. refs: ([o before], o, lse)."""
     plgpu = common.mosaic()
-    here = Place(lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("tile"), tile)
+    here = Place.here(lse_ref.shape[2] // tile.rows, tile)
     blocks = Blocks.of(slots_ref, tile)
     _load_rows(here, q_ref, lse_ref, refs[0] if has_out else None, scratch)
     clear_slots(scratch, tile, config)
@@ -184,7 +191,7 @@ def _kernel(
 
     def body(block, states):
         stage = lax.rem(block, jnp.int32(config.stages))
-        plgpu.barrier_wait(scratch["slots_loaded"].at[stage])
+        wait_slots(blocks, scratch, block, stage)
         kd, vd = (tile.matrix(scratch[name].at[stage]) for name in ("kd", "vd"))
         same = blocks.mask(block)
         new = []

@@ -4,9 +4,7 @@ A block of the grid takes a tile of tokens of one row and one key/value head, wi
 of that head. Rows are (token, query head) pairs, columns (token, slot) pairs, in one of two orders:
 
 - slots first: rows (head, token), columns (slot, token), at least 8 tokens, 64 rows for up to 8
-  heads. If the visible slots are a prefix, a block is one copy [slots, tokens, H], and what does
-  not fill the first block lies before slot 0, where TMA reads zeros and writes nothing. Otherwise
-  it is a copy a slot.
+  heads. A block is one copy [slots, tokens, H] if all its slots are visible, else a copy a slot.
 - tokens first: rows (token, head), columns (token, slot), copied as 8 slots of a token: a tile of
   few tokens has 64 rows for many heads, and less of the dense product is masked away. Needs a range
   of slots whose ends are multiples of 8.
@@ -45,7 +43,7 @@ class Tile(NamedTuple):
     slots: int
     head_dim: int
     tokens_first: bool = False
-    boxes: bool = False  # slots first, a block is one copy
+    boxes: bool = False  # slots first, and a whole block is one copy
 
     @property
     def rows(self) -> int:
@@ -67,7 +65,7 @@ class Tile(NamedTuple):
         """How many pieces `Place.queries` and `Place.slots` yield."""
         if self.tokens_first:
             return self.tokens, self.tokens * self.slots // 8
-        return self.group, 1 if self.boxes else self.slots
+        return self.group, self.slots
 
     def buffer(self, dtype: Any, *leading: int) -> Any:
         """Shared memory for the keys of a block, or of several."""
@@ -84,12 +82,12 @@ def tokens_first_tile(group: int, head_dim: int, config: DepthConfig) -> Tile:
     return Tile(group, tokens, max(8, config.columns // tokens), head_dim, tokens_first=True)
 
 
-def slots_first_tile(group: int, head_dim: int, is_prefix: bool, config: DepthConfig) -> Tile:
+def slots_first_tile(group: int, head_dim: int, config: DepthConfig) -> Tile:
     """64 rows, and never less than 8 tokens: the swizzled layout's unit."""
     tokens = max(8, 64 // group)
-    # The interpreter reads neither before slot 0 nor through a reshaped buffer.
-    boxes = is_prefix and not platforms.interpreted()
-    return Tile(group, tokens, max(1, config.columns // tokens), head_dim, boxes=boxes)
+    slots = max(1, config.columns // tokens)
+    # The interpreter does not read through a reshaped buffer.
+    return Tile(group, tokens, slots, head_dim, boxes=slots > 1 and not platforms.interpreted())
 
 
 class Launch(NamedTuple):
@@ -112,20 +110,20 @@ def plan(
     padded = common.next_power_of_two(group)
     wanted = padded >= 16 if config.tokens_first is None else config.tokens_first
     if not (wanted and is_prefix and 8 <= padded <= 64 and length % (64 // padded) == 0):
-        return _slots_first(group, head_dim, slots, is_prefix, config)
+        return _slots_first(group, head_dim, slots, config)
     stop = slots[1]
     aligned = stop // 8 * 8
     whole = [Launch(tokens_first_tile(padded, head_dim, config), _range(0, aligned), (0, group))]
     if isinstance(slots, np.ndarray) and stop == aligned:
         return whole
-    return whole + _slots_first(group, head_dim, _range(aligned, stop), False, config)
+    return whole + _slots_first(group, head_dim, _range(aligned, stop), config)
 
 
-def _slots_first(group, head_dim, slots, is_prefix, config) -> list[Launch]:
+def _slots_first(group, head_dim, slots, config) -> list[Launch]:
     limit = 32 if head_dim <= 64 else 16  # a tile's results are kept in registers
     return [
         Launch(
-            slots_first_tile(common.next_power_of_two(stop - start), head_dim, is_prefix, config),
+            slots_first_tile(common.next_power_of_two(stop - start), head_dim, config),
             slots, (start, stop),
         )
         for start, stop in common.split_heads(group, limit)
@@ -142,11 +140,28 @@ class Place(NamedTuple):
     row: jax.Array
     head: jax.Array
     tile_index: jax.Array
+    num_tiles: int
     tile: Tile
+
+    @classmethod
+    def here(cls, num_tiles: int, tile: Tile) -> "Place":
+        row, head, index = (lax.axis_index(name) for name in ("row", "head", "tile"))
+        return cls(row, head, index, num_tiles, tile)
 
     @property
     def tokens(self):
         return common.ds(self.tile_index * self.tile.tokens, self.tile.tokens)
+
+    @property
+    def flat_tokens(self):
+        """The tile's tokens on the axis B·T, whose rows are whole tiles."""
+        first = (self.row * self.num_tiles + self.tile_index) * self.tile.tokens
+        return common.ds(first, self.tile.tokens)
+
+    @property
+    def heads(self):
+        """The key/value head's place on the axis K·H."""
+        return common.ds(self.head * self.tile.head_dim, self.tile.head_dim)
 
     def queries(self, *refs) -> Iterator[tuple[Any, ...]]:
         """(rows of the tile, their piece of every [B, T, K·G, H] array)."""
@@ -164,25 +179,27 @@ class Place(NamedTuple):
                 yield rows, *(ref.at[self.row, self.tokens, head] for ref in refs)
 
     def slots(self, base, *refs) -> Iterator[tuple[Any, ...]]:
-        """(first slot, index in the block, their piece of every [S, B, T, K·H] array)."""
+        """(first slot, index in the block, their piece of every [S, B·T, K·H] array)."""
         tile = self.tile
-        heads = common.ds(self.head * tile.head_dim, tile.head_dim)
-        if tile.boxes:
-            slots = common.ds(base, tile.slots)
-            yield base, ..., *(ref.at[slots, self.row, self.tokens, heads] for ref in refs)
-        elif tile.tokens_first:
+        if tile.tokens_first:
+            first = (self.row * self.num_tiles + self.tile_index) * tile.tokens
             for start in range(0, tile.slots, 8):
                 slots = common.ds(base + start, 8)
                 for t in range(tile.tokens):
-                    token = self.tile_index * tile.tokens + t
                     columns = common.ds(t * tile.slots + start, 8)
-                    pieces = (ref.at[slots, self.row, token, heads] for ref in refs)
+                    pieces = (ref.at[slots, first + t, self.heads] for ref in refs)
                     yield base + start, columns, *pieces
         else:
             for i in range(tile.slots):
-                columns = common.ds(i * tile.tokens, tile.tokens)
-                pieces = (ref.at[base + i, self.row, self.tokens, heads] for ref in refs)
-                yield base + i, columns, *pieces
+                index = common.ds(i, 1) if tile.boxes else common.ds(i * tile.tokens, tile.tokens)
+                slot = common.ds(base + i, 1) if tile.boxes else base + i
+                pieces = (ref.at[slot, self.flat_tokens, self.heads] for ref in refs)
+                yield base + i, index, *pieces
+
+    def box(self, base, *refs) -> tuple[Any, ...]:
+        """A whole block's piece of every [S, B·T, K·H] array."""
+        slots = common.ds(base, self.tile.slots)
+        return tuple(ref.at[slots, self.flat_tokens, self.heads] for ref in refs)
 
 
 class Blocks(NamedTuple):
@@ -202,11 +219,9 @@ class Blocks(NamedTuple):
         return cls((start0, stop0, start1, stop1), first, first + second, tile)
 
     def bounds(self, block):
-        """(first slot of a block, end of its range); with boxes a slot below 0 is none."""
+        """(first slot of a block, end of its range)."""
         start0, stop0, start1, stop1 = self.ranges
         size = self.tile.slots
-        if self.tile.boxes:
-            return stop0 - (self.count - block) * size, stop0
         if self.tile.tokens_first:  # one range; multiples of 8, which copies must be shown
             return common.multiple_of(block * size, 8), stop0
         in_second = start1 + (block - self.first_count) * size
@@ -226,9 +241,11 @@ class Blocks(NamedTuple):
             same_token = (row >> _log2(tile.group)) == (column >> _log2(tile.slots))
             return same_token & ((column & (tile.slots - 1)) < stop - base)
         same_token = ((row ^ column) & (tile.tokens - 1)) == 0
-        if tile.boxes:
-            return same_token & (column >= -base * tile.tokens)
         return same_token & (column < (stop - base) * tile.tokens)
+
+    def is_whole(self, block):
+        base, stop = self.bounds(block)
+        return base + self.tile.slots <= stop
 
     def is_visible(self, slot):
         start0, stop0, start1, stop1 = self.ranges
@@ -243,64 +260,101 @@ def clear_slots(scratch, tile: Tile, config: DepthConfig) -> None:
     """Zeros in every stage: columns of slots that are not loaded keep what was there, and
     0 · NaN must not come from it.
     """
-    if tile.boxes:
-        return  # TMA writes the zeros
-    zeros = jnp.zeros(tile.block_shape, scratch["kd"].dtype)
     for stage in range(config.stages):
-        scratch["kd"][stage] = zeros
-        scratch["vd"][stage] = zeros
+        for name in ("kd", "vd"):
+            zeros = common.zeros((tile.columns, tile.head_dim)).astype(scratch[name].dtype)
+            tile.matrix(scratch[name].at[stage])[...] = zeros
     common.mosaic().commit_smem()
 
 
 def load_slots(here: Place, blocks: Blocks, kd_ref, vd_ref, scratch, block, stage) -> None:
     """Starts the copies of a block's visible slots; for the others the barrier just counts."""
     plgpu = common.mosaic()
-    loaded = scratch["slots_loaded"].at[stage]
     base, stop = blocks.bounds(block)
-    for slot, index, kd, vd in here.slots(base, kd_ref, vd_ref):
+    buffers = scratch["kd"].at[stage], scratch["vd"].at[stage]
 
-        def load(index=index, kd=kd, vd=vd):
-            plgpu.copy_gmem_to_smem(kd, scratch["kd"].at[stage, index], loaded)
-            plgpu.copy_gmem_to_smem(vd, scratch["vd"].at[stage, index], loaded)
+    def load_box():
+        for piece, buffer in zip(here.box(base, kd_ref, vd_ref), buffers, strict=True):
+            plgpu.copy_gmem_to_smem(piece, buffer, scratch["box_loaded"].at[stage])
 
-        def skip():
-            plgpu.barrier_arrive(loaded)
-            plgpu.barrier_arrive(loaded)
+    def load_pieces():
+        loaded = scratch["slots_loaded"].at[stage]
+        for slot, index, *pieces in here.slots(base, kd_ref, vd_ref):
 
-        if here.tile.boxes:
-            load()
-        else:
+            def load(index=index, pieces=pieces):
+                for piece, name in zip(pieces, ("kd", "vd"), strict=True):
+                    plgpu.copy_gmem_to_smem(piece, scratch[name].at[stage, index], loaded)
+
+            def skip():
+                plgpu.barrier_arrive(loaded)
+                plgpu.barrier_arrive(loaded)
+
             lax.cond(slot < stop, load, skip)
+
+    if here.tile.boxes:
+        lax.cond(blocks.is_whole(block), load_box, load_pieces)
+    else:
+        load_pieces()
+
+
+def wait_slots(blocks: Blocks, scratch, block, stage) -> None:
+    """Waits for what `load_slots` started."""
+    plgpu = common.mosaic()
+
+    def wait(name: str) -> None:
+        plgpu.barrier_wait(scratch[name].at[stage])
+
+    if blocks.tile.boxes:
+        whole = blocks.is_whole(block)
+        lax.cond(whole, lambda: wait("box_loaded"), lambda: wait("slots_loaded"))
+    else:
+        wait("slots_loaded")
+
+
+def slot_barriers(tile: Tile, config: DepthConfig) -> dict[str, Any]:
+    """Barriers of `load_slots`, by name."""
+    barriers = {"slots_loaded": common.barrier(2 * tile.copies[1], config.stages)}
+    if tile.boxes:
+        barriers["box_loaded"] = common.barrier(2, config.stages)
+    return barriers
 
 
 def store_slots(here: Place, blocks: Blocks, block, refs, scratch, names, *, add: bool) -> None:
     """Starts writing a block's `scratch[names]` to the visible slots of `refs`."""
     base, stop = blocks.bounds(block)
-    for slot, index, *targets in here.slots(base, *refs):
 
-        def store(index=index, targets=targets):
-            for name, target in zip(names, targets, strict=True):
-                common.store(scratch[name].at[index], target, add=add)
+    def store_box():
+        for name, target in zip(names, here.box(base, *refs), strict=True):
+            common.store(scratch[name], target, add=add)
 
-        if here.tile.boxes:
-            store()
-        else:
+    def store_pieces():
+        for slot, index, *targets in here.slots(base, *refs):
+
+            def store(index=index, targets=targets):
+                for name, target in zip(names, targets, strict=True):
+                    common.store(scratch[name].at[index], target, add=add)
+
             common.when(slot < stop, store)
+
+    if here.tile.boxes:
+        lax.cond(blocks.is_whole(block), store_box, store_pieces)
+    else:
+        store_pieces()
     common.mosaic().commit_smem_to_gmem_group()
 
 
 def store_zeros(here: Place, blocks: Blocks, num_slots: int, refs, zeros) -> None:
     """Writes `zeros`, a block in shared memory, to the slots that are not visible."""
     tile = here.tile
-    heads = common.ds(here.head * tile.head_dim, tile.head_dim)
     if tile.tokens_first:
         stop = blocks.ranges[1]
+        first = (here.row * here.num_tiles + here.tile_index) * tile.tokens
 
         def store_eight(i, _):
             slots = common.ds(common.multiple_of(stop + i * 8, 8), 8)
             for t in range(tile.tokens):
                 for ref in refs:
-                    target = ref.at[slots, here.row, here.tile_index * tile.tokens + t, heads]
+                    target = ref.at[slots, first + t, here.heads]
                     common.store(zeros.at[common.ds(0, 8)], target, add=False)
 
         lax.fori_loop(0, lax.div(num_slots - stop + 7, jnp.int32(8)), store_eight, None)
@@ -311,7 +365,7 @@ def store_zeros(here: Place, blocks: Blocks, num_slots: int, refs, zeros) -> Non
             def store():
                 index = common.ds(slot, 1) if tile.boxes else slot
                 for ref in refs:
-                    common.store(source, ref.at[index, here.row, here.tokens, heads], add=False)
+                    common.store(source, ref.at[index, here.flat_tokens, here.heads], add=False)
 
             common.when(jnp.logical_not(blocks.is_visible(slot)), store)
 
@@ -319,6 +373,13 @@ def store_zeros(here: Place, blocks: Blocks, num_slots: int, refs, zeros) -> Non
     common.mosaic().commit_smem_to_gmem_group()
 
 
-def flat_slots(x: jax.Array) -> jax.Array:
-    """[S, B, T, K, H] -> [S, B, T, K·H], which TMA's five dimensions can tile."""
-    return x.reshape(*x.shape[:3], -1)
+def flat_slots(x: jax.Array, tile: Tile) -> jax.Array:
+    """[S, B, T, K, H] -> [S, B·T, K·H], which TMA's five dimensions can tile; T in whole tiles."""
+    x = common.pad_tokens(x, 2, tile.tokens)
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1)
+
+
+def unflat_slots(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `flat_slots`, to `shape`."""
+    slots, batch, length, kv_heads, head_dim = shape
+    return x.reshape(slots, batch, -1, kv_heads, head_dim)[:, :, :length]
