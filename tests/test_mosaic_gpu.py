@@ -5,24 +5,109 @@ cuDNN's, and copies of whole blocks of slots, exist on the GPU only.
 """
 
 import dataclasses
+import functools
+import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 from attention_cases import CASES
 from attention_suite import AttentionSuite
 
-pytestmark = pytest.mark.skipif(
+from moda_jax import explain_attention
+from moda_jax.attention import check
+from pallas_kernels import mosaic_gpu
+from pallas_kernels.mosaic_gpu import common, cudnn, operator
+
+needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Pallas Mosaic GPU needs JAX >= 0.11"
 )
-
 HALF = ("bfloat16", "float16")
+TAKEN = [case for case in CASES if case.query_offset is None and case.kv_length is None]
+FAST = ("one_token", "packed", "window_static", "depth_only", "chunk_whole_sequence")
 
 
-class TestMosaicGpu(AttentionSuite):
+def narrowed(cases):
+    """Without float32, and float16 only where the case has it."""
+    return tuple(
+        dataclasses.replace(case, dtypes=HALF[: 1 + ("float16" in case.dtypes)]) for case in cases
+    )
+
+
+@pytest.fixture
+def races():
+    """The interpreter looks for races between copies, warpgroups and products."""
+    with common.race_detection():
+        yield
+
+
+@needs_mosaic
+@pytest.mark.usefixtures("races")
+class TestMosaicGpu:
+    """The part of the suite that fits into a minute."""
+
     implementation = "mosaic_gpu"
     dtypes = HALF
-    cases = tuple(
-        dataclasses.replace(case, dtypes=HALF[: 1 + ("float16" in case.dtypes)])
-        for case in CASES
-        if case.query_offset is None and case.kv_length is None
+    cases = narrowed(case for case in TAKEN if case.name in FAST)
+    pytest_generate_tests = AttentionSuite.pytest_generate_tests
+    compiled = AttentionSuite.compiled
+    test_equals_reference = AttentionSuite.test_equals_reference
+    test_two_runs_are_bitwise_equal = AttentionSuite.test_two_runs_are_bitwise_equal
+
+
+@needs_mosaic
+@pytest.mark.slow
+@pytest.mark.usefixtures("races")
+class TestMosaicGpuWhole(AttentionSuite):
+    implementation = "mosaic_gpu"
+    dtypes = HALF
+    cases = narrowed(TAKEN)
+
+
+def test_cudnn_entry_points_are_where_they_were():
+    """They are private to JAX: this fails loudly when a new JAX moves them."""
+    assert cudnn.missing_names() == []
+    backward = cudnn._private()._dot_product_attention_bwd_p_wrapper
+    shapes = [jax.ShapeDtypeStruct((1, 16, n, 64), jnp.bfloat16) for n in (4, 2, 2, 4, 4)]
+    query, key, value, out, d_out = shapes
+    lse = jax.ShapeDtypeStruct((1, 16, 4), jnp.float32)
+    closed = jax.make_jaxpr(functools.partial(cudnn.backward, scale=1.0, is_causal=True))(
+        query, key, value, out, lse, d_out
     )
+    assert any(eqn.primitive is backward for eqn in closed.jaxpr.eqns)
+    assert [x.shape for x in closed.out_avals] == [x.shape for x in (query, key, value)]
+
+
+def arrays(**changes):
+    shapes = {"query": (1, 16, 4, 64), "key": (1, 16, 2, 64), "value": (1, 16, 2, 64)}
+    dtype = changes.pop("dtype", jnp.bfloat16)
+    return {name: jax.ShapeDtypeStruct(s, dtype) for name, s in shapes.items()} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": jnp.float32}, "bfloat16 and float16, not float32"),
+        ({"query_offset": jax.ShapeDtypeStruct((1,), jnp.int32)}, "training and prefill"),
+        ({"query": jax.ShapeDtypeStruct((1, 0, 4, 64), jnp.bfloat16)}, "at least one token"),
+    ],
+)
+@needs_mosaic
+def test_refusals(changes, reason):
+    choice = explain_attention(**arrays(**changes))
+    assert reason in choice.refusals["mosaic_gpu"]
+
+
+def test_refuses_other_chips(monkeypatch):
+    operands, options = check(*(jnp.zeros((1, 8, 2, 64), jnp.bfloat16),) * 3)
+    assert "NVIDIA GPU" in mosaic_gpu.refusal(operands, options, "tpu")
+    chip = types.SimpleNamespace(compute_capability="8.0", device_kind="NVIDIA A100")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [chip])
+    operator._device_refusal.cache_clear()
+    try:
+        assert "9.0 (H100, H200), NVIDIA A100 has 8.0" in mosaic_gpu.refusal(
+            operands, options, "gpu"
+        )
+    finally:
+        operator._device_refusal.cache_clear()
