@@ -1,7 +1,9 @@
 """The backend's functions: which kernels a call takes, and the paddings they ask for."""
 
+import contextlib
+import contextvars
 import functools
-import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,6 +26,8 @@ from pallas_kernels.operands import (
 )
 
 _HEAD_DIMS = (64, 128)
+
+_nondeterministic: contextvars.ContextVar[bool] = contextvars.ContextVar("any_order", default=False)
 
 
 def refusal(operands: Operands, options: Options, platform: str) -> str | None:
@@ -71,7 +75,9 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     settings: dict[str, Any] = {"scale": options.scale}
     if has_depth and options.depth_chunk is not None:
         out, lse = chunks.forward(operands, options)
-    elif has_depth and _takes_cudnn(operands):
+    elif has_depth and _takes_cudnn(operands) and query.shape[2] >= 16 * key.shape[2]:
+        # A token's slots are read once for all heads, which the fused kernel's tiles are too small
+        # for.
         sequence = cudnn.forward(query, key, value, is_causal=options.is_causal, **settings)
         out, lse = depth_forward(
             query, depth_key, depth_value, _slots(operands, options),
@@ -82,8 +88,6 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
             query, key, value, depth_key, depth_value, jnp.asarray(_slots(operands, options)),
             is_causal=options.is_causal, **settings, **segments,
         )  # fmt: skip
-    elif _takes_cudnn(operands):
-        out, lse = cudnn.forward(query, key, value, is_causal=options.is_causal, **settings)
     else:
         out, lse = attend(
             query, key, value, None, None, None, is_causal=options.is_causal, **settings,
@@ -190,7 +194,7 @@ def _sequence(operands: Operands, options: Options, out, lse, d_out, delta, d_ls
     """(dq, dk, dv) of the sequence part."""
     query, key, value = operands[:3]
     settings: dict[str, Any] = {"scale": options.scale, "is_causal": options.is_causal}
-    if _takes_cudnn(operands) and d_lse is None and not deterministic():
+    if _nondeterministic.get() and _takes_cudnn(operands) and d_lse is None:
         return cudnn.backward(query, key, value, out, lse, d_out, **settings)
     return sequence_backward(
         query, key, value, d_out, lse, delta, query_segments=operands.query_segments,
@@ -198,13 +202,17 @@ def _sequence(operands: Operands, options: Options, out, lse, d_out, delta, d_ls
     )  # fmt: skip
 
 
-def deterministic() -> bool:
-    """Whether XLA was asked for bitwise reproducible results, which cuDNN's backward is not."""
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    return any(
-        flag in flags or f"{flag}=true" in flags
-        for flag in ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
-    )
+@contextlib.contextmanager
+def nondeterministic() -> Iterator[None]:
+    """Calls traced inside may use cuDNN's backward, which adds dq up in no fixed order.
+
+    Everything else here gives the same bits every time.
+    """
+    token = _nondeterministic.set(True)
+    try:
+        yield
+    finally:
+        _nondeterministic.reset(token)
 
 
 def _takes_cudnn(operands: Operands) -> bool:
