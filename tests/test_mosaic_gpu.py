@@ -6,6 +6,7 @@ cuDNN's, and copies of whole blocks of slots, exist on the GPU only.
 
 import dataclasses
 import functools
+import re
 import types
 
 import jax
@@ -16,7 +17,10 @@ from attention_suite import AttentionSuite
 
 from moda_jax import explain_attention
 from moda_jax.attention import check
-from pallas_kernels import mosaic_gpu
+from moda_jax.config import Config, MeshConfig, ModelConfig
+from moda_jax.sharding import batch_sharding, make_mesh
+from moda_jax.train_step import make_train_functions
+from pallas_kernels import mosaic_gpu, platforms
 from pallas_kernels.mosaic_gpu import common, cudnn, operator
 
 needs_mosaic = pytest.mark.skipif(
@@ -111,3 +115,25 @@ def test_refuses_other_chips(monkeypatch):
         )
     finally:
         operator._device_refusal.cache_clear()
+
+
+@needs_mosaic
+@pytest.mark.parametrize("block", [1, 2])
+def test_sharded_train_step_lowers_for_gpus(block):
+    """fsdp x tensor: the kernels are there, and add into the gradient cache in place."""
+    model = ModelConfig(
+        vocab_size=512, num_layers=4, embed_dim=256, num_heads=4, num_kv_heads=2, head_dim=64,
+        mlp_dim=256, attention="mosaic_gpu", depth_grad_block=block,
+    )  # fmt: skip
+    config = Config(name="sharded", model=model, mesh=MeshConfig(fsdp=2, tensor=2), batch_size=4)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), platforms.compiling_for("gpu"):
+        functions = make_train_functions(config, mesh)
+        rows = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=batch_sharding(mesh))
+        batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), rows)
+        step = functions.train_step.trace(functions.abstract_state, batch)
+        text = step.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @mosaic_gpu\w*\([^\n]*", text)
+    in_place = [call for call in calls if call.count("output_operand_alias<") == 2]
+    assert len(in_place) == block  # the layer's own addition, and the block's
+    assert all(f"{model.depth_slots}x512x64x" in call for call in in_place)  # local rows and heads
