@@ -67,31 +67,35 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     head_dim = operands.query.shape[-1]
     operands = _pad_head_dim(operands)
     query, key, value, depth_key, depth_value = operands[:5]
-    segments: dict[str, Any] = {
-        "query_segments": operands.query_segments,
-        "key_segments": operands.key_segments if key is not None else operands.query_segments,
-    }
     has_depth = depth_key is not None and depth_key.shape[0] > 0
     settings: dict[str, Any] = {"scale": options.scale}
+    ids: dict[str, Any] = {
+        "query_segments": operands.query_segments,
+        "key_segments": operands.key_segments,
+    }
     if has_depth and options.depth_chunk is not None:
         out, lse = chunks.forward(operands, options)
-    elif has_depth and _takes_cudnn(operands) and query.shape[2] >= 16 * key.shape[2]:
+    elif has_depth and (key is None or _large_group(operands)):
         # A token's slots are read once for all heads, which the fused kernel's tiles are too small
-        # for.
-        sequence = cudnn.forward(query, key, value, is_causal=options.is_causal, **settings)
+        # for; and without a sequence there is nothing to fuse with.
+        segments = operands.query_segments
+        sequence = None
+        if key is not None:
+            sequence = cudnn.forward(query, key, value, is_causal=options.is_causal, **settings)
         out, lse = depth_forward(
             query, depth_key, depth_value, _slots(operands, options),
-            is_prefix=options.depth_window is None, sequence=sequence, **settings,
+            is_prefix=options.depth_window is None, sequence=sequence,
+            valid=None if segments is None else segments != 0, **settings,
         )  # fmt: skip
     elif has_depth:
         out, lse = attend(
             query, key, value, depth_key, depth_value, jnp.asarray(_slots(operands, options)),
-            is_causal=options.is_causal, **settings, **segments,
+            is_causal=options.is_causal, **settings, **ids,
         )  # fmt: skip
     else:
         out, lse = attend(
             query, key, value, None, None, None, is_causal=options.is_causal, **settings,
-            **segments,
+            **ids,
         )  # fmt: skip
     return out[..., :head_dim], lse
 
@@ -213,6 +217,13 @@ def nondeterministic() -> Iterator[None]:
         yield
     finally:
         _nondeterministic.reset(token)
+
+
+def _large_group(operands: Operands) -> bool:
+    """Whether cuDNN's attention and a depth kernel are faster than the fused kernel: measured."""
+    assert operands.key is not None
+    heads, kv_heads = operands.query.shape[2], operands.key.shape[2]
+    return heads >= 16 * kv_heads and _takes_cudnn(operands)
 
 
 def _takes_cudnn(operands: Operands) -> bool:

@@ -1,0 +1,1 @@
+"""Measurements. Each module is a command; what it wrote lies in docs/benchmarks."""

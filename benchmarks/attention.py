@@ -1,0 +1,226 @@
+"""Attention with and without depth: cuDNN alone, cuDNN and a depth part in XLA, and this operator.
+
+    python -m benchmarks.attention [--rows T16K,B8] [--implementation mosaic_gpu] [--check]
+
+Everything is timed in one process on the same inputs. Options are argparse's: the machines that
+have the GPU do not always have the training loop's packages.
+"""
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.shapes import SHAPES, SMOKE, Shape
+from benchmarks.timing import copy_bandwidth, matmul_rate, milliseconds
+from moda_jax import explain_attention, moda_attention
+
+Arrays = tuple[jax.Array, ...]
+
+
+def make_inputs(shape: Shape, seed: int = 0) -> tuple[Arrays, jax.Array]:
+    """((query, key, value, depth_key, depth_value), do): bfloat16, normal."""
+    batch, length, head_dim = shape.batch, shape.tokens, shape.head_dim
+    kv = (batch, length, shape.kv_heads, head_dim)
+    sizes = [(batch, length, shape.heads, head_dim), kv, kv, *[(shape.slots, *kv)] * 2]
+    keys = jax.random.split(jax.random.key(seed), 6)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def normal(key, size):
+        return jax.random.normal(key, size, jnp.bfloat16)
+
+    return tuple(map(normal, keys, sizes)), normal(keys[5], sizes[0])
+
+
+def _library() -> Any:
+    return "cudnn" if jax.default_backend() == "gpu" else "xla"
+
+
+def plain(query, key, value, depth_key, depth_value):
+    """Causal attention over the sequence alone: cuDNN's on a GPU."""
+    return jax.nn.dot_product_attention(
+        query, key, value, is_causal=True, implementation=_library()
+    )
+
+
+def with_xla_depth(query, key, value, depth_key, depth_value):
+    """What a user would write: attention and its lse, two einsums over the slots, a merge."""
+    out, lse = jax.nn.dot_product_attention(
+        query, key, value, is_causal=True, implementation=_library(), return_residual=True
+    )
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum(
+        "btkgh,sbtkh->btkgs", grouped, depth_key, preferred_element_type=jnp.float32
+    ) / np.sqrt(head_dim)
+    sequence = lse.astype(jnp.float32).reshape(*scores.shape[:-1], 1)
+    weights = jax.nn.softmax(jnp.concatenate([sequence, scores], axis=-1), axis=-1)
+    depth = jnp.einsum("btkgs,sbtkh->btkgh", weights[..., 1:].astype(query.dtype), depth_value)
+    return weights[..., 0].reshape(*out.shape[:3], 1).astype(out.dtype) * out + depth.reshape(
+        out.shape
+    )
+
+
+def ours(implementation: str | None) -> Callable[..., jax.Array]:
+    return functools.partial(moda_attention, implementation=implementation)
+
+
+def with_gradients(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """(arrays, do) -> (o, gradients); what `function` does not use gets no gradient."""
+
+    def run(arrays: Arrays, d_out: jax.Array) -> Any:
+        used = 3 if function is plain else 5
+        rest = arrays[used:]
+        out, pullback = jax.vjp(lambda *first: function(*first, *rest), *arrays[:used])
+        return out, pullback(d_out)
+
+    return jax.jit(run)
+
+
+def measure(shape: Shape, implementation: str | None, variants: list[str]) -> dict[str, Any]:
+    """Milliseconds by variant: (forward, forward and backward)."""
+    arrays, d_out = make_inputs(shape)
+    functions = {
+        "cudnn": plain, "cudnn + XLA depth": with_xla_depth, "ours": ours(implementation)
+    }  # fmt: skip
+    row: dict[str, Any] = {}
+    for name in variants:
+        forward = jax.jit(functions[name])
+        try:
+            times = [milliseconds(forward, *arrays)]
+            times.append(milliseconds(with_gradients(functions[name]), arrays, d_out))
+        except Exception as error:  # one variant out of memory must not lose the others
+            row[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            continue
+        row[name] = {"forward": times[0], "total": times[1]}
+    if implementation != "xla":
+        row["depth alone"] = _depth_alone(shape, arrays, d_out, implementation)
+    return row
+
+
+def _depth_alone(shape: Shape, arrays: Arrays, d_out: jax.Array, implementation) -> dict[str, Any]:
+    """The depth part by itself: milliseconds, and TB/s of what it must move."""
+
+    def attend(query, depth_key, depth_value):
+        return moda_attention(
+            query, None, None, depth_key, depth_value, implementation=implementation
+        )
+
+    own = arrays[0], arrays[3], arrays[4]
+    total = jax.jit(lambda own, do: jax.vjp(attend, *own)[1](do))
+    forward = milliseconds(jax.jit(attend), *own)
+    both = milliseconds(total, own, d_out)
+    rows = 2 * shape.batch * shape.tokens * shape.heads * shape.head_dim
+    return {
+        "forward": forward,
+        "backward": both - forward,
+        "forward TB/s": (shape.depth_bytes + 2 * rows) / forward / 1e9,
+        "backward TB/s": (2 * shape.depth_bytes + 4 * rows) / (both - forward) / 1e9,
+    }
+
+
+def check(shape: Shape, implementation: str | None) -> dict[str, Any]:
+    """Relative errors (Frobenius) to float32 of ours and of xla in bfloat16; repeatability.
+
+    One key/value head and two rows at most: a reference for all of them would take minutes.
+    """
+    small = shape._replace(kv_heads=1, batch=min(shape.batch, 2))
+    arrays, d_out = make_inputs(small, seed=int(time.time()))
+    names = ("o", "dq", "dk", "dv", "dkd", "dvd")
+
+    def run(implementation, dtype):
+        cast = tuple(x.astype(dtype) for x in arrays)
+        with jax.default_matmul_precision("highest"):
+            out, grads = with_gradients(ours(implementation))(cast, d_out.astype(dtype))
+        return [np.asarray(x, np.float32) for x in (out, *grads)]
+
+    reference = run("xla", jnp.float32)
+    mine, again = (run(implementation, jnp.bfloat16) for _ in range(2))
+    baseline = run("xla", jnp.bfloat16)
+
+    def errors(results):
+        return [
+            float(np.linalg.norm(x - y) / np.linalg.norm(y))
+            for x, y in zip(results, reference, strict=True)
+        ]
+
+    own, base = errors(mine), errors(baseline)
+    return {
+        "error": dict(zip(names, own, strict=True)),
+        "xla bfloat16": dict(zip(names, base, strict=True)),
+        "worst ratio": max(a / b for a, b in zip(own, base, strict=True)),
+        "bitwise equal": all(np.array_equal(x, y) for x, y in zip(mine, again, strict=True)),
+    }
+
+
+def main() -> int:
+    options = _options()
+    shapes = [SMOKE] if options.smoke else [SHAPES[name] for name in options.rows]
+    started = time.perf_counter()
+    peaks = (2**20, 128) if options.smoke else (2**32, 8192)
+    first = shapes[0]
+    spec = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for x in jax.eval_shape(lambda: make_inputs(first))[0]
+    ]
+    results: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "implementation": str(explain_attention(*spec, implementation=options.implementation)),
+        "copy TB/s": copy_bandwidth(peaks[0]),
+        "matmul TFLOP/s": matmul_rate(peaks[1]),
+        "rows": {},
+    }
+    print({k: v for k, v in results.items() if k != "rows"}, flush=True)
+    failed = False
+    for shape in shapes:
+        if time.perf_counter() - started > options.time_budget:
+            print(f"{shape.name}: not measured, the time budget is spent", flush=True)
+            failed = True
+            continue
+        try:
+            row = measure(shape, options.implementation, options.variants)
+            if options.check:
+                row["check"] = check(shape, options.implementation)
+            failed |= any("error" in x for x in row.values() if "total" not in x) and "ours" in row
+        except Exception as error:  # the other rows are still worth having
+            row = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            failed = True
+        results["rows"][shape.name] = row
+        print(shape.name, json.dumps(row), flush=True)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=1))
+    return int(failed)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = ("cudnn", "cudnn + XLA depth", "ours")
+    split = functools.partial(str.split, sep=",")
+    add = parser.add_argument
+    add("--rows", type=split, default=list(SHAPES), help="names, comma-separated")
+    add("--variants", type=split, default=list(names), help=", ".join(names))
+    add("--implementation", help="of moda_attention; by default it picks")
+    add("--check", action="store_true", help="also compare with float32")
+    add("--smoke", action="store_true", help="one tiny shape, for a CPU")
+    add("--time-budget", type=float, default=600.0, help="seconds; later rows are left out")
+    add("--json", type=Path, default=Path("docs/benchmarks/attention.json"))
+    options = parser.parse_args()
+    for name, known in (("rows", SHAPES), ("variants", names)):
+        if unknown := [x for x in getattr(options, name) if x not in known]:
+            parser.error(f"--{name}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    return options
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
