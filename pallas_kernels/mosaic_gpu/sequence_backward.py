@@ -20,23 +20,25 @@ from jax import lax
 
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.forward import (
+from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
     NO_SEGMENT,
     ROWS,
     accumulate,
     cdiv,
-    compute_registers,
     div,
     divmod_i32,
+    drain,
     heads_together,
     i32,
-    memory_registers,
+    iota,
     pad_tokens,
+    place,
     rem,
     segment_bounds,
+    split_roles,
     spread,
-    wgmma_iota,
+    wait_free,
 )
 
 
@@ -134,11 +136,10 @@ def _tile(plan: _Plan, per_head: int, heavy_last: bool):
     """Batch, KV head and place of this thread block's tile; those with the most work come first."""
     length = max(plan.q_len * plan.group, plan.kv_len)
     together = heads_together(plan.batch * plan.kv_heads, length, plan.head_dim)
-    span, place = divmod_i32(lax.axis_index("block"), per_head * together)
-    index, head = divmod_i32(place, together)
+    head, index = place(lax.axis_index("block"), together, per_head)
     if heavy_last:
         index = per_head - 1 - index
-    return *divmod_i32(span * together + head, plan.kv_heads), index
+    return *divmod_i32(head, plan.kv_heads), index
 
 
 def _segments_meet(rows, columns, shape):
@@ -187,7 +188,7 @@ def _dq_loads(plan: _Plan, refs: _Refs, scratch) -> None:
 
     def load(block, step):
         stage = rem(step, config.dq_stages)
-        _wait_free(scratch["free"], step, config.dq_stages)
+        wait_free(scratch["free"], step, config.dq_stages)
         keys, full = common.ds(block * config.dq_block_kv, config.dq_block_kv), scratch["full"]
         for source, name in ((refs.key, "k_smem"), (refs.value, "v_smem")):
             plgpu.copy_gmem_to_smem(
@@ -201,32 +202,16 @@ def _dq_loads(plan: _Plan, refs: _Refs, scratch) -> None:
 
     start, _, stop = _kv_blocks(plan, refs, batch, index)
     steps = lax.fori_loop(start, stop, load, i32(0))
-    _drain(scratch["free"], steps, config.dq_stages)
-
-
-def _wait_free(barriers, step, stages: int) -> None:
-    """Until the stage's previous block has been read, if there was one."""
-    plgpu = common.mosaic()
-    common.when(step >= stages, lambda: plgpu.barrier_wait(barriers.at[rem(step, stages)]))
-
-
-def _drain(barriers, steps, stages: int) -> None:
-    """Every arrival is waited for: no barrier is left in the middle of a phase."""
-    plgpu = common.mosaic()
-
-    def wait(step, _):
-        plgpu.barrier_wait(barriers.at[rem(step, stages)])
-
-    lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
+    drain(scratch["free"], steps, config.dq_stages)
 
 
 def _dq_mask(plan: _Plan, token, start, row_segment, segment_ref):
     plgpu = common.mosaic()
     shape = (ROWS, plan.config.dq_block_kv)
-    column = wgmma_iota(shape, 1) + start
+    column = iota(shape, 1) + start
     mask = column < plan.kv_len
     if plan.causal:
-        mask &= column <= wgmma_iota(shape, 0) + token
+        mask &= column <= iota(shape, 0) + token
     if row_segment is not None:
         columns = plgpu.load(segment_ref, layout=plgpu.Layout.WGMMA.reduce(0))
         mask &= _segments_meet(row_segment, columns, shape)
@@ -281,7 +266,7 @@ def _dq_compute(plan: _Plan, refs: _Refs, dq_ref, scratch, warpgroup) -> None:
             (q_ref, k_ref.transpose((1, 0))), (do_ref, v_ref.transpose((1, 0))), shape, weights
         )
         ds = p * (dp - spread(delta, shape, 0))
-        dq = accumulate(dq, ds.astype(plan.dtype), k_ref)
+        dq = accumulate(dq, (ds.astype(plan.dtype), k_ref))
         plgpu.barrier_arrive(scratch["free"].at[stage])
         return step + 1, dq
 
@@ -319,7 +304,7 @@ def _dq_kernel(plan: _Plan, inputs: dict[str, jax.Array]) -> jax.Array:
     def body(*operands, **scratch):
         *arrays, dq_ref = operands
         refs = _Refs(**dict(zip(inputs, arrays, strict=True)))
-        _split_roles(
+        split_roles(
             count,
             lambda warpgroup: _dq_compute(plan, refs, dq_ref, scratch, warpgroup),
             lambda: _dq_loads(plan, refs, scratch),
@@ -333,23 +318,6 @@ def _dq_kernel(plan: _Plan, inputs: dict[str, jax.Array]) -> jax.Array:
         scratch=scratch,
         threads=count + 1,
     )(*inputs.values())
-
-
-def _split_roles(count: int, compute, load) -> None:
-    """The first `count` warpgroups compute, the last one loads."""
-    plgpu = common.mosaic()
-    warpgroup = lax.axis_index("warpgroup")
-
-    def compute_role():
-        plgpu.set_max_registers(compute_registers(count), action="increase")
-        compute(warpgroup)
-
-    def load_role():
-        plgpu.set_max_registers(memory_registers(count), action="decrease")
-        load()
-
-    common.when(warpgroup < count, compute_role)
-    common.when(warpgroup == count, load_role)
 
 
 # dk, dv
@@ -385,7 +353,7 @@ def _dkv_loads(plan: _Plan, refs: _Refs, scratch) -> None:
 
     def load(step, first):
         stage = rem(step, config.dkv_stages)
-        _wait_free(scratch["free"], step, config.dkv_stages)
+        wait_free(scratch["free"], step, config.dkv_stages)
         block, head = first + div(step, plan.group), kv_head * plan.group + rem(step, plan.group)
         rows, full = common.ds(block * config.dkv_block_q, config.dkv_block_q), scratch["full"]
         for source, name in (
@@ -404,7 +372,7 @@ def _dkv_loads(plan: _Plan, refs: _Refs, scratch) -> None:
     start, _, stop = _q_blocks(plan, refs, batch, index)
     steps = (stop - start) * plan.group
     lax.fori_loop(0, steps, load, start)
-    _drain(scratch["free"], steps, config.dkv_stages)
+    drain(scratch["free"], steps, config.dkv_stages)
 
 
 def _dkv_mask(plan: _Plan, first_key, token, row_segment, segment_ref):
@@ -413,7 +381,7 @@ def _dkv_mask(plan: _Plan, first_key, token, row_segment, segment_ref):
     shape = (ROWS, plan.config.dkv_block_q)
     mask = None
     if plan.causal:
-        mask = wgmma_iota(shape, 0) + first_key <= wgmma_iota(shape, 1) + token
+        mask = iota(shape, 0) + first_key <= iota(shape, 1) + token
     if row_segment is not None:
         columns = plgpu.load(segment_ref, layout=plgpu.Layout.WGMMA.reduce(0))
         meet = _segments_meet(row_segment, columns, shape)
@@ -431,8 +399,8 @@ def _dkv_products(plan: _Plan, tiles, weights, delta, dk, dv):
     if platforms.interpreted():  # which cannot initialise an accumulator
         p, dp = _two_products(scores, d_weights, shape, weights)
         ds = p * (dp - delta())
-        dv = accumulate(dv, p.astype(plan.dtype), do_ref)
-        return accumulate(dk, ds.astype(plan.dtype), q_ref), dv
+        dv = accumulate(dv, (p.astype(plan.dtype), do_ref))
+        return accumulate(dk, (ds.astype(plan.dtype), q_ref)), dv
 
     def update(accs):
         dk_acc, dv_acc = accs
@@ -528,7 +496,7 @@ def _dkv_kernel(plan: _Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, j
     def body(*operands, **scratch):
         *arrays, dk_ref, dv_ref = operands
         refs = _Refs(**dict(zip(inputs, arrays, strict=True)))
-        _split_roles(
+        split_roles(
             count,
             lambda warpgroup: _dkv_compute(plan, refs, dk_ref, dv_ref, scratch, warpgroup),
             lambda: _dkv_loads(plan, refs, scratch),
