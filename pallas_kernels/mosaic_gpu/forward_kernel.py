@@ -5,7 +5,7 @@ warpgroups; a depth block gives each its own 64 (slot, token) rows, as their tok
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     drain,
     i32,
     iota,
+    load_columns,
     rem,
     spread,
     wait_free,
@@ -284,7 +285,7 @@ def attend_tiles(plan: Plan, refs: Refs, blocks: int, warpgroup: jax.Array) -> N
         common.when(warpgroup == 0, lambda: plgpu.barrier_wait(refs.turn.at[0]))
 
 
-def _empty_state(head_dim: int) -> tuple[jax.Array, ...]:
+def _empty_state(head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     plgpu = common.mosaic()
 
     def rows(value):
@@ -386,7 +387,6 @@ def _depth_mask(worker: _Worker, slots_left: jax.Array) -> jax.Array:
 
 
 def _kv_mask(worker: _Worker, start: jax.Array, segments: Any) -> jax.Array:
-    plgpu = common.mosaic()
     plan = worker.plan
     shape = (ROWS, plan.config.block_kv)
     column = iota(shape, 1) + start
@@ -394,12 +394,12 @@ def _kv_mask(worker: _Worker, start: jax.Array, segments: Any) -> jax.Array:
     if plan.causal:
         mask &= column <= (iota(shape, 0) & (plan.tokens - 1)) + worker.token
     if worker.row_segment is not None:
-        ids = plgpu.load(segments, layout=plgpu.Layout.WGMMA.reduce(0))
+        ids = load_columns(segments)
         mask &= spread(worker.row_segment, shape, 0) == spread(ids, shape, 1)
     return mask
 
 
-def _attend(worker: _Worker, blocks: list[_Block], masks: list[Callable], state):
+def _attend(worker: _Worker, blocks: list[_Block], masks: Sequence[Callable[[], jax.Array]], state):
     """Scores, softmax, weighted values of the blocks. This warpgroup's turn: taken before, after.
 
     One mask for two blocks means that a row needs the scores of one of them, by its token.
@@ -409,7 +409,7 @@ def _attend(worker: _Worker, blocks: list[_Block], masks: list[Callable], state)
     merged = len(blocks) == 2 and len(masks) == 1
     if merged:
         early = (iota(scores[0].shape, 0) & worker.plan.half_tokens) == 0
-        scores = [jnp.where(early, *scores)]
+        scores = [jnp.where(early, scores[0], scores[1])]
     if masks:
         visible = [mask() for mask in masks]
         scores = [jnp.where(m, s, -jnp.inf) for m, s in zip(visible, scores, strict=True)]

@@ -32,6 +32,7 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     heads_together,
     i32,
     iota,
+    load_columns,
     pad_tokens,
     place,
     rem,
@@ -206,14 +207,14 @@ def _dq_loads(plan: _Plan, refs: _Refs, scratch) -> None:
 
 
 def _dq_mask(plan: _Plan, token, start, row_segment, segment_ref):
-    plgpu = common.mosaic()
+    common.mosaic()
     shape = (ROWS, plan.config.dq_block_kv)
     column = iota(shape, 1) + start
     mask = column < plan.kv_len
     if plan.causal:
         mask &= column <= iota(shape, 0) + token
     if row_segment is not None:
-        columns = plgpu.load(segment_ref, layout=plgpu.Layout.WGMMA.reduce(0))
+        columns = load_columns(segment_ref)
         mask &= _segments_meet(row_segment, columns, shape)
     return mask
 
@@ -377,13 +378,13 @@ def _dkv_loads(plan: _Plan, refs: _Refs, scratch) -> None:
 
 def _dkv_mask(plan: _Plan, first_key, token, row_segment, segment_ref):
     """[keys, queries]: transposed, as the scores are."""
-    plgpu = common.mosaic()
+    common.mosaic()
     shape = (ROWS, plan.config.dkv_block_q)
     mask = None
     if plan.causal:
         mask = iota(shape, 0) + first_key <= iota(shape, 1) + token
     if row_segment is not None:
-        columns = plgpu.load(segment_ref, layout=plgpu.Layout.WGMMA.reduce(0))
+        columns = load_columns(segment_ref)
         meet = _segments_meet(row_segment, columns, shape)
         mask = meet if mask is None else mask & meet
     return mask
@@ -425,7 +426,7 @@ def _dkv_compute(plan: _Plan, refs: _Refs, dk_ref, dv_ref, scratch, warpgroup) -
     config = plan.config
     batch, kv_head, index = _tile(plan, plan.dkv_steps, False)
     first_key = (index * config.dkv_warpgroups + warpgroup) * ROWS
-    keys, by_row, by_column = (
+    keys, by_row, _by_column = (
         common.ds(first_key, ROWS), plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
     )  # fmt: skip
     row_segment = None
@@ -441,7 +442,7 @@ def _dkv_compute(plan: _Plan, refs: _Refs, dk_ref, dv_ref, scratch, warpgroup) -
         plgpu.barrier_wait(scratch["full"].at[stage])
 
         def columns(name):
-            return spread(plgpu.load(scratch[name].at[stage], layout=by_column), shape, 1)
+            return spread(load_columns(scratch[name].at[stage]), shape, 1)
 
         def weights(scores):
             if masked:

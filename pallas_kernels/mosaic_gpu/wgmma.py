@@ -37,23 +37,41 @@ def divmod_i32(x: jax.Array, y: int) -> tuple[jax.Array, jax.Array]:
     return div(x, y), rem(x, y)
 
 
-def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     plgpu = common.mosaic()
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
-def spread(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
+def spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     """A vector along one axis of a tile."""
     return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def load_columns(ref: Any) -> jax.Array:
+    """A vector of a ring stage, along a tile's columns."""
+    plgpu = common.mosaic()
+    vector = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0))
+    _end_reads()
+    return vector
+
+
+def _end_reads() -> None:
+    """Tells the interpreter that ordinary reads of a stage precede the copy that overwrites it.
+
+    It asks for a fence between the two; on the chip the barrier that frees the stage orders them.
+    """
+    if platforms.interpreted():
+        common.mosaic().commit_smem()
 
 
 def accumulate(total: jax.Array, *products: tuple[jax.Array, Any]) -> jax.Array:
     """total + a @ b + ... by wgmma; a in registers, b in shared memory."""
     pl, plgpu = common.pallas(), common.mosaic()
     if platforms.interpreted():  # which multiplies references only, and from zero
-        return total + sum(
-            jnp.dot(a, b[...], preferred_element_type=jnp.float32) for a, b in products
-        )
+        for a, b in products:
+            total += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+        _end_reads()
+        return total
 
     def add(acc):
         for a, b in products:
