@@ -32,7 +32,7 @@ class ForwardConfig:
     warpgroups: int = 3  # compute warpgroups, a tile each
     persistent: bool = True  # one thread block per multiprocessor, looping over tiles
     turns: bool = True  # warpgroups take turns on the tensor cores
-    depth_pairs: bool = True  # two ring stages per step of the depth phase
+    depth_pairs: bool = False  # two ring stages per step of the depth phase
     slot_boxes: bool = True  # one TMA load for all slots of a depth block, where layouts allow it
 
     @property
@@ -58,7 +58,7 @@ class ForwardConfig:
 def forward_config(head_dim: int) -> ForwardConfig:
     """The tile sizes for a head size: the fastest of those measured on an H200."""
     if head_dim == 128:
-        return ForwardConfig(stages=2, warpgroups=2, persistent=False, depth_pairs=False)
+        return ForwardConfig(stages=2, warpgroups=2, persistent=False)
     return ForwardConfig()
 
 
