@@ -1,0 +1,223 @@
+"""Tile sizes of the fused forward, and which tiles and blocks a thread block works on."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import platforms
+from pallas_kernels.mosaic_gpu import common
+from pallas_kernels.mosaic_gpu.wgmma import (
+    ROWS,
+    cdiv,
+    div,
+    divmod_i32,
+    heads_together,
+    i32,
+    place,
+    rem,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """Tile sizes of the fused forward."""
+
+    block_kv: int = 128  # keys of a ring stage
+    stages: int = 3
+    warpgroups: int = 3  # compute warpgroups, a tile each
+    persistent: bool = True  # one thread block per multiprocessor, looping over tiles
+    turns: bool = True  # warpgroups take turns on the tensor cores
+    depth_pairs: bool = False  # two ring stages per step of the depth phase
+    slot_boxes: bool = True  # one TMA load for all slots of a depth block, where layouts allow it
+
+    @property
+    def stage_keys(self) -> int:
+        """Rows of a ring stage: a sequence block, or 64 depth keys for every warpgroup."""
+        return max(self.block_kv, ROWS * self.warpgroups)
+
+    def shared_memory(self, head_dim: int) -> int:
+        """Bytes of shared memory, barriers rounded up."""
+        tile = self.warpgroups * ROWS * head_dim * 2
+        ring = 2 * self.stages * self.stage_keys * head_dim * 2
+        return 2 * tile + ring + self.stages * self.block_kv * 4 + self.warpgroups * ROWS * 4 + 4096
+
+    def check(self, head_dim: int) -> None:
+        """Raises ValueError for a config that the kernel or the chip cannot run."""
+        if self.block_kv % 64 or self.block_kv > 256:
+            raise ValueError(f"block_kv must be 64, 128, 192 or 256, got {self}")
+        if self.stages < 2 or self.warpgroups not in (1, 2, 3):
+            raise ValueError(f"config needs stages >= 2 and 1 to 3 warpgroups, got {self}")
+        common.check_smem(self.shared_memory(head_dim), "fused forward")
+
+
+def forward_config(head_dim: int) -> ForwardConfig:
+    """The tile sizes for a head size: the fastest of those measured on an H200."""
+    if head_dim == 128:
+        return ForwardConfig(stages=2, warpgroups=2, persistent=False)
+    return ForwardConfig()
+
+
+def tile_heads(group: int) -> int:
+    """Query heads of one KV head in a tile: a power of two, at most 8, that divides the group.
+
+    With 8 heads a tile has 8 tokens, the fewest rows a swizzled TMA tile can have. Larger groups
+    are several tiles, of which neighbours read the same depth slots at the same time.
+    """
+    return math.gcd(group, 8)
+
+
+class Plan(NamedTuple):
+    """Static numbers of a call."""
+
+    config: ForwardConfig
+    batch: int
+    q_len: int
+    kv_len: int  # before padding; 0: depth-only
+    kv_heads: int
+    group: int
+    head_dim: int
+    dtype: Any
+    scale: float
+    causal: bool
+    segments: bool
+    slots: int  # 0: no depth part
+
+    @property
+    def heads(self) -> int:
+        return tile_heads(self.group)
+
+    @property
+    def tokens(self) -> int:
+        return ROWS // self.heads
+
+    @property
+    def subgroups(self) -> int:
+        """Tiles that share a token tile."""
+        return self.group // self.heads
+
+    @property
+    def steps_per_head(self) -> int:
+        """Thread-block tiles of one KV head."""
+        units = cdiv(self.q_len, self.tokens) * self.subgroups
+        return cdiv(units, self.config.warpgroups)
+
+    @property
+    def heads_together(self) -> int:
+        return heads_together(self.batch * self.kv_heads, self.kv_len, self.head_dim)
+
+    @property
+    def tiles(self) -> int:
+        return self.batch * self.kv_heads * self.steps_per_head
+
+    @property
+    def halves(self) -> int:
+        """Ring stages of a depth block: 2 if each holds the slots of one half of the tokens."""
+        return 2 if self.config.depth_pairs and self.tokens > 8 else 1
+
+    @property
+    def half_tokens(self) -> int:
+        return self.tokens // self.halves
+
+    @property
+    def depth_keys(self) -> int:
+        """(slot, token) pairs that a ring stage holds for one warpgroup."""
+        return self.config.stage_keys // self.config.warpgroups // ROWS * ROWS
+
+    @property
+    def block_slots(self) -> int:
+        return self.depth_keys // self.half_tokens
+
+    @property
+    def boxes(self) -> bool:
+        """Whether whole depth blocks come in one piece: [slots, tokens, H] lies like a ring stage.
+
+        The interpreter cannot see one memory as two arrays.
+        """
+        config = self.config
+        fits = self.head_dim == 64 and self.depth_keys * config.warpgroups == config.stage_keys
+        return fits and config.slot_boxes and self.slots > 0 and not platforms.interpreted()
+
+
+class Tile(NamedTuple):
+    """Where a thread block's tile lies, and which blocks it reads; int32 scalars."""
+
+    batch: jax.Array
+    kv_head: jax.Array
+    place: jax.Array  # among the tiles of its KV head
+    depth_first: jax.Array  # blocks of the first range of slots
+    depth_blocks: jax.Array
+    kv_start: jax.Array  # sequence blocks [kv_start, kv_stop), masked from kv_masked on
+    kv_masked: jax.Array
+    kv_stop: jax.Array
+
+
+def unit(plan: Plan, tile: Tile, warpgroup: Any) -> tuple[jax.Array, jax.Array]:
+    """First token and first query head of a warpgroup's tile."""
+    number = tile.place * plan.config.warpgroups + warpgroup
+    tokens, part = divmod_i32(number, plan.subgroups)
+    return tokens * plan.tokens, tile.kv_head * plan.group + part * plan.heads
+
+
+def rounds(plan: Plan, blocks: int) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """How many tiles this thread block computes, and the number of its r-th.
+
+    Tiles go from heavy to light; every second round is dealt in reverse, so that no block gets the
+    heavier one each time.
+    """
+    block = lax.axis_index("block")
+
+    def nth(r: jax.Array) -> jax.Array:
+        return r * blocks + jnp.where(rem(r, 2) == 1, blocks - 1 - block, block)
+
+    full, rest = divmod(plan.tiles, blocks)
+    if not rest:
+        return i32(full), nth
+    last = blocks - 1 - block if full % 2 else block
+    return full + (last < rest).astype(jnp.int32), nth
+
+
+def locate(plan: Plan, slots: Any, ranges: Any, number: jax.Array) -> Tile:
+    """The `number`-th tile; `slots` and `ranges` are the kernel's references to those inputs."""
+    head, index = place(number, plan.heads_together, plan.steps_per_head)
+    if plan.causal:
+        index = plan.steps_per_head - 1 - index
+    batch, kv_head = divmod_i32(head, plan.kv_heads)
+    zero = i32(0)
+    tile = Tile(batch, kv_head, index, zero, zero, zero, zero, zero)
+    if plan.slots:
+        size = plan.block_slots
+        first = div(slots[1] - slots[0] + (size - 1), size)
+        second = div(slots[3] - slots[2] + (size - 1), size)
+        tile = tile._replace(depth_first=first, depth_blocks=first + second)
+    if plan.kv_len:
+        tile = tile._replace(**_kv_blocks(plan, ranges, tile))
+    return tile
+
+
+def _kv_blocks(plan: Plan, ranges: Any, tile: Tile) -> dict[str, jax.Array]:
+    block_kv = plan.config.block_kv
+    to_all = to_any = i32(plan.kv_len)  # keys that every row sees, keys that some row sees
+    if plan.causal:
+        first = unit(plan, tile, 0)[0]
+        last = unit(plan, tile, plan.config.warpgroups - 1)[0] + (plan.tokens - 1)
+        to_all, to_any = jnp.minimum(first + 1, to_all), jnp.minimum(last + 1, to_any)
+    start, masked = i32(0), div(to_all, block_kv)
+    stop = div(to_any + (block_kv - 1), block_kv)
+    if plan.segments:
+        start = jnp.minimum(ranges[tile.batch, tile.place, 0], stop)
+        stop = jnp.minimum(ranges[tile.batch, tile.place, 1], stop)
+        masked = start  # any block may hold a foreign key
+    return {"kv_start": start, "kv_masked": masked, "kv_stop": stop}
+
+
+def slot_block(plan: Plan, slots: Any, tile: Tile, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First slot of a depth block, and the end of the range it lies in."""
+    second = block >= tile.depth_first
+    offset = jnp.where(second, block - tile.depth_first, block) * plan.block_slots
+    first = jnp.where(second, slots[2], slots[0]) + offset
+    return first, jnp.where(second, slots[3], slots[1])

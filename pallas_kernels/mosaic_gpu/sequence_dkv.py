@@ -1,0 +1,215 @@
+"""The kernel for dk and dv: a thread block walks over the queries of all heads of a KV head."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import platforms
+from pallas_kernels.mosaic_gpu import common
+from pallas_kernels.mosaic_gpu.sequence_tiles import Plan, Refs, same_segment, tile, two_products
+from pallas_kernels.mosaic_gpu.wgmma import (
+    LOG2E,
+    ROWS,
+    accumulate,
+    cdiv,
+    div,
+    drain,
+    i32,
+    iota,
+    load_columns,
+    rem,
+    split_roles,
+    spread,
+    wait_free,
+)
+
+
+def _q_blocks(plan: Plan, refs: Refs, batch, index) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query blocks [start, stop) that see a tile of keys, masked before the second number."""
+    block_q = plan.config.dkv_block_q
+    start, full, stop = i32(0), i32(0), i32(cdiv(plan.q_len, block_q))
+    if plan.causal:
+        keys = ROWS * plan.config.dkv_warpgroups
+        first = index * keys
+        start = jnp.minimum(div(first, block_q), stop)
+        full = jnp.minimum(div(first + (keys - 1 + block_q - 1), block_q), stop)
+    if plan.segments:
+        start = jnp.maximum(refs.ranges[batch, index, 0], start)
+        stop = full = jnp.maximum(refs.ranges[batch, index, 1], start)
+    return start, full, stop
+
+
+def _dkv_loads(plan: Plan, refs: Refs, scratch) -> None:
+    plgpu = common.mosaic()
+    config = plan.config
+    batch, kv_head, index = tile(plan, plan.dkv_steps, False)
+    for warpgroup in range(config.dkv_warpgroups):
+        keys = common.ds((index * config.dkv_warpgroups + warpgroup) * ROWS, ROWS)
+        for source, name in ((refs.key, "k_smem"), (refs.value, "v_smem")):
+            plgpu.copy_gmem_to_smem(
+                source.at[batch, keys, kv_head],
+                scratch[name].at[warpgroup],
+                scratch["tile_full"].at[0],
+            )
+
+    def load(step, first):
+        stage = rem(step, config.dkv_stages)
+        wait_free(scratch["free"], step, config.dkv_stages)
+        block, head = first + div(step, plan.group), kv_head * plan.group + rem(step, plan.group)
+        rows, full = common.ds(block * config.dkv_block_q, config.dkv_block_q), scratch["full"]
+        for source, name in (
+            (refs.query.at[batch, rows, head], "q_smem"),
+            (refs.lse.at[batch, head, rows], "lse"),
+            (refs.d_out.at[batch, rows, head], "do_smem"),
+            (refs.delta.at[batch, head, rows], "delta"),
+        ):
+            plgpu.copy_gmem_to_smem(source, scratch[name].at[stage], full.at[stage])
+        if plan.segments:
+            plgpu.copy_gmem_to_smem(
+                refs.query_segments.at[batch, rows], scratch["segments"].at[stage], full.at[stage]
+            )
+        return first
+
+    start, _, stop = _q_blocks(plan, refs, batch, index)
+    steps = (stop - start) * plan.group
+    lax.fori_loop(0, steps, load, start)
+    drain(scratch["free"], steps, config.dkv_stages)
+
+
+def _dkv_mask(plan: Plan, first_key, token, row_segment, segment_ref):
+    """[keys, queries]: transposed, as the scores are."""
+    common.mosaic()
+    shape = (ROWS, plan.config.dkv_block_q)
+    mask = None
+    if plan.causal:
+        mask = iota(shape, 0) + first_key <= iota(shape, 1) + token
+    if row_segment is not None:
+        columns = load_columns(segment_ref)
+        meet = same_segment(row_segment, columns, shape)
+        mask = meet if mask is None else mask & meet
+    return mask
+
+
+def _dkv_products(plan: Plan, tiles, weights, delta, dk, dv):
+    """dk and dv with one block of queries added: four products, of which two may run at a time."""
+    pl, plgpu = common.pallas(), common.mosaic()
+    k_ref, v_ref, q_ref, do_ref = tiles
+    shape = (ROWS, plan.config.dkv_block_q)
+    scores = (k_ref, q_ref.transpose((1, 0)))
+    d_weights = (v_ref, do_ref.transpose((1, 0)))
+    if platforms.interpreted():  # which cannot initialise an accumulator
+        p, dp = two_products(scores, d_weights, shape, weights)
+        ds = p * (dp - delta())
+        dv = accumulate(dv, (p.astype(plan.dtype), do_ref))
+        return accumulate(dk, (ds.astype(plan.dtype), q_ref)), dv
+
+    def update(accs):
+        dk_acc, dv_acc = accs
+
+        def products(s_acc, dp_acc):
+            plgpu.wgmma(s_acc, *scores)
+            plgpu.wgmma(dp_acc, *d_weights)
+            p = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
+            plgpu.wgmma(dv_acc, p.astype(plan.dtype), do_ref)
+            dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
+            ds = p * (dp - delta())
+            plgpu.wgmma(dk_acc, ds.astype(plan.dtype), q_ref)
+
+        acc = plgpu.ACC(shape, jnp.float32)
+        pl.run_scoped(products, acc, acc)
+
+    return pl.run_state(update)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
+
+
+def _dkv_compute(plan: Plan, refs: Refs, dk_ref, dv_ref, scratch, warpgroup) -> None:
+    plgpu = common.mosaic()
+    config = plan.config
+    batch, kv_head, index = tile(plan, plan.dkv_steps, False)
+    first_key = (index * config.dkv_warpgroups + warpgroup) * ROWS
+    keys, by_row, _by_column = (
+        common.ds(first_key, ROWS), plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+    )  # fmt: skip
+    row_segment = None
+    if plan.segments:
+        ids = refs.key_segments.at[batch, keys]
+        row_segment = plgpu.load(ids, layout=by_row, optimized=False)
+    k_ref, v_ref = scratch["k_smem"].at[warpgroup], scratch["v_smem"].at[warpgroup]
+    shape = (ROWS, config.dkv_block_q)
+    start, full, stop = _q_blocks(plan, refs, batch, index)
+
+    def block_step(step, carry, masked: bool):
+        stage = rem(step, config.dkv_stages)
+        plgpu.barrier_wait(scratch["full"].at[stage])
+
+        def columns(name):
+            return spread(load_columns(scratch[name].at[stage]), shape, 1)
+
+        def weights(scores):
+            if masked:
+                ids = scratch["segments"].at[stage] if plan.segments else None
+                token = (start + div(step, plan.group)) * config.dkv_block_q
+                mask = _dkv_mask(plan, first_key, token, row_segment, ids)
+                scores = jnp.where(mask, scores, -jnp.inf)
+            return jnp.exp2(scores * (plan.scale * LOG2E) - columns("lse"))
+
+        tiles = (k_ref, v_ref, scratch["q_smem"].at[stage], scratch["do_smem"].at[stage])
+        carry = _dkv_products(plan, tiles, weights, lambda: columns("delta"), *carry)
+        plgpu.barrier_arrive(scratch["free"].at[stage])
+        return carry
+
+    plgpu.barrier_wait(scratch["tile_full"].at[0])
+    zeros = common.zeros((ROWS, plan.head_dim))
+    carry, edge = (zeros, zeros), (full - start) * plan.group
+    if plan.causal or plan.segments:
+        carry = lax.fori_loop(0, edge, functools.partial(block_step, masked=True), carry)
+    if not plan.segments:
+        steps = (stop - start) * plan.group
+        carry = lax.fori_loop(edge, steps, functools.partial(block_step, masked=False), carry)
+    dk, dv = carry
+    k_ref[...] = (dk * plan.scale).astype(plan.dtype)
+    v_ref[...] = dv.astype(plan.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(k_ref, dk_ref.at[batch, keys, kv_head], commit_group=False)
+    plgpu.copy_smem_to_gmem(v_ref, dv_ref.at[batch, keys, kv_head], commit_group=False)
+    plgpu.commit_smem_to_gmem_group()
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def dkv_kernel(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    plgpu = common.mosaic()
+    config, dim = plan.config, plan.head_dim
+    count, stages, block = config.dkv_warpgroups, config.dkv_stages, config.dkv_block_q
+    scratch = {
+        "k_smem": common.smem((count, ROWS, dim), plan.dtype),
+        "v_smem": common.smem((count, ROWS, dim), plan.dtype),
+        "q_smem": common.smem((stages, block, dim), plan.dtype),
+        "do_smem": common.smem((stages, block, dim), plan.dtype),
+        "lse": plgpu.SMEM((stages, block), jnp.float32),
+        "delta": plgpu.SMEM((stages, block), jnp.float32),
+        "tile_full": common.barrier(2 * count, 1),
+        "full": common.barrier(5 if plan.segments else 4, stages),
+        "free": common.barrier(count, stages),
+    }
+    if plan.segments:
+        scratch["segments"] = plgpu.SMEM((stages, block), jnp.int32)
+    key = inputs["key"]
+
+    def body(*operands, **scratch):
+        *arrays, dk_ref, dv_ref = operands
+        refs = Refs(**dict(zip(inputs, arrays, strict=True)))
+        split_roles(
+            count,
+            lambda warpgroup: _dkv_compute(plan, refs, dk_ref, dv_ref, scratch, warpgroup),
+            lambda: _dkv_loads(plan, refs, scratch),
+        )
+
+    return common.launch(
+        body,
+        name="moda_sequence_dkv",
+        grid={"block": plan.batch * plan.kv_heads * plan.dkv_steps},
+        out_type=(jax.ShapeDtypeStruct(key.shape, key.dtype),) * 2,
+        scratch=scratch,
+        threads=count + 1,
+    )(*inputs.values())

@@ -1,0 +1,131 @@
+"""Tile sizes of the sequence backward's two kernels, and what both of them do."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic_gpu import common
+from pallas_kernels.mosaic_gpu.wgmma import ROWS, cdiv, divmod_i32, heads_together, place, spread
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceBackwardConfig:
+    """Tile sizes of the two kernels; every compute warpgroup owns 64 rows."""
+
+    dq_block_kv: int = 128  # keys of a ring stage
+    dq_stages: int = 2
+    dq_warpgroups: int = 2
+    dkv_block_q: int = 128  # queries of a ring stage
+    dkv_stages: int = 2
+    dkv_warpgroups: int = 2
+
+    def shared_memory(self, head_dim: int, dq_dtype: Any = jnp.float32) -> tuple[int, int]:
+        """Bytes of shared memory of the dq and the dk, dv kernel, barriers rounded up."""
+        row = head_dim * 2
+        out = ROWS * head_dim * jnp.dtype(dq_dtype).itemsize
+        tile = self.dq_warpgroups * (2 * ROWS * row + out)
+        dq = tile + self.dq_stages * self.dq_block_kv * (2 * row + 4)
+        keys = self.dkv_warpgroups * ROWS * 2 * row
+        dkv = keys + self.dkv_stages * self.dkv_block_q * (2 * row + 12)
+        return dq + 2048, dkv + 2048
+
+    def check(self, head_dim: int, dq_dtype: Any) -> None:
+        """Raises ValueError for a config that the kernels or the chip cannot run."""
+        blocks = (self.dq_block_kv, self.dkv_block_q)
+        counts = (self.dq_warpgroups, self.dkv_warpgroups)
+        if any(block % ROWS or block > 256 for block in blocks) or not set(counts) <= {1, 2, 3}:
+            raise ValueError(
+                f"config needs blocks of 64, 128, 192 or 256 and 1 to 3 warpgroups, got {self}"
+            )
+        if min(self.dq_stages, self.dkv_stages) < 2:
+            raise ValueError(f"config needs at least 2 stages, got {self}")
+        needs = self.shared_memory(head_dim, dq_dtype)
+        for need, name in zip(needs, ("dq", "dk, dv"), strict=True):
+            common.check_smem(need, f"sequence backward, {name}")
+
+
+def sequence_backward_config(head_dim: int) -> SequenceBackwardConfig:
+    """The tile sizes for a head size: those that leave the accumulators in registers."""
+    if head_dim == 128:
+        return SequenceBackwardConfig(dq_block_kv=64, dkv_block_q=64)
+    return SequenceBackwardConfig()
+
+
+class Plan(NamedTuple):
+    """Static numbers of a call."""
+
+    config: SequenceBackwardConfig
+    batch: int
+    q_len: int
+    kv_len: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    dtype: Any
+    dq_dtype: Any
+    scale: float
+    causal: bool
+    segments: bool
+
+    @property
+    def dq_steps(self) -> int:
+        """Thread blocks of a KV head in the dq kernel; a unit is a token tile of one head."""
+        return cdiv(cdiv(self.q_len, ROWS) * self.group, self.config.dq_warpgroups)
+
+    @property
+    def dkv_steps(self) -> int:
+        return cdiv(self.kv_len, ROWS * self.config.dkv_warpgroups)
+
+    @property
+    def q_rows(self) -> int:
+        """Length of the arrays of rows: all that a warpgroup may read without TMA's clipping."""
+        return cdiv(self.dq_steps * self.config.dq_warpgroups, self.group) * ROWS
+
+    @property
+    def kv_rows(self) -> int:
+        return self.dkv_steps * self.config.dkv_warpgroups * ROWS
+
+
+class Refs(NamedTuple):
+    """The global arrays that the kernels see."""
+
+    query: Any
+    key: Any
+    value: Any
+    d_out: Any
+    lse: Any
+    delta: Any
+    query_segments: Any = None
+    key_segments: Any = None
+    ranges: Any = None
+
+
+def tile(plan: Plan, per_head: int, heavy_last: bool):
+    """Batch, KV head and place of this thread block's tile; those with the most work come first."""
+    length = max(plan.q_len * plan.group, plan.kv_len)
+    together = heads_together(plan.batch * plan.kv_heads, length, plan.head_dim)
+    head, index = place(lax.axis_index("block"), together, per_head)
+    if heavy_last:
+        index = per_head - 1 - index
+    return *divmod_i32(head, plan.kv_heads), index
+
+
+def same_segment(rows, columns, shape):
+    """Which row and column are of one segment; padding among the queries equals nothing."""
+    return spread(rows, shape, 0) == spread(columns, shape, 1)
+
+
+def two_products(first, second, shape: tuple[int, int], use_first):
+    """a @ b twice, issued together; `use_first` runs beside the second product."""
+    pl, plgpu = common.pallas(), common.mosaic()
+
+    def products(first_acc, second_acc):
+        plgpu.wgmma(first_acc, *first)
+        plgpu.wgmma(second_acc, *second)
+        used = use_first(plgpu.wgmma_accumulator_load(first_acc, wait_n=1))
+        return used, plgpu.wgmma_accumulator_load(second_acc, wait_n=0)
+
+    acc = plgpu.ACC(shape, jnp.float32)
+    return pl.run_scoped(products, acc, acc)

@@ -1,0 +1,161 @@
+"""What the sequence kernels share: tiles of 64 rows, scalar arithmetic, work per thread block."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import platforms
+from pallas_kernels.mosaic_gpu import common
+
+ROWS = 64  # of a tile: the M of one wgmma
+TOKEN_ALIGNMENT = 8  # rows of a swizzled TMA tile; token axes are padded to it
+LOG2E = 1.4426950408889634
+NO_SEGMENT = -(2**31)  # of a padding query: equals no key's segment
+L2_BYTES = 24 * 2**20  # of an H100's 50 MB and an H200's 60, what keys and values may take
+
+
+def cdiv(x: int, y: int) -> int:
+    return -(-x // y)
+
+
+def i32(x: Any) -> jax.Array:
+    return jnp.asarray(x, jnp.int32)
+
+
+def div(x: jax.Array, y: int) -> jax.Array:
+    return lax.div(x, i32(y))
+
+
+def rem(x: jax.Array, y: int) -> jax.Array:
+    return lax.rem(x, i32(y))
+
+
+def divmod_i32(x: jax.Array, y: int) -> tuple[jax.Array, jax.Array]:
+    return div(x, y), rem(x, y)
+
+
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    plgpu = common.mosaic()
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """A vector along one axis of a tile."""
+    return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def load_columns(ref: Any) -> jax.Array:
+    """A vector of a ring stage, along a tile's columns."""
+    plgpu = common.mosaic()
+    vector = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0))
+    _end_reads()
+    return vector
+
+
+def _end_reads() -> None:
+    """Tells the interpreter that ordinary reads of a stage precede the copy that overwrites it.
+
+    It asks for a fence between the two; on the chip the barrier that frees the stage orders them.
+    """
+    if platforms.interpreted():
+        common.mosaic().commit_smem()
+
+
+def accumulate(total: jax.Array, *products: tuple[jax.Array, Any]) -> jax.Array:
+    """total + a @ b + ... by wgmma; a in registers, b in shared memory."""
+    pl, plgpu = common.pallas(), common.mosaic()
+    if platforms.interpreted():  # which multiplies references only, and from zero
+        for a, b in products:
+            total += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+        _end_reads()
+        return total
+
+    def add(acc):
+        for a, b in products:
+            plgpu.wgmma(acc, a, b)
+
+    return pl.run_state(add)(plgpu.ACC.init(total))
+
+
+def split_roles(count: int, compute: Callable[[jax.Array], None], load: Callable[[], None]) -> None:
+    """The first `count` warpgroups compute, the last one loads."""
+    plgpu = common.mosaic()
+    warpgroup = lax.axis_index("warpgroup")
+
+    def compute_role():
+        plgpu.set_max_registers({1: 240, 2: 232, 3: 160}[count], action="increase")
+        compute(warpgroup)
+
+    def load_role():
+        plgpu.set_max_registers(32 if count == 3 else 40, action="decrease")
+        load()
+
+    common.when(warpgroup < count, compute_role)
+    common.when(warpgroup == count, load_role)
+
+
+def wait_free(barriers: Any, step: jax.Array, stages: int) -> None:
+    """Until the previous block in this step's stage of the ring has been read, if there was one."""
+    plgpu = common.mosaic()
+    common.when(step >= stages, lambda: plgpu.barrier_wait(barriers.at[rem(step, stages)]))
+
+
+def drain(barriers: Any, steps: jax.Array, stages: int) -> None:
+    """Every arrival is waited for: no barrier is left in the middle of a phase."""
+    plgpu = common.mosaic()
+
+    def wait(step, _):
+        plgpu.barrier_wait(barriers.at[rem(step, stages)])
+
+    lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
+
+
+def heads_together(count: int, length: int, head_dim: int) -> int:
+    """How many of `count` KV heads are worked on side by side: as many as the L2 cache holds.
+
+    Tiles of several heads, sorted by their work, leave the multiprocessors less to wait for.
+    """
+    fit = max(1, L2_BYTES // max(1, 2 * length * head_dim * 2))
+    return max(n for n in range(1, count + 1) if count % n == 0 and n <= fit)
+
+
+def place(number: jax.Array, together: int, per_head: int) -> tuple[jax.Array, jax.Array]:
+    """The head and the tile within it of the `number`-th piece of work."""
+    span, rest = divmod_i32(number, per_head * together)
+    index, head = divmod_i32(rest, together)
+    return span * together + head, index
+
+
+def pad_tokens(x: jax.Array, axis: int) -> jax.Array:
+    """The token axis padded with zeros to what TMA tiles need; a copy only where it must be."""
+    missing = -x.shape[axis] % TOKEN_ALIGNMENT
+    if not missing:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(x, widths)
+
+
+def segment_bounds(tiles: jax.Array, others: jax.Array, block: int) -> jax.Array:
+    """[B, tiles, 2]: first and last + 1 block of `others` that a tile may meet.
+
+    Segments of rows in tiles [B, tiles, rows] against those of [B, length] in blocks, 0 being
+    padding. By the smallest and largest segment on both sides: exact for packed documents, and
+    never too narrow for any ids.
+    """
+    low, high = jnp.iinfo(jnp.int32).max, jnp.iinfo(jnp.int32).min
+
+    def extremes(x):
+        return jnp.where(x == 0, low, x).min(-1), jnp.where(x == 0, high, x).max(-1)
+
+    others = jnp.pad(others, ((0, 0), (0, -others.shape[1] % block)))
+    others = others.reshape(others.shape[0], -1, block)
+    (t_min, t_max), (o_min, o_max) = extremes(tiles), extremes(others)
+    meet = (t_min[:, :, None] <= o_max[:, None]) & (o_min[:, None] <= t_max[:, :, None])
+    some = meet.any(-1)
+    first = jnp.where(some, meet.argmax(-1), 0)
+    stop = jnp.where(some, others.shape[1] - meet[..., ::-1].argmax(-1), 0)
+    return jnp.stack([first, stop], -1).astype(jnp.int32)

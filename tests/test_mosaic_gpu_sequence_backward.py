@@ -1,0 +1,138 @@
+"""The Mosaic GPU backward of the sequence part against dense float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_mosaic_gpu_forward import close, needs_mosaic, packed
+from tolerances import RELATIVE
+
+from pallas_kernels import platforms
+from pallas_kernels.mosaic_gpu import common
+from pallas_kernels.mosaic_gpu.sequence_backward import sequence_backward
+from pallas_kernels.mosaic_gpu.sequence_tiles import (
+    SequenceBackwardConfig,
+    sequence_backward_config,
+)
+
+SMALL = SequenceBackwardConfig(dq_block_kv=64, dkv_block_q=64)  # the rings are reused early
+THREE = SequenceBackwardConfig(
+    dq_block_kv=64, dkv_block_q=64, dq_warpgroups=3, dkv_warpgroups=3, dkv_stages=3
+)
+
+
+def visible(length, keys, is_causal, segments):
+    mask = np.tri(length, keys, dtype=bool) if is_causal else np.ones((length, keys), bool)
+    mask = mask[None]
+    if segments is not None:
+        mask = mask & (segments[:, :, None] == segments[:, None]) & (segments[:, :, None] != 0)
+    return mask[:, :, None]
+
+
+def make(length, keys, group, head_dim, *, batch=1, dtype=jnp.bfloat16):
+    """query, key, value, d_out and delta: random, as no real output is needed for the formulas."""
+    rng = np.random.default_rng(0)
+    rows, columns = (batch, length, group, head_dim), (batch, keys, 1, head_dim)
+    operands = [jnp.asarray(rng.normal(size=s), dtype) for s in (rows, columns, columns, rows)]
+    return operands, jnp.asarray(rng.normal(size=rows[:3]), jnp.float32)
+
+
+def reference(operands, delta, mask, extra):
+    """lse with `extra` of depth slots in it, and dq, dk, dv; for one KV head."""
+    query, key, value, d_out = (np.asarray(x, np.float32) for x in operands)
+    delta, scale = np.asarray(delta)[..., None], query.shape[-1] ** -0.5
+    scores = scale * np.einsum("btgh,bskh->btgs", query, key)
+    total = np.where(mask, np.exp(scores), 0).sum(-1)
+    seen = total > 0
+    lse = np.where(seen, np.log(np.where(seen, total, 1)) + extra, -np.inf)
+    weights = np.where(mask, np.exp(scores - np.where(seen, lse, 0)[..., None]), 0)
+    ds = weights * (np.einsum("btgh,bskh->btgs", d_out, value) - delta)
+    dq = scale * np.einsum("btgs,bskh->btgh", ds, key)
+    dk = scale * np.einsum("btgs,btgh->bsh", ds, query)[:, :, None]
+    dv = np.einsum("btgs,btgh->bsh", weights, d_out)[:, :, None]
+    return jnp.asarray(lse, jnp.float32), (dq, dk, dv)
+
+
+def run(operands, lse, delta, segments, is_causal, config, **settings):
+    @jax.jit
+    def call(operands, lse, delta, segments):
+        return sequence_backward(
+            *operands, lse, delta, scale=operands[0].shape[-1] ** -0.5, is_causal=is_causal,
+            query_segments=segments, key_segments=segments, config=config, **settings,
+        )  # fmt: skip
+
+    with common.race_detection():
+        return call(operands, lse, delta, segments)
+
+
+def check(capfd, made, segments=None, *, is_causal=True, config=None):
+    operands, delta = made
+    mask = visible(operands[0].shape[1], operands[1].shape[1], is_causal, segments)
+    lse, wanted = reference(operands, delta, mask, 0.5)
+    got = run(operands, lse, delta, segments, is_causal, config)
+    assert [x.dtype for x in got] == [jnp.float32, *[operands[0].dtype] * 2]
+    for gradient, want in zip(got, wanted, strict=True):
+        close(gradient, want, RELATIVE[operands[0].dtype.name])
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("group", "config"), [(1, SMALL), (2, None), (3, THREE), (8, SMALL)])
+def test_groups(capfd, group, config):
+    """Gradients of keys and values sum over the heads of the group."""
+    check(capfd, make(136, 136, group, 64), config=config)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_odd_lengths(capfd, head_dim, is_causal):
+    check(capfd, make(75, 37, 2, head_dim), is_causal=is_causal)
+    check(capfd, make(37, 75, 2, head_dim), is_causal=is_causal)
+
+
+@needs_mosaic
+def test_packed_documents(capfd):
+    """Queries of padding have lse = -inf: their gradients are zero and reach no key."""
+    segments = packed(2, 200, 4)
+    made = make(200, 200, 2, 64, batch=2)
+    check(capfd, made, segments, config=SMALL)
+    operands, delta = made
+    lse, _ = reference(operands, delta, visible(200, 200, True, segments), 0.5)
+    dq, dk, dv = run(operands, lse, delta, segments, True, SMALL)
+    for gradient in (dq, dk, dv):
+        assert not np.asarray(gradient, np.float32)[segments == 0].any()
+
+
+@needs_mosaic
+def test_float16_and_the_querys_dtype():
+    operands, delta = make(40, 40, 2, 64, dtype=jnp.float16)
+    lse, wanted = reference(operands, delta, visible(40, 40, True, None), 0.5)
+    got = run(operands, lse, delta, None, True, None, dq_dtype=jnp.float16)
+    assert [x.dtype for x in got] == [jnp.float16] * 3
+    for gradient, want in zip(got, wanted, strict=True):
+        close(gradient, want, RELATIVE["float16"])
+
+
+@needs_mosaic
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_lowers_for_gpus(head_dim):
+    query, rows = (1, 4096, 64, head_dim), (1, 4096, 64)
+    shapes = [query, *[(1, 4096, 8, head_dim)] * 2, query]
+    operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    operands += [jax.ShapeDtypeStruct(rows, jnp.float32)] * 2
+    call = jax.jit(lambda *args: sequence_backward(*args, scale=0.1, is_causal=True))
+    with platforms.compiling_for("gpu"):
+        text = call.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 2
+
+
+def test_config_is_checked():
+    with pytest.raises(ValueError, match="dk, dv: the tile needs"):
+        SequenceBackwardConfig(dq_block_kv=64, dkv_stages=4).check(128, jnp.bfloat16)
+    with pytest.raises(ValueError, match="blocks of 64"):
+        SequenceBackwardConfig(dq_block_kv=96).check(64, jnp.float32)
+    with pytest.raises(ValueError, match="2 stages"):
+        SequenceBackwardConfig(dq_stages=1).check(64, jnp.float32)
+    for head_dim in (64, 128):
+        sequence_backward_config(head_dim).check(head_dim, jnp.float32)
