@@ -7,8 +7,10 @@ have the GPU do not always have the training loop's packages.
 """
 
 import argparse
+import concurrent.futures
 import functools
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,54 +79,92 @@ def with_gradients(function: Callable[..., jax.Array]) -> Callable[..., Any]:
     """(arrays, do) -> (o, gradients); what `function` does not use gets no gradient."""
 
     def run(arrays: Arrays, d_out: jax.Array) -> Any:
-        used = 3 if function is plain else 5
+        used = 3 if function is plain else len(arrays)
         rest = arrays[used:]
         out, pullback = jax.vjp(lambda *first: function(*first, *rest), *arrays[:used])
         return out, pullback(d_out)
 
-    return jax.jit(run)
+    return run
 
 
-def measure(shape: Shape, implementation: str | None, variants: list[str]) -> dict[str, Any]:
-    """Milliseconds by variant: (forward, forward and backward)."""
-    arrays, d_out = make_inputs(shape)
-    functions = {
-        "cudnn": plain, "cudnn + XLA depth": with_xla_depth, "ours": ours(implementation)
-    }  # fmt: skip
-    row: dict[str, Any] = {}
-    for name in variants:
-        forward = jax.jit(functions[name])
-        try:
-            times = [milliseconds(forward, *arrays)]
-            times.append(milliseconds(with_gradients(functions[name]), arrays, d_out))
-        except Exception as error:  # one variant out of memory must not lose the others
-            row[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-            continue
-        row[name] = {"forward": times[0], "total": times[1]}
-    if implementation != "xla":
-        row["depth alone"] = _depth_alone(shape, arrays, d_out, implementation)
-    return row
-
-
-def _depth_alone(shape: Shape, arrays: Arrays, d_out: jax.Array, implementation) -> dict[str, Any]:
-    """The depth part by itself: milliseconds, and TB/s of what it must move."""
-
+def depth_alone(implementation: str | None) -> Callable[..., jax.Array]:
     def attend(query, depth_key, depth_value):
         return moda_attention(
             query, None, None, depth_key, depth_value, implementation=implementation
         )
 
-    own = arrays[0], arrays[3], arrays[4]
-    total = jax.jit(lambda own, do: jax.vjp(attend, *own)[1](do))
-    forward = milliseconds(jax.jit(attend), *own)
-    both = milliseconds(total, own, d_out)
-    rows = 2 * shape.batch * shape.tokens * shape.heads * shape.head_dim
-    return {
-        "forward": forward,
-        "backward": both - forward,
-        "forward TB/s": (shape.depth_bytes + 2 * rows) / forward / 1e9,
-        "backward TB/s": (2 * shape.depth_bytes + 4 * rows) / (both - forward) / 1e9,
-    }
+    return attend
+
+
+def programs(shape: Shape, variants: list[str], implementation: str | None) -> dict[str, Any]:
+    """What is to be timed: (lowered program, which of the five arrays it takes) by name."""
+    specs, d_out = jax.eval_shape(lambda: make_inputs(shape))
+    functions = {
+        "cudnn": plain, "cudnn + XLA depth": with_xla_depth, "ours": ours(implementation),
+        "depth alone": depth_alone(implementation),
+    }  # fmt: skip
+    lowered: dict[str, Any] = {}
+    for name in variants:
+        taken = (0, 3, 4) if name == "depth alone" else (0, 1, 2, 3, 4)
+        arrays = tuple(specs[i] for i in taken)
+        forward = lambda arrays, d_out, f=functions[name]: f(*arrays)  # noqa: E731
+        for part, function in (("forward", forward), ("total", with_gradients(functions[name]))):
+            lowered[f"{name}/{part}"] = jax.jit(function).lower(arrays, d_out), taken
+    return lowered
+
+
+def compile_all(
+    shapes: list[Shape], variants: list[str], implementation: str | None
+) -> dict[str, Any]:
+    """{shape/variant/part: (program or error, arrays it takes)}; compiled side by side."""
+    jobs: dict[str, Any] = {}
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for shape in shapes:
+            for name, (lowered, taken) in programs(shape, variants, implementation).items():
+                jobs[f"{shape.name}/{name}"] = pool.submit(lowered.compile), taken
+    return {name: (job.exception() or job.result(), taken) for name, (job, taken) in jobs.items()}
+
+
+def measure(shape: Shape, variants: list[str], compiled: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds by variant: forward, and forward and backward."""
+    arrays, d_out = make_inputs(shape)
+    row: dict[str, Any] = {}
+    for name in variants:
+        row[name] = {}
+        for part in ("forward", "total"):
+            program, taken = compiled[f"{shape.name}/{name}/{part}"]
+            try:
+                if isinstance(program, BaseException):
+                    raise program
+                row[name][part] = milliseconds(program, tuple(arrays[i] for i in taken), d_out)
+            except Exception as error:  # out of memory must not lose the other variants
+                row[name]["error"] = _line(error)
+    _add_rates(shape, row)
+    return row
+
+
+def _add_rates(shape: Shape, row: dict[str, Any]) -> None:
+    """TFLOP/s of the sequence part for whole calls; TB/s of what the depth part alone must move."""
+    for name, times in row.items():
+        if "error" in times:
+            continue
+        backward = times["total"] - times["forward"]
+        if name == "depth alone":
+            rows = 2 * shape.batch * shape.tokens * shape.heads * shape.head_dim
+            times["forward TB/s"] = (shape.depth_bytes + 2 * rows) / times["forward"] / 1e9
+            times["backward TB/s"] = (2 * shape.depth_bytes + 4 * rows) / backward / 1e9
+        else:
+            for part, both in (("forward", False), ("total", True)):
+                flops = shape.sequence_flops(backward=both)
+                times[f"{part} TFLOP/s"] = flops / times[part] / 1e9
+    if "total" in row.get("cudnn", {}) and "total" in row.get("ours", {}):
+        row["speed of cudnn"] = {
+            part: row["cudnn"][part] / row["ours"][part] for part in ("forward", "total")
+        }
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
 
 
 def check(shape: Shape, implementation: str | None) -> dict[str, Any]:
@@ -139,7 +179,7 @@ def check(shape: Shape, implementation: str | None) -> dict[str, Any]:
     def run(implementation, dtype):
         cast = tuple(x.astype(dtype) for x in arrays)
         with jax.default_matmul_precision("highest"):
-            out, grads = with_gradients(ours(implementation))(cast, d_out.astype(dtype))
+            out, grads = jax.jit(with_gradients(ours(implementation)))(cast, d_out.astype(dtype))
         return [np.asarray(x, np.float32) for x in (out, *grads)]
 
     reference = run("xla", jnp.float32)
@@ -180,32 +220,40 @@ def main() -> int:
         "rows": {},
     }
     print({k: v for k, v in results.items() if k != "rows"}, flush=True)
+    compiled = compile_all(shapes, options.variants, options.implementation)
+    print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)
     failed = False
     for shape in shapes:
-        if time.perf_counter() - started > options.time_budget:
-            print(f"{shape.name}: not measured, the time budget is spent", flush=True)
-            failed = True
-            continue
+        row: dict[str, Any] = {"error": "not measured, the time budget is spent"}
         try:
-            row = measure(shape, options.implementation, options.variants)
-            if options.check:
-                row["check"] = check(shape, options.implementation)
-            failed |= any("error" in x for x in row.values() if "total" not in x) and "ours" in row
+            if time.perf_counter() - started < options.time_budget:
+                row = measure(shape, options.variants, compiled)
+                if options.check:
+                    row["check"] = check(shape, options.implementation)
         except Exception as error:  # the other rows are still worth having
-            row = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-            failed = True
+            row = {"error": _line(error)}
+        failed |= "error" in row or any("error" in row.get(name, {}) for name in options.variants)
         results["rows"][shape.name] = row
-        print(shape.name, json.dumps(row), flush=True)
+        print(shape.name, _short(row), flush=True)
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1))
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
     return int(failed)
+
+
+def _short(row: dict[str, Any]) -> str:
+    def rounded(x):
+        if isinstance(x, dict):
+            return {name: rounded(y) for name, y in x.items()}
+        return float(f"{x:.4g}") if isinstance(x, float) else x
+
+    return json.dumps(rounded(row))
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ("cudnn", "cudnn + XLA depth", "ours")
+    names = ("cudnn", "cudnn + XLA depth", "ours", "depth alone")
     split = functools.partial(str.split, sep=",")
     add = parser.add_argument
     add("--rows", type=split, default=list(SHAPES), help="names, comma-separated")
