@@ -22,6 +22,10 @@ PAIRS = ForwardConfig(depth_pairs=True)
 TWO_PAIRS = ForwardConfig(block_kv=64, stages=3, warpgroups=2, depth_pairs=True)
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def make(length, keys, group, head_dim, num_slots, slots=(), *, batch=1, dtype=jnp.bfloat16):
     """query, key, value, depth_key, depth_value with NaN in the slots that are not visible."""
     shapes = {"query": (batch, length, group, head_dim)}
@@ -111,7 +115,7 @@ def check(capfd, operands, slots, segments=None, *, is_causal=True, config=None)
 
 
 @needs_mosaic
-@pytest.mark.parametrize("group", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("group", [1, 2, slow(3), 8, slow(16)])
 def test_groups(capfd, group):
     """A tile's rows are heads and tokens; the ring holds both kinds of blocks."""
     slots = (0, 2, 3, 7)
@@ -119,7 +123,7 @@ def test_groups(capfd, group):
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("config", "group"), [(PAIRS, 8), (TWO_PAIRS, 4), (TWO_PAIRS, 1)])
+@pytest.mark.parametrize(("config", "group"), [(PAIRS, 8), (TWO_PAIRS, 4), slow(TWO_PAIRS, 1)])
 def test_two_stages_per_depth_step(capfd, config, group):
     """Pairs of blocks at 8 tokens, an odd one last; halves of the tokens at more."""
     slots = (1, 11, 14, 20)
@@ -127,8 +131,9 @@ def test_two_stages_per_depth_step(capfd, config, group):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(
+    ("head_dim", "is_causal"), [(64, False), (128, True), slow(64, True), slow(128, False)]
+)
 def test_odd_lengths(capfd, head_dim, is_causal):
     slots = (0, 3, 3, 3)
     check(capfd, make(37, 75, 2, head_dim, 3, slots), slots, is_causal=is_causal)
