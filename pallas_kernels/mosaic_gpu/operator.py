@@ -62,8 +62,17 @@ def _device_refusal() -> str | None:
     return None
 
 
+def _one_by_one(function: Any) -> Any:
+    """Under vmap, call after call: another leading axis would be one too many for TMA."""
+    return jax.custom_batching.sequential_vmap(function)
+
+
 def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
     """o [B, Tq, N, H] in the query's dtype, lse [B, Tq, N] float32. See `reference.forward`."""
+    return _one_by_one(functools.partial(_forward, options=options))(operands)
+
+
+def _forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
     head_dim = operands.query.shape[-1]
     operands = _pad_head_dim(operands)
     query, key, value, depth_key, depth_value = operands[:5]
@@ -110,7 +119,8 @@ def backward(
     depth_grads: tuple[jax.Array, jax.Array] | None = None,
 ) -> Gradients:
     """Gradients of the differentiable operands; see `pallas_kernels` for `depth_grads`."""
-    return _backward(operands, options, out, lse, d_out, d_lse, depth_grads, want_depth=True)
+    call = functools.partial(_backward, options, want_depth=True)
+    return _one_by_one(call)(operands, out, lse, d_out, d_lse, depth_grads)
 
 
 def backward_without_depth_grads(
@@ -122,10 +132,11 @@ def backward_without_depth_grads(
     d_lse: jax.Array | None,
 ) -> Gradients:
     """As `backward`, but the gradients of the slots are neither computed nor written: None."""
-    return _backward(operands, options, out, lse, d_out, d_lse, None, want_depth=False)
+    call = functools.partial(_backward, options, want_depth=False)
+    return _one_by_one(call)(operands, out, lse, d_out, d_lse, None)
 
 
-def _backward(operands, options, out, lse, d_out, d_lse, depth_grads, *, want_depth) -> Gradients:
+def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_depth) -> Gradients:
     head_dim = operands.query.shape[-1]
     delta = row_delta(out, lse, d_out, d_lse)
     operands = _pad_head_dim(operands)
