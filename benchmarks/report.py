@@ -162,7 +162,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes.set(ylabel="speed of cuDNN's plain attention", title=f"forward and backward, "
              f"{results['device']}")  # fmt: skip
     if names:
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
