@@ -13,13 +13,16 @@ RUN_STAMP := $(VENV)/.installed-run$(if $(EXTRAS),-$(EXTRAS))
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast test-slow test-all lint format clean
+.PHONY: help train bench test test-fast test-slow test-all lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 train: $(RUN_STAMP)  ## train configs/tiny.py; ARGS="[CONFIG.py] [--steps 50 ...]" changes that
 	@$(BIN)/python train.py $(ARGS)
+
+bench: $(RUN_STAMP)  ## time attention on this device; ARGS="--rows T16K --check" narrows it
+	@$(BIN)/python -m benchmarks.attention $(ARGS)
 
 test: lint test-fast  ## lint, then every test that is not slow; ARGS goes to pytest
 
@@ -43,7 +46,7 @@ format: $(DEV_STAMP)  ## let ruff rewrite what it can
 
 clean:  ## remove environments and caches; runs/ and data/ stay
 	rm -rf .venv .venv-newer .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
-	find configs moda_jax pallas_kernels tests -name __pycache__ -prune -exec rm -rf {} +
+	find benchmarks configs moda_jax pallas_kernels tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	@command -v "$(PYTHON)" >/dev/null || { \

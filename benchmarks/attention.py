@@ -11,6 +11,8 @@ import concurrent.futures
 import functools
 import json
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +214,7 @@ def main() -> int:
         for x in jax.eval_shape(lambda: make_inputs(first))[0]
     ]
     results: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks.attention", *sys.argv[1:]]),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "implementation": str(explain_attention(*spec, implementation=options.implementation)),

@@ -1,0 +1,142 @@
+"""The search for tile sizes and the table that it writes; no kernel runs here."""
+
+import dataclasses
+import types
+
+import jax
+import pytest
+
+from benchmarks import tune
+from benchmarks.shapes import SHAPES, Shape
+from pallas_kernels import platforms
+from pallas_kernels.mosaic_gpu import tuned
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    block: int = 64
+    stages: int = 2
+
+
+GRID = {"block": (32, 64, 128, 256), "stages": (2, 3, 4)}
+TIMES = {(64, 2): 2.0, (128, 2): 1.5, (128, 3): 1.2, (128, 4): 1.199, (256, 2): 1.6}
+
+
+def neighbours(config):
+    return tune.candidates(config, GRID)
+
+
+def test_candidates_differ_in_one_field():
+    assert neighbours(Tiles(128, 3)) == [
+        Tiles(32, 3), Tiles(64, 3), Tiles(256, 3), Tiles(128, 2), Tiles(128, 4)
+    ]  # fmt: skip
+
+
+def test_search_goes_on_until_nothing_is_a_percent_faster():
+    tried = []
+
+    def cost(config):
+        tried.append(config)
+        return TIMES.get(dataclasses.astuple(config))
+
+    best, lowest, first = tune.search(Tiles(), neighbours, cost)
+    assert (best, lowest, first) == (Tiles(128, 3), 1.2, 2.0)  # 1.199 is within the scatter
+    assert len(tried) == len(set(tried))  # a compilation each
+    with pytest.raises(ValueError, match=r"own choice does not work: Tiles\(block=8"):
+        tune.search(Tiles(block=8), neighbours, cost)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuned, "TABLE", tmp_path / "tuned.json")
+    tuned.read_table.cache_clear()
+    yield
+    tuned.read_table.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    device = types.SimpleNamespace(device_kind="NVIDIA H200")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+
+
+CALL = {"head_dim": 64, "group": 8, "is_causal": True}
+
+
+def test_tuned_sizes_are_read_back(table, gpu):
+    assert tuned.tuned("forward", Tiles(), **CALL) == Tiles()
+    key = tuned.table_key("forward", 64, 8, True, "NVIDIA H200")
+    tuned.write_entries({key: {"config": {"block": 128}, "ms": 1.0, "default_ms": 2.0}})
+    assert tuned.tuned("forward", Tiles(stages=3), **CALL) == Tiles(128, 3)
+    assert tuned.tuned("forward", Tiles(), **CALL | {"group": 4}) == Tiles()
+    assert tuned.tuned("backward", Tiles(), **CALL) == Tiles()
+    tuned.write_entries({key: {"config": {"width": 1}}})
+    with pytest.raises(ValueError, match="has width, Tiles does not; run benchmarks/tune.py"):
+        tuned.tuned("forward", Tiles(), **CALL)
+
+
+def test_the_table_counts_on_its_own_device_only(table):
+    key = tuned.table_key("forward", 64, 8, True, jax.devices()[0].device_kind)
+    tuned.write_entries({key: {"config": {"block": 128}}})
+    if jax.default_backend() != "gpu":  # tracing for a GPU elsewhere knows no device
+        assert tuned.tuned("forward", Tiles(), **CALL) == Tiles()
+
+
+def test_command_tunes_what_it_can_and_writes_the_table(table, gpu, monkeypatch, capsys):
+    """Configs are told apart by results, errors and time; a kernel that fails stops no other."""
+
+    def run(shape, config):
+        if config.stages == 4:
+            raise RuntimeError("no such kernel")
+        return (lambda x: x + (config.block == 32)), (jax.numpy.ones(config.block),)
+
+    def broken(shape, config):
+        raise RuntimeError("compiler crashed")
+
+    kernel = tune.Kernel(lambda _: Tiles(), {"stages": (3, 4)}, run)
+    monkeypatch.setattr(
+        tune, "kernels", lambda: {"broken": kernel._replace(run=broken), "good": kernel}
+    )
+    durations = iter([2.0, 1.0])
+    monkeypatch.setattr(tune, "milliseconds", lambda *args, **kwargs: next(durations))
+    assert tune.main(["--rows", "T16K"]) == 1
+    captured = capsys.readouterr()
+    assert "broken at T16K: ValueError: the kernel's own choice does not work" in captured.err
+    assert "stages=4): RuntimeError: no such kernel" in captured.out
+    assert "good at T16K: 2.000 -> 1.000 ms" in captured.out
+    (entry,) = tuned.read_table().values()
+    assert entry["config"] == {"block": 64, "stages": 3}
+
+
+def test_a_config_with_other_results_is_left_out(capsys):
+    def run(shape, config):
+        return (lambda x: x * config.stages), (jax.numpy.ones(4),)
+
+    kernel = tune.Kernel(lambda _: Tiles(), {"stages": (3,)}, run)
+    best, *_ = tune.tune(kernel, SHAPES["T16K"], deadline=float("inf"))
+    assert best == Tiles()
+    assert "other results than the first config's" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Pallas Mosaic GPU needs JAX >= 0.11")
+@pytest.mark.parametrize(
+    "name", ["forward", "sequence_backward", "depth_forward", "depth_backward"]
+)
+def test_the_kernels_take_their_configs(name):
+    """Traced for a GPU, so that names and signatures are those of the kernels."""
+    kernel = tune.kernels()[name]
+    shape = Shape("small", 128, 2, 8, kv_heads=1, head_dim=64)
+    default = kernel.default(64)
+    with platforms.compiling_for("gpu"):
+        function, arguments = kernel.run(shape, default)
+        assert jax.tree.leaves(jax.eval_shape(function, *arguments))
+        assert tune.candidates(default, kernel.grid)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_command_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit) as stop:
+        tune.main([])
+    assert stop.value.code == 2
+    assert "needs a GPU" in capsys.readouterr().err
