@@ -36,6 +36,7 @@ from pallas_kernels.mosaic_gpu.depth_tiles import (
     unflat_slots,
     wait_slots,
 )
+from pallas_kernels.mosaic_gpu.tuned import tuned
 
 _LOG2_E = math.log2(math.e)
 
@@ -82,7 +83,11 @@ def depth_backward(
         returned; None: new ones in the keys' dtype, 0 for invisible slots.
     """
     kv_heads = depth_key.shape[3]
-    config = config or DepthConfig()
+    if config is None:
+        config = tuned(
+            "depth_backward", DepthConfig(), head_dim=query.shape[3],
+            group=query.shape[2] // kv_heads, is_causal=True,
+        )  # fmt: skip
     group = query.shape[2] // kv_heads
     parts: dict[tuple[int, int], jax.Array | None] = {}
     for launch in plan(group, query.shape, slots, is_prefix, config):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.forward_kernel import Refs, attend_tiles, load_tiles, scratch
 from pallas_kernels.mosaic_gpu.forward_tiles import ForwardConfig, Plan, forward_config
+from pallas_kernels.mosaic_gpu.tuned import tuned
 from pallas_kernels.mosaic_gpu.wgmma import (
     NO_SEGMENT,
     ROWS,
@@ -66,13 +67,17 @@ def attend(
         ValueError: the config does not fit the head size or the shared memory.
     """
     batch, q_len, num_heads, head_dim = query.shape
-    config = forward_config(head_dim) if config is None else config
-    config.check(head_dim)
     source = depth_key if key is None else key
     assert source is not None
     if scale <= 0:  # the kernel takes the largest score before it scales
         query, scale = (-query, -scale) if scale < 0 else (jnp.zeros_like(query), 1.0)
     kv_heads = source.shape[-2]
+    if config is None:
+        config = tuned(
+            "forward", forward_config(head_dim), head_dim=head_dim, group=num_heads // kv_heads,
+            is_causal=is_causal,
+        )  # fmt: skip
+    config.check(head_dim)
     plan = Plan(
         config, batch, q_len, 0 if key is None else key.shape[1], kv_heads, num_heads // kv_heads,
         head_dim, query.dtype, scale, is_causal, query_segments is not None,

@@ -22,6 +22,7 @@ from pallas_kernels.mosaic_gpu.sequence_tiles import (
     SequenceBackwardConfig,
     sequence_backward_config,
 )
+from pallas_kernels.mosaic_gpu.tuned import tuned
 from pallas_kernels.mosaic_gpu.wgmma import LOG2E, NO_SEGMENT, ROWS, pad_tokens, segment_bounds
 
 
@@ -82,7 +83,11 @@ def sequence_backward(
     """
     batch, q_len, num_heads, head_dim = query.shape
     kv_len, kv_heads = key.shape[1:3]
-    config = sequence_backward_config(head_dim) if config is None else config
+    if config is None:
+        config = tuned(
+            "sequence_backward", sequence_backward_config(head_dim), head_dim=head_dim,
+            group=num_heads // kv_heads, is_causal=is_causal,
+        )  # fmt: skip
     config.check(head_dim, dq_dtype)
     plan = Plan(
         config, batch, q_len, kv_len, kv_heads, num_heads // kv_heads, head_dim, query.dtype,

@@ -131,12 +131,7 @@ def place(number: jax.Array, together: int, per_head: int) -> tuple[jax.Array, j
 
 def pad_tokens(x: jax.Array, axis: int) -> jax.Array:
     """The token axis padded with zeros to what TMA tiles need; a copy only where it must be."""
-    missing = -x.shape[axis] % TOKEN_ALIGNMENT
-    if not missing:
-        return x
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, missing)
-    return jnp.pad(x, widths)
+    return common.pad_tokens(x, axis, TOKEN_ALIGNMENT)
 
 
 def segment_bounds(tiles: jax.Array, others: jax.Array, block: int) -> jax.Array:
