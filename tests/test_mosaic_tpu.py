@@ -26,6 +26,9 @@ from moda_jax.attention import check
 from pallas_kernels import mosaic_tpu, platforms
 from pallas_kernels.mosaic_tpu import common, operator, schedule
 
+not_on_gpu = pytest.mark.skipif(
+    jax.default_backend() == "gpu", reason="runs on a TPU, or interpreted on the CPU"
+)
 FAST = ("window_static", "chunk_whole_sequence", "decode", "packed")
 # Several blocks each way, the last ones ragged, and two spans of queries for dq.
 SMALL_TILES = {
@@ -51,6 +54,7 @@ def narrowed(cases):
     )
 
 
+@not_on_gpu
 class TestMosaicTpu:
     """The part of the suite that fits into a quarter of a minute."""
 
@@ -62,6 +66,7 @@ class TestMosaicTpu:
     test_equals_reference = AttentionSuite.test_equals_reference
 
 
+@not_on_gpu
 @pytest.mark.slow
 class TestMosaicTpuWhole(AttentionSuite):
     implementation = "mosaic_tpu"
@@ -78,6 +83,7 @@ def run_case(case: Case) -> None:
         assert_results_close(got, expected, "float32")
 
 
+@not_on_gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MANY_BLOCKS, ids=lambda case: case.name)
 def test_many_blocks_equal_the_reference(case):
@@ -85,6 +91,7 @@ def test_many_blocks_equal_the_reference(case):
         run_case(case)
 
 
+@not_on_gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["blocks_packed", "blocks_chunk"])
 def test_in_simulated_memory(name, capfd):
@@ -241,7 +248,8 @@ def test_refusals(changes, reason):
 
 
 def test_is_the_choice_for_a_tpu_and_no_other():
-    assert explain_attention(**shapes()).name != "mosaic_tpu"
+    with platforms.compiling_for("cpu"):
+        assert explain_attention(**shapes()).name != "mosaic_tpu"
     with platforms.compiling_for("tpu"):
         choice = explain_attention(**shapes())
         assert (choice.name, choice.is_slow) == ("mosaic_tpu", False)
