@@ -38,8 +38,8 @@ def devices(chip: str):
 def compile_for(chip: str, function, arrays, **jit):
     """Compiles function(*arrays) with [..., tokens, heads, H] as [..., heads, H, tokens] in memory.
 
-    XLA chooses that layout itself for what these kernels read, in a model. The default layout of
-    an argument is another, and would show here as copies of the whole cache.
+    In a model XLA chooses that layout itself for what these kernels read. An argument in another
+    one would show here as copies of the whole cache.
     """
 
     def leaf(x):
@@ -137,6 +137,8 @@ VARIANTS = {
     "head_256": ({"length": 1024, "head_dim": 256, "heads": 8, "kv_heads": 4}, {}, {}),
     "head_24": ({"length": 300, "head_dim": 24}, {}, {}),
     "many_heads": ({"length": 1024, "heads": 32, "kv_heads": 1, "head_dim": 128}, {}, {}),
+    "group_1": ({"length": 4096, "heads": 8}, {}, {}),
+    "group_3": ({"length": 1100, "heads": 24}, {}, {}),
     "two_rows": ({"length": 1024, "batch": 2}, {}, {}),
     "decode": ({"length": 1, "k_len": 2100}, {"query_offset": ROW, "kv_length": ROW}, {}),
 }  # fmt: skip
@@ -153,6 +155,15 @@ def test_variants_compile(chip, variant):
     text = compile_for(chip, run, (arrays, integers)).as_text()
     assert "moda_tokens_forward" in text
     assert "moda_tokens_backward" in text
+
+
+@pytest.mark.slow
+def test_a_cache_in_another_layout_is_copied(monkeypatch):
+    """So that `whole_copies` is known to find what the other tests say is not there."""
+    monkeypatch.setitem(globals(), "tokens_in_lanes", lambda rank: Layout(tuple(range(rank))))
+    arrays = call_shapes(length=1024, slots=9)
+    compiled = compile_for("v5e", value_and_gradients, (arrays, {}))
+    assert whole_copies(compiled, arrays[3].shape)
 
 
 @pytest.mark.slow

@@ -235,9 +235,9 @@ def _depth_backward(operands, options, rows, d_query, depth_grads, want_depth):
         fold = _Fold(shape)
         d_query, new = depth_backward(
             fold(rows.query), fold(keys[0], 1), fold(keys[1], 1), fold(rows.d_out), fold(rows.lse),
-            fold(rows.delta), slots, fold(d_query), grads and (fold(grads[0], 1), fold(grads[1], 1)),
-            shape=fold.shape, tiles=schedule.choose_tiles(fold.shape), scale=options.scale,
-            want_depth=want_depth,
+            fold(rows.delta), slots, fold(d_query),
+            grads and (fold(grads[0], 1), fold(grads[1], 1)), shape=fold.shape,
+            tiles=schedule.choose_tiles(fold.shape), scale=options.scale, want_depth=want_depth,
         )  # fmt: skip
         d_query = fold.undo(d_query)
         new = new and (fold.undo(new[0], 1), fold.undo(new[1], 1))

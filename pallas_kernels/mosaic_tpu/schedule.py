@@ -148,9 +148,10 @@ def fetches(pairs: np.ndarray, sources: int = 1, *, same_source: bool) -> int:
 
 
 def query_spans(q_len: int, tiles: Tiles) -> list[tuple[int, int]]:
-    """[start, stop) of the query blocks of each pass of the tokens backward."""
-    count, per_span = num_blocks(q_len, tiles.q_block), tiles.q_span // tiles.q_block
-    return [(start, min(start + per_span, count)) for start in range(0, count, per_span)]
+    """[start, stop) of the query blocks of each launch of the tokens backward."""
+    count, most = num_blocks(q_len, tiles.q_block), tiles.q_span // tiles.q_block
+    size = num_blocks(count, num_blocks(count, most))
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 # --- work -----------------------------------------------------------------------------------------
