@@ -204,7 +204,7 @@ def test_a_block_beyond_vmem_does_not_compile(monkeypatch):
     """The limit that the other tests keep is one that the compiler enforces."""
     monkeypatch.setattr(tiles, "check_tiles", lambda *_: None)
     arrays = call_shapes(length=4096, slots=2)
-    sizes = {"q_block": 2048, "k_block": 2048, "q_span": 4096}
+    sizes = {"q_block": 2048, "k_block": 2048}
     with schedule.override(**sizes), pytest.raises(jax.errors.JaxRuntimeError, match="(?i)vmem"):
         compile_for("v5e", value_and_gradients, (arrays, {}))
 
