@@ -1,6 +1,7 @@
 """Instruction bundles of the TPU attention kernels, ours and splash's: no TPU needed.
 
     python -m benchmarks.tpu_bundles [--chips v5e:2x2,v6e:2x2] [--head-dims 64,128]
+        [--tiles k_step=512,...]
 
 A TPU core issues one bundle a cycle, so a loop's bundles are the cycles that it takes when it never
 waits for memory. They are read from the compiler's own listing of its final schedule, which libtpu
@@ -159,9 +160,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--chips", default="v5e:2x2,v6e:2x2", help="topologies, with commas")
     parser.add_argument("--head-dims", default="64,128", help="head sizes, with commas")
+    parser.add_argument("--tiles", default="", help="sizes of our tiles: field=tokens, with commas")
     args = parser.parse_args(argv)
+    pairs = (item.split("=") for item in args.tiles.split(",") if item)
+    sizes = {field: int(size) for field, size in pairs}
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, schedule.override(**sizes):
         # libtpu reads them once, when it is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
