@@ -1,5 +1,6 @@
 """The backend's functions: which kernels a call takes, and the layouts they ask for."""
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -93,20 +94,36 @@ def add_depth_grads(
 
     To the depth kernel, the layers' queries are query heads: a token's slots meet R·G of them.
     """
+    layers, _, length, _, _ = readers.query.shape
     kv_heads, head_dim = depth_key.shape[-2:]
-    query, d_out, lse, delta = (_layers_as_heads(x, kv_heads) for x in readers)
-    operands = Operands(query, None, None, depth_key, depth_value)
-    shape = _shape(operands, query.shape[1])
     slots = common.slot_scalars([(0, 0), (first, stop)])
-    _, grads = depth_backward(
-        _queries(query, kv_heads), _keys(depth_key), _keys(depth_value), _queries(d_out, kv_heads),
-        _blind(common.to_lanes(lse, kv_heads)), common.to_lanes(delta, kv_heads), slots, None,
-        (_keys(depth_grads[0]), _keys(depth_grads[1])), shape=shape,
-        tiles=schedule.choose_tiles(shape), scale=scale, want_query=False,
-    )  # fmt: skip
-    assert grads is not None
-    new_key, new_value = (_tokens_first(x, head_dim) for x in grads)
-    return new_key, new_value
+    keys, grads = (_keys(depth_key), _keys(depth_value)), tuple(map(_keys, depth_grads))
+    one = Operands(readers.query[0], None, None, depth_key, depth_value)
+    shape = _shape(one, length)
+    at_once = _layers_at_once(shape, layers)
+    for start in range(0, layers, at_once):
+        query, d_out, lse, delta = (
+            _layers_as_heads(x[start : start + at_once], kv_heads) for x in readers
+        )
+        part = dataclasses.replace(shape, group=query.shape[2] // kv_heads)
+        _, new = depth_backward(
+            _queries(query, kv_heads), *keys, _queries(d_out, kv_heads),
+            _blind(common.to_lanes(lse, kv_heads)), common.to_lanes(delta, kv_heads), slots, None,
+            (grads[0], grads[1]), shape=part, tiles=schedule.choose_tiles(part), scale=scale,
+            want_query=False,
+        )  # fmt: skip
+        assert new is not None
+        grads = new
+    return _tokens_first(grads[0], head_dim), _tokens_first(grads[1], head_dim)
+
+
+def _layers_at_once(shape: schedule.Shape, layers: int) -> int:
+    """As many layers' query heads as fit into VMEM; the slots are read again for the others."""
+    for count in range(layers, 1, -1):
+        with contextlib.suppress(ValueError):
+            schedule.choose_tiles(dataclasses.replace(shape, group=count * shape.group))
+            return count
+    return 1
 
 
 def _one_by_one(function: Any) -> Any:
