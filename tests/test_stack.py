@@ -169,6 +169,9 @@ def gradient_temp_bytes(**changes):
     return compiled_gradient(**changes)[1].memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="its XLA drops barriers before it decides on copies"
+)
 @pytest.mark.parametrize("depth_ffn_kv", ["none", "project"])
 def test_no_layer_copies_the_cache(depth_ffn_kv):
     """Every layer writes and adds in place: a copy of the cache per layer is O(L^2) traffic."""
