@@ -147,11 +147,13 @@ class DataConfig:
     """T: target tokens per row."""
     validation_fraction: float = 0.05
     """Share of the documents held out, chosen by a hash of their content."""
+    open_documents: int = 64
+    """Documents that are read side by side, so that a long one does not fill whole batches."""
     packing_bins: int = 16
     """Rows that are open at once while documents are packed; more waste less."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "seq_len", "packing_bins")
+        _require_positive(self, "seq_len", "open_documents", "packing_bins")
         _require(self, "validation_fraction", 0 < self.validation_fraction < 1, "0 < fraction < 1")
         for field in ("source", "text_field", "tokenizer"):
             _require(self, field, bool(getattr(self, field)), "a non-empty string")
