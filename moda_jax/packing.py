@@ -60,6 +60,9 @@ class _DealtPiecesIterator(grain.DatasetIterator[Piece]):
     def __init__(self, dataset: DealtPieces) -> None:
         super().__init__()
         self._dataset = dataset
+        self._next = self._turn = 0
+        self._open: list[list[Any]] = []  # [number or None, pieces gone]
+        self._pieces: list[list[Piece]] = []
         self.set_state({"next": 0, "turn": 0, "open": [[None, 0]] * dataset.open_documents})
 
     def __next__(self) -> Piece:

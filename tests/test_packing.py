@@ -76,7 +76,7 @@ def test_a_long_document_does_not_fill_batches(tmp_path):
         [place[piece] for piece in pieces_of(batch) if piece in place]
         for batch in take(data.train, 10 * 40 // 8)
     ]
-    order = sum(found, [])
+    order = list(itertools.chain(*found))
     assert max(map(len, found)) <= 2
     assert len(set(order)) == len(order) >= 8
     assert np.abs(np.diff(order)).mean() > 5
