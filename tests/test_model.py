@@ -121,6 +121,15 @@ def test_logits_and_mass_have_their_shapes():
     assert (np.asarray(mass[2, 1:]) > 0).all()
 
 
+def test_mass_with_bounded_slots_keeps_every_slots_place():
+    config = dataclasses.replace(SMALL, num_layers=5, depth_window=3, depth_reserved=1)
+    mass = np.asarray(build(config).attention_mass(batch(config)["tokens"]))
+    assert mass.shape == (5, 1 + 8)
+    np.testing.assert_allclose(mass.sum(axis=1), 1.0, atol=1e-5)
+    seen = [[], [0, 1], [0, 1, 2, 3], [0, 3, 4, 5], [0, 5, 6, 7]]
+    assert [np.flatnonzero(row[1:]).tolist() for row in mass] == seen
+
+
 def test_mass_without_a_real_token_is_zero():
     tokens = jnp.zeros((1, 4), jnp.int32)
     mass = build(SMALL).attention_mass(tokens, segment_ids=tokens)
