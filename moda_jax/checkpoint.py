@@ -187,7 +187,8 @@ def load_trained(
         step = _find_step(manager, step)
         run = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
         config = ModelConfig(**run["config"]["model"])
-        tokenizer = load_tokenizer(run["config"]["data"]["tokenizer"])
+        data = run["config"]["data"]
+        tokenizer = load_tokenizer(data["tokenizer"], data.get("eos_token"))
         graph, shapes = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
         shardings = state_shardings(shapes, make_mesh(MeshConfig()) if mesh is None else mesh)
         target = jax.tree.map(

@@ -173,6 +173,8 @@ class DataConfig:
     """The field of a .jsonl record that holds the document."""
     tokenizer: str = "bytes"
     """"bytes", or the path of a local tokenizer.json."""
+    eos_token: str | None = None
+    """The token of a tokenizer.json that stands between documents; None: one of the usual names."""
     seq_len: int = 256
     """T: target tokens per row."""
     validation_fraction: float = 0.05
@@ -188,6 +190,8 @@ class DataConfig:
         _require(self, "validation_fraction", 0 < self.validation_fraction < 1, "0 < fraction < 1")
         for field in ("source", "text_field", "tokenizer"):
             _require(self, field, bool(getattr(self, field)), "a non-empty string")
+        eos_ok = self.eos_token is None or self.tokenizer != "bytes"
+        _require(self, "eos_token", eos_ok, "None with the byte tokenizer, which has its own")
 
 
 @dataclasses.dataclass(frozen=True)

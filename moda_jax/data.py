@@ -237,7 +237,7 @@ def load_data(
         ValueError: the corpus or the tokenizer cannot be used (one line that says what to do), or
             the sizes do not fit. Token ids outside the vocabulary raise where they are read.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
     _check_sizes(tokenizer, config.tokenizer, batch_size=batch_size, vocab_size=vocab_size,
                  seed=seed, process_count=process_count)  # fmt: skip
     corpus = Corpus(config.source, text_field=config.text_field)

@@ -158,7 +158,7 @@ def test_ids_outside_the_vocabulary_name_the_document(tmp_path, monkeypatch):
         def encode(self, text):
             return [ord(character) for character in text]
 
-    monkeypatch.setattr(moda_jax.data, "load_tokenizer", lambda name: Lying())
+    monkeypatch.setattr(moda_jax.data, "load_tokenizer", lambda *_: Lying())
     data = load(write_folder(tmp_path, ["東", "東京"]), vocab_size=300)
     message = (
         r"expected token ids in \[0, 300\), got (26481|20140) in .*\.txt; raise --model\.vocab-size"
