@@ -84,9 +84,10 @@ class Part:
 
     def config(self, kernel: str, override: TileConfig | None) -> TileConfig:
         query = self.operands.query
-        return override or tiles.heuristic(
-            kernel, head_dim=query.shape[-1], group=self.group, dtype=query.dtype
-        )
+        return override or tiles.choose(
+            kernel, head_dim=query.shape[-1], group=self.group, dtype=query.dtype,
+            is_causal=self.options.is_causal,
+        )  # fmt: skip
 
     def tokens(self, config: TileConfig) -> int:
         """Query tokens of a tile."""

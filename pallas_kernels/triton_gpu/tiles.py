@@ -1,11 +1,15 @@
-"""Tile sizes of the kernels: by heuristic, where the table of measured ones has no entry."""
+"""Tile sizes of the kernels: measured ones, keyed by architecture, and for the rest a heuristic."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platforms
+from pallas_kernels.tuned import Table, table_key
+
+TABLE = Table(Path(__file__).with_name("tuned.json"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,19 @@ def heuristic(kernel: str, *, head_dim: int, group: int, dtype: jnp.dtype) -> Ti
     if jnp.dtype(dtype).itemsize == 4:  # products without tensor cores keep operands in registers
         config = TileConfig(min(config.rows, 32), 32, 4, 1)
     return dataclasses.replace(config, rows=max(config.rows, padded(group)))
+
+
+def choose(
+    kernel: str, *, head_dim: int, group: int, is_causal: bool, dtype: jnp.dtype
+) -> TileConfig:
+    """The table's config for the GPU at hand, or the heuristic's."""
+    config = heuristic(kernel, head_dim=head_dim, group=group, dtype=dtype)
+    if platforms.current() != "gpu" or jnp.dtype(dtype).itemsize == 4:
+        return config
+    for causal in (True, is_causal):  # the nearest thing to an entry that is not there
+        key = table_key(kernel, head_dim, group, causal, architecture())
+        config = TABLE.lookup(key, config)
+    return config
 
 
 def architecture() -> str:
