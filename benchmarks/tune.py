@@ -76,9 +76,7 @@ def search(
     return best, lowest, first
 
 
-def tune(
-    kernel: Kernel, shape: Shape, deadline: float, jobs: int = 1
-) -> tuple[Any, float, float]:
+def tune(kernel: Kernel, shape: Shape, deadline: float, jobs: int = 1) -> tuple[Any, float, float]:
     """`search` over a kernel's configs at a shape, in milliseconds; none is tried past `deadline`.
 
     Every config must give the default's results, up to the order of its sums. `jobs` configs are

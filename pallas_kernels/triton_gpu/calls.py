@@ -99,7 +99,7 @@ class Part:
     def slot_grid(self, config: TileConfig) -> tuple[int, int]:
         return -(-self.q_len // self.tokens(config)) * self.kv_heads, self.batch
 
-    def slot_blocks(self, config: TileConfig) -> dict[str, int]:
+    def slot_blocks(self, config: TileConfig) -> dict[str, Any]:
         tokens = self.tokens(config)
         return {"BLOCK_T": tokens, "BLOCK_S": max(1, config.keys // tokens)}
 
