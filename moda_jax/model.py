@@ -73,13 +73,18 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BxTxD: jax.Array) -> jax.Array:
         """[B, T, V]: products in the compute dtype, accumulated and returned in float32."""
-        table = self.embedding[...].T if self.head is None else self.head.kernel[...]
+        table, bias = self.output_table()
         logits = jnp.matmul(
             hidden_BxTxD, table.astype(hidden_BxTxD.dtype), preferred_element_type=jnp.float32
         )
-        if self.head is not None and self.head.bias is not None:
-            logits += self.head.bias[...]
-        return constrain(logits, "batch", None, "vocab")
+        return constrain(logits if bias is None else logits + bias, "batch", None, "vocab")
+
+    def output_table(self) -> tuple[jax.Array, jax.Array | None]:
+        """The head's matrix [D, V] and bias [V] or None, float32 parameters."""
+        if self.head is None:
+            return self.embedding[...].T, None
+        bias = self.head.bias
+        return self.head.kernel[...], None if bias is None else bias[...]
 
     def stack(self) -> tuple[StackSpec, StackParams]:
         """The layers as (static structure, parameters), for `moda_jax.stack`."""

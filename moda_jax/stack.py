@@ -45,7 +45,8 @@ def scan_layers(
         inputs = stack_layer.before(spec, rope, layer, weights, x)
         out, state, emitted = attend(layer, inputs, cache, state)
         y, ffn = stack_layer.after(spec, rope, layer, weights, x, out)
-        return (y, stack_layer.write(spec, layer, cache, inputs, ffn), state), emitted
+        cache, y = stack_layer.write(spec, layer, cache, inputs, y, ffn)
+        return (y, cache, state), emitted
 
     cache = stack_layer.empty_cache(config, x_BxTxD.shape, ring=config.depth_window is not None)
     xs = jnp.arange(config.num_layers), params.blocks
@@ -74,7 +75,8 @@ def _forward(spec: StackSpec, params: StackParams, x, tokens: Tokens, *, save: b
         y, inputs, ffn, saved = stack_layer.run(
             spec, rope, layer, weights, x, cache, tokens, save=save
         )
-        return (y, stack_layer.write(spec, layer, cache, inputs, ffn)), saved
+        cache, y = stack_layer.write(spec, layer, cache, inputs, y, ffn)
+        return (y, cache), saved
 
     cache = stack_layer.empty_cache(spec.config, x.shape, ring=False)
     xs = jnp.arange(spec.config.num_layers), params.blocks

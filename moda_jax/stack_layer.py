@@ -137,14 +137,20 @@ def _project(spec: StackSpec, block: Block, weights: Any, layer, source, rope) -
     return lax.cond(spec.writes(layer), project, nothing, source)
 
 
-def write(spec: StackSpec, layer, cache: DepthCache | None, inputs: AttentionInputs, ffn):
-    """Appends what the layer writes: the attention's keys and values, then its FFN's."""
+def write(spec: StackSpec, layer, cache: DepthCache | None, inputs: AttentionInputs, y, ffn):
+    """Appends what the layer writes, the attention's keys and values, then its FFN's; (cache, y).
+
+    The layer's output `y` holds the writes back until the attention has read the cache: what
+    could come first would make the compiler keep a copy of the whole cache.
+    """
     if cache is None:
-        return None
+        return None, y
+    cache, y = lax.optimization_barrier((cache, y))
     writes = spec.writes(layer)
     depth = (inputs.key, inputs.value) if inputs.depth is None else inputs.depth
-    cache = cache.append(*depth, where=writes)
-    return cache if ffn is None else cache.append(*ffn, where=writes)
+    if ffn is not None:  # both at once: two updates in a row cost a copy of the cache, too
+        depth = jax.tree.map(lambda *slots: jnp.stack(slots), tuple(depth), tuple(ffn))
+    return cache.append(*depth, where=writes), y
 
 
 def run(

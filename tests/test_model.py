@@ -156,16 +156,34 @@ def plain_loss(model, inputs, z_loss):
     return jnp.sum(jnp.where(segments != 0, lse - correct + z_loss * lse**2, 0.0))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_chunked_loss_equals_the_plain_one(monkeypatch, tied):
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 2 * 37 * 3)  # three tokens of each row at a time
-    config = dataclasses.replace(SMALL, tie_embeddings=tied)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"use_bias": True},
+        {"vocab_size": 4100},  # padded to whole tiles
+    ],
+)
+def test_chunked_loss_equals_the_plain_one(monkeypatch, changes):
+    config = dataclasses.replace(SMALL, **changes)
+    three_tokens = 4 * 2 * config.vocab_size * 3
+    monkeypatch.setattr(losses, "CHUNK_BYTES", (three_tokens, three_tokens))
     model, inputs = build(config), batch(SMALL)
-    assert losses.chunk_length(2, 7, 37) == 3
+    assert losses.chunk_length(2, 7, config.vocab_size) == 3
     chunked = nnx.value_and_grad(lambda m: next_token_loss(m, inputs, z_loss=0.1)[0])(model)
     plain = nnx.value_and_grad(lambda m: plain_loss(m, inputs, 0.1))(model)
     for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_chunks_of_the_loss():
+    """A 16th of the tokens, unless that is little or much; equal ones."""
+    million = 2**20
+    assert losses.chunk_length(2, 7, 37) == 7
+    assert losses.chunk_length(1, 16 * million, 17) == million
+    assert losses.chunk_length(8, 4096, 100_278) == 164  # 25 chunks of at most 512 MiB
+    assert losses.chunk_length(2, 2048, 50_000) == 158
 
 
 def test_loss_without_targets_is_zero():

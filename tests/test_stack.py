@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -150,8 +151,7 @@ def test_bfloat16_gradients_stay_near_float32():
         assert error < 0.06  # 8 bits of mantissa through four layers
 
 
-def gradient_temp_bytes(**changes):
-    """Temporary bytes of the compiled gradient, by the compiler's own account."""
+def compiled_gradient(**changes):
     config = dataclasses.replace(SMALL, embed_dim=32, head_dim=8, mlp_dim=64, **changes)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     spec, params = model.stack()
@@ -161,8 +161,33 @@ def gradient_temp_bytes(**changes):
     def loss(params, x, tokens):
         return jnp.sum(run_stack(spec, params, x, tokens).astype(jnp.float32) ** 2)
 
-    compiled = jax.jit(jax.grad(loss)).lower(params, x, tokens).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return config, jax.jit(jax.grad(loss)).lower(params, x, tokens).compile()
+
+
+def gradient_temp_bytes(**changes):
+    """Temporary bytes of the compiled gradient, by the compiler's own account."""
+    return compiled_gradient(**changes)[1].memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="its XLA drops barriers before it decides on copies"
+)
+@pytest.mark.parametrize("depth_ffn_kv", ["none", "project"])
+def test_no_layer_copies_the_cache(depth_ffn_kv):
+    """Every layer writes and adds in place: a copy of the cache per layer is O(L^2) traffic."""
+    config, compiled = compiled_gradient(num_layers=6, depth_ffn_kv=depth_ffn_kv)
+    cache = f"f32[{config.depth_slots},4,256,"
+    inside, copies, seen = "", [], 0
+    text = compiled.as_text()
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    for line in text.splitlines():
+        if start := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            inside = start[1]
+        elif f"= {cache}" in line and inside in bodies:
+            seen += 1
+            copies += [line.strip()] if " copy(" in line else []
+    assert seen  # the text is what it is taken for
+    assert not copies
 
 
 @pytest.mark.parametrize(

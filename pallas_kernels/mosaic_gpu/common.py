@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import platforms
 
@@ -82,12 +83,16 @@ def launch(
     scratch: Mapping[str, Any],
     threads: int | None = None,
 ) -> Callable[..., Any]:
-    """`plgpu.kernel`, compiled or interpreted; `threads` warpgroups, or one without a name."""
+    """`plgpu.kernel`, compiled or interpreted; `threads` warpgroups, or one without a name.
+
+    The results are held behind a barrier: where one goes straight into a stacked array (a scan that
+    keeps lse), XLA would fuse a second copy of the kernel with the update, and run both.
+    """
     plgpu = mosaic()
     interpret = None
     if platforms.interpreted():
         interpret = plgpu.InterpretGPUParams(detect_races=_detect_races.get())
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=dict(scratch),
@@ -99,6 +104,7 @@ def launch(
         interpret=interpret,
         kernel_name=name,
     )
+    return lambda *operands: lax.optimization_barrier(kernel(*operands))
 
 
 def next_power_of_two(n: int) -> int:

@@ -122,8 +122,8 @@ def load_tiles(plan: Plan, refs: Refs, blocks: int) -> None:
     if config.turns:
         plgpu.barrier_arrive(refs.turn.at[0])  # the first warpgroup starts
 
-    def load_kv(block, step, tile):
-        stage = rem(step, stages)
+    def load_kv(i, step, tile):
+        stage, block = rem(step, stages), tile.kv.nth(i)
         keys = common.ds(block * config.block_kv, config.block_kv)
         where, rows = (tile.batch, keys, tile.kv_head), common.ds(0, config.block_kv)
         wait_free(refs.k_free, step, stages)
@@ -145,7 +145,7 @@ def load_tiles(plan: Plan, refs: Refs, blocks: int) -> None:
             step = lax.fori_loop(0, tile.depth_blocks, load, step)
         if plan.kv_len:
             load = functools.partial(load_kv, tile=tile)
-            step = lax.fori_loop(tile.kv_start, tile.kv_stop, load, step)
+            step = lax.fori_loop(0, tile.kv.count, load, step)
         return step
 
     steps = lax.fori_loop(0, count, load_tile, i32(0))
@@ -357,21 +357,19 @@ def _depth_phase(worker: _Worker, carry):
 
 
 def _sequence_phase(worker: _Worker, carry):
-    plan, tile, config = worker.plan, worker.tile, worker.plan.config
+    tile, config = worker.tile, worker.plan.config
 
-    def attend(block, carry, masked: bool):
+    def attend(i, carry, masked: bool):
         step, state = carry
         segments = worker.refs.segment_smem
         if segments is not None:
             segments = segments.at[rem(step, config.stages)]
-        mask = functools.partial(_kv_mask, worker, block * config.block_kv, segments)
+        mask = functools.partial(_kv_mask, worker, tile.kv.nth(i) * config.block_kv, segments)
         return step + 1, _attend(worker, [_stage(worker, step)], [mask] if masked else [], state)
 
-    if not plan.segments:
-        plain = functools.partial(attend, masked=False)
-        carry = lax.fori_loop(tile.kv_start, tile.kv_masked, plain, carry)
-    edge = functools.partial(attend, masked=True)
-    return lax.fori_loop(tile.kv_masked, tile.kv_stop, edge, carry)
+    plain, edge = (functools.partial(attend, masked=masked) for masked in (False, True))
+    carry = lax.fori_loop(0, tile.kv.plain, plain, carry)
+    return lax.fori_loop(tile.kv.plain, tile.kv.count, edge, carry)
 
 
 def _depth_mask(worker: _Worker, slots_left: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.wgmma import (
     ROWS,
+    Walk,
     cdiv,
     div,
     divmod_i32,
@@ -151,9 +152,7 @@ class Tile(NamedTuple):
     place: jax.Array  # among the tiles of its KV head
     depth_first: jax.Array  # blocks of the first range of slots
     depth_blocks: jax.Array
-    kv_start: jax.Array  # sequence blocks [kv_start, kv_stop), masked from kv_masked on
-    kv_masked: jax.Array
-    kv_stop: jax.Array
+    kv: Walk | None  # sequence blocks
 
 
 def unit(plan: Plan, tile: Tile, warpgroup: Any) -> tuple[jax.Array, jax.Array]:
@@ -188,31 +187,27 @@ def locate(plan: Plan, slots: Any, ranges: Any, number: jax.Array) -> Tile:
         index = plan.steps_per_head - 1 - index
     batch, kv_head = divmod_i32(head, plan.kv_heads)
     zero = i32(0)
-    tile = Tile(batch, kv_head, index, zero, zero, zero, zero, zero)
+    tile = Tile(batch, kv_head, index, zero, zero, None)
     if plan.slots:
         size = plan.block_slots
         first = div(slots[1] - slots[0] + (size - 1), size)
         second = div(slots[3] - slots[2] + (size - 1), size)
         tile = tile._replace(depth_first=first, depth_blocks=first + second)
     if plan.kv_len:
-        tile = tile._replace(**_kv_blocks(plan, ranges, tile))
+        tile = tile._replace(kv=_kv_blocks(plan, ranges, tile))
     return tile
 
 
-def _kv_blocks(plan: Plan, ranges: Any, tile: Tile) -> dict[str, jax.Array]:
+def _kv_blocks(plan: Plan, ranges: Any, tile: Tile) -> Walk:
     block_kv = plan.config.block_kv
     to_all = to_any = i32(plan.kv_len)  # keys that every row sees, keys that some row sees
     if plan.causal:
         first = unit(plan, tile, 0)[0]
         last = unit(plan, tile, plan.config.warpgroups - 1)[0] + (plan.tokens - 1)
         to_all, to_any = jnp.minimum(first + 1, to_all), jnp.minimum(last + 1, to_any)
-    start, masked = i32(0), div(to_all, block_kv)
     stop = div(to_any + (block_kv - 1), block_kv)
-    if plan.segments:
-        start = jnp.minimum(ranges[tile.batch, tile.place, 0], stop)
-        stop = jnp.minimum(ranges[tile.batch, tile.place, 1], stop)
-        masked = start  # any block may hold a foreign key
-    return {"kv_start": start, "kv_masked": masked, "kv_stop": stop}
+    bounds = ranges.at[tile.batch, tile.place] if plan.segments else None
+    return Walk.of(i32(0), stop, i32(0), div(to_all, block_kv), bounds)
 
 
 def slot_block(plan: Plan, slots: Any, tile: Tile, block: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,7 @@ from pallas_kernels.mosaic_gpu.sequence_tiles import Plan, Refs, same_segment, t
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
     ROWS,
+    Walk,
     accumulate,
     div,
     drain,
@@ -24,8 +25,8 @@ from pallas_kernels.mosaic_gpu.wgmma import (
 )
 
 
-def _kv_blocks(plan: Plan, refs: Refs, batch, index) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sequence blocks [start, stop) of a tile of queries, masked from the second number on."""
+def _kv_blocks(plan: Plan, refs: Refs, batch, index) -> Walk:
+    """Sequence blocks of a tile of queries."""
     config = plan.config
     first_unit = index * config.dq_warpgroups
     first = div(first_unit, plan.group) * ROWS
@@ -33,12 +34,9 @@ def _kv_blocks(plan: Plan, refs: Refs, batch, index) -> tuple[jax.Array, jax.Arr
     to_all = to_any = i32(plan.kv_len)
     if plan.causal:
         to_all, to_any = jnp.minimum(first + 1, to_all), jnp.minimum(last + 1, to_any)
-    start, masked = i32(0), div(to_all, config.dq_block_kv)
     stop = div(to_any + (config.dq_block_kv - 1), config.dq_block_kv)
-    if plan.segments:
-        start = masked = jnp.minimum(refs.ranges[batch, index, 0], stop)
-        stop = jnp.minimum(refs.ranges[batch, index, 1], stop)
-    return start, masked, stop
+    bounds = refs.ranges.at[batch, index] if plan.segments else None
+    return Walk.of(i32(0), stop, i32(0), div(to_all, config.dq_block_kv), bounds)
 
 
 def _unit(plan: Plan, kv_head, index, warpgroup) -> tuple[jax.Array, jax.Array]:
@@ -60,8 +58,10 @@ def _dq_loads(plan: Plan, refs: Refs, scratch) -> None:
                 scratch["tile_full"].at[0],
             )
 
-    def load(block, step):
-        stage = rem(step, config.dq_stages)
+    walk = _kv_blocks(plan, refs, batch, index)
+
+    def load(step, _):
+        stage, block = rem(step, config.dq_stages), walk.nth(step)
         wait_free(scratch["free"], step, config.dq_stages)
         keys, full = common.ds(block * config.dq_block_kv, config.dq_block_kv), scratch["full"]
         for source, name in ((refs.key, "k_smem"), (refs.value, "v_smem")):
@@ -72,11 +72,9 @@ def _dq_loads(plan: Plan, refs: Refs, scratch) -> None:
             plgpu.copy_gmem_to_smem(
                 refs.key_segments.at[batch, keys], scratch["segments"].at[stage], full.at[stage]
             )
-        return step + 1
 
-    start, _, stop = _kv_blocks(plan, refs, batch, index)
-    steps = lax.fori_loop(start, stop, load, i32(0))
-    drain(scratch["free"], steps, config.dq_stages)
+    lax.fori_loop(0, walk.count, load, None)
+    drain(scratch["free"], walk.count, config.dq_stages)
 
 
 def _dq_mask(plan: Plan, token, start, row_segment, segment_ref):
@@ -108,9 +106,9 @@ def _dq_compute(plan: Plan, refs: Refs, dq_ref, scratch, warpgroup) -> None:
         row_segment = plgpu.load(ids, layout=layout, optimized=False)
     q_ref, do_ref = scratch["q_smem"].at[warpgroup], scratch["do_smem"].at[warpgroup]
     shape = (ROWS, config.dq_block_kv)
+    walk = _kv_blocks(plan, refs, batch, index)
 
-    def block_step(block, carry, masked: bool):
-        step, dq = carry
+    def block_step(step, dq, masked: bool):
         stage = rem(step, config.dq_stages)
         k_ref, v_ref = scratch["k_smem"].at[stage], scratch["v_smem"].at[stage]
         plgpu.barrier_wait(scratch["full"].at[stage])
@@ -118,7 +116,8 @@ def _dq_compute(plan: Plan, refs: Refs, dq_ref, scratch, warpgroup) -> None:
         def weights(scores):
             if masked:
                 ids = scratch["segments"].at[stage] if plan.segments else None
-                mask = _dq_mask(plan, token, block * config.dq_block_kv, row_segment, ids)
+                start = walk.nth(step) * config.dq_block_kv
+                mask = _dq_mask(plan, token, start, row_segment, ids)
                 scores = jnp.where(mask, scores, -jnp.inf)
             return jnp.exp2(scores * (plan.scale * LOG2E) - spread(lse, shape, 0))
 
@@ -128,14 +127,12 @@ def _dq_compute(plan: Plan, refs: Refs, dq_ref, scratch, warpgroup) -> None:
         ds = p * (dp - spread(delta, shape, 0))
         dq = accumulate(dq, (ds.astype(plan.dtype), k_ref))
         plgpu.barrier_arrive(scratch["free"].at[stage])
-        return step + 1, dq
+        return dq
 
-    start, masked, stop = _kv_blocks(plan, refs, batch, index)
     plgpu.barrier_wait(scratch["tile_full"].at[0])
-    carry = (i32(0), common.zeros((ROWS, plan.head_dim)))
-    if not plan.segments:
-        carry = lax.fori_loop(start, masked, functools.partial(block_step, masked=False), carry)
-    _, dq = lax.fori_loop(masked, stop, functools.partial(block_step, masked=True), carry)
+    dq = common.zeros((ROWS, plan.head_dim))
+    dq = lax.fori_loop(0, walk.plain, functools.partial(block_step, masked=False), dq)
+    dq = lax.fori_loop(walk.plain, walk.count, functools.partial(block_step, masked=True), dq)
     out_ref = scratch["dq_smem"].at[warpgroup]
     out_ref[...] = (dq * plan.scale).astype(plan.dq_dtype)
     plgpu.commit_smem()
