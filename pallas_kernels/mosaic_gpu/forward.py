@@ -25,9 +25,9 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     ROWS,
     cdiv,
     pad_tokens,
-    segment_bounds,
     split_roles,
 )
+from pallas_kernels.segments import segment_bounds
 
 
 def attend(

@@ -23,7 +23,8 @@ from pallas_kernels.mosaic_gpu.sequence_tiles import (
     sequence_backward_config,
 )
 from pallas_kernels.mosaic_gpu.tuned import tuned
-from pallas_kernels.mosaic_gpu.wgmma import LOG2E, NO_SEGMENT, ROWS, pad_tokens, segment_bounds
+from pallas_kernels.mosaic_gpu.wgmma import LOG2E, NO_SEGMENT, ROWS, pad_tokens
+from pallas_kernels.segments import segment_bounds
 
 
 def _ranges(plan: Plan, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:

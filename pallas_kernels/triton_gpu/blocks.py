@@ -91,6 +91,29 @@ def load_segments(segments, offset, mask, HAS_SEGMENTS: tl.constexpr):
 
 
 @triton.jit
+def walk(begin, end, plain_begin, plain_end, met, tile, HAS_SEGMENTS: tl.constexpr):
+    """The blocks begin ... end - 1 that a tile meets, of which plain_begin ... plain_end - 1 need
+    no mask; with segments narrowed to its row of `met` [tiles, 4], see `segments.segment_bounds`.
+    """
+    if HAS_SEGMENTS:
+        met += tile * 4
+        begin = tl.maximum(begin, tl.minimum(tl.load(met), end))
+        end = tl.maximum(begin, tl.minimum(tl.load(met + 1), end))
+        plain_begin = tl.maximum(plain_begin, tl.load(met + 2))
+        plain_end = tl.minimum(plain_end, tl.load(met + 3))
+    begin = tl.minimum(begin, end)
+    plain_begin = tl.minimum(tl.maximum(plain_begin, begin), end)
+    plain_end = tl.minimum(tl.maximum(plain_end, plain_begin), end)
+    return begin, end, plain_begin, plain_end
+
+
+@triton.jit
+def beyond_gap(i, gap_begin, gap_end):
+    """The i-th number of those that count up from some begin and leave a gap out."""
+    return i + tl.where(i < gap_begin, 0, gap_end - gap_begin)
+
+
+@triton.jit
 def attend_block(
     total, maximum, denominator, scores, value, mask, SCALE: tl.constexpr, PRECISION: tl.constexpr
 ):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.operands import Operands, Options, num_kv_heads
+from pallas_kernels.segments import segment_bounds
 from pallas_kernels.triton_gpu import launch, tiles
 from pallas_kernels.triton_gpu.tiles import TileConfig, padded
 
@@ -62,6 +63,22 @@ class Part:
         query, key = self.operands.query_segments, self.operands.key_segments
         nothing = jnp.zeros(1, jnp.int32)
         return (nothing, nothing) if query is None else (query, nothing if key is None else key)
+
+    def met_by_queries(self, config: TileConfig) -> jax.Array:
+        """[B, query tiles, 4]: the key blocks that they meet; see `segment_bounds`."""
+        queries, keys = self.segments
+        return self._met(queries, self.tokens(config), keys, config.keys)
+
+    def met_by_keys(self, config: TileConfig) -> jax.Array:
+        """[B, key blocks, 4]: the query tiles that they meet."""
+        queries, keys = self.segments
+        return self._met(keys, config.keys, queries, self.tokens(config))
+
+    def _met(self, segments: jax.Array, tile: int, others: jax.Array, block: int) -> jax.Array:
+        if self.operands.query_segments is None:
+            return _nothing(jnp.int32)
+        segments = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % tile)))
+        return segment_bounds(segments.reshape(self.batch, -1, tile), others, block)
 
     def constants(self) -> dict[str, Any]:
         query = self.operands.query
@@ -125,7 +142,8 @@ def sequence_forward(part: Part, partial: Pair | None, config: TileConfig | None
     query, key, value = part.operands[:3]
     before = partial or (_nothing(jnp.float32), _nothing(jnp.float32))
     out, lse = launch.call(
-        sequence_forward_kernel, [query, key, value, *part.segments, *before],
+        sequence_forward_kernel,
+        [query, key, value, *part.segments, part.met_by_queries(config), *before],
         part.out_shapes(query.dtype), part.row_grid(config), config,
         **part.sequence_constants(), HAS_PARTIAL=partial is not None,
         BLOCK_T=part.tokens(config), BLOCK_N=config.keys,
@@ -173,7 +191,8 @@ def sequence_dkv(part: Part, rows: Rows, config: TileConfig | None = None) -> Pa
     config = part.config("sequence_dkv", config)
     key, value = part.operands.key, part.operands.value
     d_key, d_value = launch.call(
-        sequence_dkv_kernel, [rows.query, key, value, *rows[1:], *part.segments],
+        sequence_dkv_kernel,
+        [rows.query, key, value, *rows[1:], *part.segments, part.met_by_keys(config)],
         [_like(key.shape, key.dtype), _like(value.shape, value.dtype)],
         (-(-key.shape[1] // config.keys), part.kv_heads, part.batch), config,
         **part.sequence_constants(), BLOCK_T=part.tokens(config), BLOCK_N=config.keys,
@@ -191,7 +210,8 @@ def sequence_dq(
     key, value = part.operands.key, part.operands.value
     before = _nothing(jnp.float32) if partial_dq is None else partial_dq
     (d_query,) = launch.call(
-        sequence_dq_kernel, [rows.query, key, value, *rows[1:], *part.segments, before],
+        sequence_dq_kernel,
+        [rows.query, key, value, *rows[1:], *part.segments, part.met_by_queries(config), before],
         [_like(rows.query.shape, rows.query.dtype)], part.row_grid(config), config,
         **part.sequence_constants(), HAS_PARTIAL=partial_dq is not None,
         BLOCK_T=part.tokens(config), BLOCK_N=config.keys,

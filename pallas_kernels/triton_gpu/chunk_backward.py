@@ -49,8 +49,9 @@ def chunk_dkv_kernel(
         dk, dv = dkv_span(
             dk, dv, keys, values, token, key_segment, query + base * HEAD_DIM,
             d_out + base * HEAD_DIM, lse + base, delta + base, segments,
-            first // BLOCK_T * BLOCK_T, tl.minimum(end, Q_LEN), Q_LEN, Q_LEN, SCALE, PRECISION,
-            True, CHUNK, HAS_SEGMENTS, True, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, WIDTH, BLOCK_T,
+            first // BLOCK_T, tl.cdiv(tl.minimum(end, Q_LEN), BLOCK_T), 0, 0, Q_LEN, Q_LEN, SCALE,
+            PRECISION, True, CHUNK, HAS_SEGMENTS, True, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, WIDTH,
+            BLOCK_T,
         )  # fmt: skip
         store_gradient(
             old_dk, d_depth_key, columns, dk * SCALE, inside, ADD, HEAD_DIM, WIDTH
@@ -86,15 +87,15 @@ def chunk_dq_kernel(
     segment = load_segments(segments, first + row_t, inside, HAS_SEGMENTS)
     dq = tl.zeros([BLOCK_T * GROUP_PAD, WIDTH], tl.float32)
     key_base = (batch.to(tl.int64) * Q_LEN * KV_HEADS + kv_head) * HEAD_DIM
-    begin = first // CHUNK * CHUNK // BLOCK_N * BLOCK_N
-    end = tl.minimum(first + BLOCK_T, Q_LEN)
+    begin = first // CHUNK * CHUNK // BLOCK_N
+    end = tl.cdiv(tl.minimum(first + BLOCK_T, Q_LEN), BLOCK_N)
     for i in tl.static_range(RANGES):
         start, stop = tl.load(bounds + 2 * i), tl.load(bounds + 2 * i + 1)
         for slot in range(start, stop):
             offset = key_base + tl.cast(slot, tl.int64) * (BATCH * Q_LEN * KV_HEADS * HEAD_DIM)
             dq = dq_span(
                 dq, queries, d_outs, row_lse, row_delta, first + row_t, segment,
-                depth_key + offset, depth_value + offset, segments, begin, end, Q_LEN, SCALE,
+                depth_key + offset, depth_value + offset, segments, begin, end, 0, 0, Q_LEN, SCALE,
                 PRECISION, True, CHUNK, HAS_SEGMENTS, True, KV_HEADS, HEAD_DIM, WIDTH, BLOCK_N,
             )  # fmt: skip
     store_matrix(d_query + base * HEAD_DIM, rows, dq * SCALE, inside, HEAD_DIM, WIDTH)

@@ -38,16 +38,16 @@ def chunk_forward_kernel(
         out, lse, base, rows, inside, False, BLOCK_T * GROUP_PAD, HEAD_DIM, WIDTH
     )
     key_base = (batch.to(tl.int64) * Q_LEN * KV_HEADS + kv_head) * HEAD_DIM
-    begin = first // CHUNK * CHUNK // BLOCK_N * BLOCK_N
-    end = tl.minimum(first + BLOCK_T, Q_LEN)
+    begin = first // CHUNK * CHUNK // BLOCK_N
+    end = tl.cdiv(tl.minimum(first + BLOCK_T, Q_LEN), BLOCK_N)
     for i in tl.static_range(RANGES):
         start, stop = tl.load(bounds + 2 * i), tl.load(bounds + 2 * i + 1)
         for slot in range(start, stop):
             offset = key_base + tl.cast(slot, tl.int64) * (BATCH * Q_LEN * KV_HEADS * HEAD_DIM)
             total, maximum, denominator = attend_span(
                 total, maximum, denominator, queries, first + row_t, segment, depth_key + offset,
-                depth_value + offset, segments, begin, end, Q_LEN, SCALE, PRECISION, True, CHUNK,
-                HAS_SEGMENTS, True, KV_HEADS, HEAD_DIM, WIDTH, BLOCK_N,
+                depth_value + offset, segments, begin, end, 0, 0, Q_LEN, SCALE, PRECISION, True,
+                CHUNK, HAS_SEGMENTS, True, KV_HEADS, HEAD_DIM, WIDTH, BLOCK_N,
             )  # fmt: skip
     finish_softmax(
         out, lse, base, rows, inside, total, maximum, denominator, HEAD_DIM, WIDTH

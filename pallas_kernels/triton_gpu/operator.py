@@ -15,6 +15,7 @@ from pallas_kernels.operands import (
     Gradients,
     Operands,
     Options,
+    layers_as_heads,
     num_kv_heads,
     row_delta,
     visible_slots,
@@ -148,7 +149,7 @@ def add_depth_grads(
     bounds = jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, stop)])
     for start in range(0, layers, together):
         some = (x[start : start + together] for x in readers)
-        rows = Rows(*(_layers_as_heads(x, kv_heads) for x in some))
+        rows = Rows(*(layers_as_heads(x, kv_heads) for x in some))
         operands = Operands(rows.query, None, None, depth_key, depth_value)
         operands, positive, _ = _positive_scale(operands, Options(scale))
         part = Part(operands, Options(positive), positive)
@@ -156,13 +157,6 @@ def add_depth_grads(
             part, rows._replace(query=operands.query), bounds, None, depth_grads, want_depth=True
         )
     return depth_grads
-
-
-def _layers_as_heads(x: jax.Array, kv_heads: int) -> jax.Array:
-    """[R, B, T, K·G, ...] -> [B, T, K·(R·G), ...]."""
-    layers, batch, length, heads = x.shape[:4]
-    grouped = x.reshape(layers, batch, length, kv_heads, heads // kv_heads, *x.shape[4:])
-    return jnp.moveaxis(grouped, 0, 3).reshape(batch, length, layers * heads, *x.shape[4:])
 
 
 def _bounds(operands: Operands, options: Options) -> jax.Array:

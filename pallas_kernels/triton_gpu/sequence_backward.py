@@ -8,6 +8,7 @@ import triton.language as tl
 
 from pallas_kernels.triton_gpu.blocks import (
     LOG2_E,
+    beyond_gap,
     load_matrix,
     load_row_lse,
     load_segments,
@@ -16,26 +17,31 @@ from pallas_kernels.triton_gpu.blocks import (
     store_matrix,
     tile_base,
     token_mask,
+    walk,
 )
 
 
 @triton.jit
 def dkv_span(
     d_key, d_value, keys, values, key_token, key_segment, query, d_out, lse, delta,
-    query_segments, start, stop, length, key_len,
+    query_segments, begin, end, gap_begin, gap_end, length, key_len,
     SCALE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr, MASKED: tl.constexpr, KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the query tokens start ... stop - 1, tile by tile, owe to a block of keys.
+    """Adds what the query tiles begin ... end - 1, without those of the gap, owe to some keys;
+    every row of unMASKED tiles sees all of these.
 
     `query`, `d_out`, `lse`, `delta` and `query_segments` point at token 0 of a batch's group. Rows
     that do not exist have lse = +inf, so all their weights are 0.
     """
     row_t, row_g = row_tokens(BLOCK_T, GROUP_PAD)
     rows = row_offsets(row_t, row_g, KV_HEADS, GROUP)
-    for first in range(start, stop, BLOCK_T):
+    for i in range(begin, end - (gap_end - gap_begin)):
+        first = i * BLOCK_T
+        if MASKED:
+            first = beyond_gap(i, gap_begin, gap_end) * BLOCK_T
         base = tl.cast(first, tl.int64) * (KV_HEADS * GROUP)
         inside = (first + row_t < length) & (row_g < GROUP)
         queries = load_matrix(query + base * HEAD_DIM, rows, inside, HEAD_DIM, WIDTH)
@@ -61,15 +67,17 @@ def dkv_span(
 @triton.jit
 def dq_span(
     d_query, query, d_out, row_lse, row_delta, row_token, row_segment, key, value, key_segments,
-    start, stop, key_len,
+    begin, end, gap_begin, gap_end, key_len,
     SCALE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr, MASKED: tl.constexpr, KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds dq / scale of the keys start ... stop - 1 to a tile; see `attend_span`."""
+    """Adds dq / scale of some key blocks to a tile; see `attend_span`."""
     column = tl.arange(0, BLOCK_N)
-    for first in range(start, stop, BLOCK_N):
-        first = tl.multiple_of(first, BLOCK_N)
+    for i in range(begin, end - (gap_end - gap_begin)):
+        first = i * BLOCK_N
+        if MASKED:
+            first = beyond_gap(i, gap_begin, gap_end) * BLOCK_N
         base = tl.cast(first, tl.int64) * (KV_HEADS * HEAD_DIM)
         inside = None
         if MASKED:
@@ -93,7 +101,7 @@ def dq_span(
 
 @triton.jit
 def sequence_dkv_kernel(
-    query, key, value, d_out, lse, delta, query_segments, key_segments,
+    query, key, value, d_out, lse, delta, query_segments, key_segments, met_tiles,
     d_key, d_value,
     Q_LEN: tl.constexpr, K_LEN: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP_PAD: tl.constexpr, SCALE: tl.constexpr,
@@ -118,32 +126,33 @@ def sequence_dkv_kernel(
     segments = query_segments + batch.to(tl.int64) * Q_LEN
     dk = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     dv = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-    start = block * 0
-    clear = start  # tokens from here on see every key of the block
+    begin = 0
+    clear = 0  # tiles from here on see every key of the block
     if CAUSAL:
-        start = first // BLOCK_T * BLOCK_T
-        clear = (first + BLOCK_N - 1 + BLOCK_T - 1) // BLOCK_T * BLOCK_T
-    if HAS_SEGMENTS:
-        clear = start + Q_LEN
-    if CAUSAL or HAS_SEGMENTS:
-        dk, dv = dkv_span(
-            dk, dv, keys, values, token, key_segment, query, d_out, lse, delta, segments,
-            start, tl.minimum(clear, Q_LEN), Q_LEN, K_LEN, SCALE, PRECISION, CAUSAL, 0,
-            HAS_SEGMENTS, True, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, WIDTH, BLOCK_T,
-        )  # fmt: skip
-    if not HAS_SEGMENTS:
-        dk, dv = dkv_span(
-            dk, dv, keys, values, token, key_segment, query, d_out, lse, delta, segments,
-            clear, Q_LEN, Q_LEN, K_LEN, SCALE, PRECISION, CAUSAL, 0, HAS_SEGMENTS, False,
-            KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, WIDTH, BLOCK_T,
-        )  # fmt: skip
+        begin = first // BLOCK_T
+        clear = tl.cdiv(first + BLOCK_N - 1, BLOCK_T)
+    met_tiles += batch * tl.num_programs(0) * 4
+    begin, end, plain_begin, plain_end = walk(
+        begin, tl.cdiv(Q_LEN, BLOCK_T), clear, tl.cdiv(Q_LEN, BLOCK_T), met_tiles, block,
+        HAS_SEGMENTS,
+    )  # fmt: skip
+    dk, dv = dkv_span(
+        dk, dv, keys, values, token, key_segment, query, d_out, lse, delta, segments,
+        begin, end, plain_begin, plain_end, Q_LEN, K_LEN, SCALE, PRECISION, CAUSAL, 0,
+        HAS_SEGMENTS, True, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, WIDTH, BLOCK_T,
+    )  # fmt: skip
+    dk, dv = dkv_span(
+        dk, dv, keys, values, token, key_segment, query, d_out, lse, delta, segments,
+        plain_begin, plain_end, 0, 0, Q_LEN, K_LEN, SCALE, PRECISION, CAUSAL, 0, HAS_SEGMENTS,
+        False, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, WIDTH, BLOCK_T,
+    )  # fmt: skip
     store_matrix(d_key + key_base, columns, dk * SCALE, inside, HEAD_DIM, WIDTH)
     store_matrix(d_value + key_base, columns, dv, inside, HEAD_DIM, WIDTH)
 
 
 @triton.jit
 def sequence_dq_kernel(
-    query, key, value, d_out, lse, delta, query_segments, key_segments, partial_dq,
+    query, key, value, d_out, lse, delta, query_segments, key_segments, met_blocks, partial_dq,
     d_query,
     Q_LEN: tl.constexpr, K_LEN: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP_PAD: tl.constexpr, SCALE: tl.constexpr,
@@ -171,23 +180,22 @@ def sequence_dq_kernel(
     key, value = key + key_base, value + key_base
     segments = key_segments + batch.to(tl.int64) * K_LEN
     dq = tl.zeros([BLOCK_T * GROUP_PAD, WIDTH], tl.float32)
-    stop = K_LEN
-    clear = K_LEN // BLOCK_N * BLOCK_N
+    end = tl.cdiv(K_LEN, BLOCK_N)
+    clear = K_LEN // BLOCK_N
     if CAUSAL:
-        stop = tl.minimum(first + BLOCK_T, K_LEN)
-        clear = tl.minimum((first + 1) // BLOCK_N * BLOCK_N, clear)
-    if HAS_SEGMENTS:
-        clear = 0
-    if not HAS_SEGMENTS:
-        dq = dq_span(
-            dq, queries, d_outs, row_lse, row_delta, first + row_t, segment, key, value, segments,
-            0, clear, K_LEN, SCALE, PRECISION, CAUSAL, 0, HAS_SEGMENTS, False, KV_HEADS,
-            HEAD_DIM, WIDTH, BLOCK_N,
-        )  # fmt: skip
+        end = tl.minimum(tl.cdiv(first + BLOCK_T, BLOCK_N), end)
+        clear = tl.minimum((first + 1) // BLOCK_N, clear)
+    met_blocks += batch * tl.num_programs(0) * 4
+    begin, end, plain_begin, plain_end = walk(0, end, 0, clear, met_blocks, tile, HAS_SEGMENTS)
     dq = dq_span(
         dq, queries, d_outs, row_lse, row_delta, first + row_t, segment, key, value, segments,
-        clear, stop, K_LEN, SCALE, PRECISION, CAUSAL, 0, HAS_SEGMENTS, True, KV_HEADS,
-        HEAD_DIM, WIDTH, BLOCK_N,
+        plain_begin, plain_end, 0, 0, K_LEN, SCALE, PRECISION, CAUSAL, 0, HAS_SEGMENTS, False,
+        KV_HEADS, HEAD_DIM, WIDTH, BLOCK_N,
+    )  # fmt: skip
+    dq = dq_span(
+        dq, queries, d_outs, row_lse, row_delta, first + row_t, segment, key, value, segments,
+        begin, end, plain_begin, plain_end, K_LEN, SCALE, PRECISION, CAUSAL, 0, HAS_SEGMENTS,
+        True, KV_HEADS, HEAD_DIM, WIDTH, BLOCK_N,
     )  # fmt: skip
     dq = dq * SCALE
     if HAS_PARTIAL:

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from pallas_kernels.triton_gpu.blocks import (
     attend_block,
+    beyond_gap,
     finish_softmax,
     load_matrix,
     load_segments,
@@ -13,24 +14,28 @@ from pallas_kernels.triton_gpu.blocks import (
     start_softmax,
     tile_base,
     token_mask,
+    walk,
 )
 
 
 @triton.jit
 def attend_span(
     total, maximum, denominator, query, row_token, row_segment, key, value, key_segments,
-    start, stop, key_len,
+    begin, end, gap_begin, gap_end, key_len,
     SCALE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr, MASKED: tl.constexpr, KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Continues the softmax over the keys start ... stop - 1, a multiple of BLOCK_N unless MASKED.
+    """Continues the softmax over the key blocks begin ... end - 1, without those of the gap; the
+    keys of unMASKED blocks exist and are seen by every row.
 
     `key`, `value` and `key_segments` point at token 0 of a batch's key/value head.
     """
     column = tl.arange(0, BLOCK_N)
-    for first in range(start, stop, BLOCK_N):
-        first = tl.multiple_of(first, BLOCK_N)
+    for i in range(begin, end - (gap_end - gap_begin)):
+        first = i * BLOCK_N
+        if MASKED:
+            first = beyond_gap(i, gap_begin, gap_end) * BLOCK_N
         base = tl.cast(first, tl.int64) * (KV_HEADS * HEAD_DIM)
         inside = None
         mask = None
@@ -52,7 +57,7 @@ def attend_span(
 
 @triton.jit
 def sequence_forward_kernel(
-    query, key, value, query_segments, key_segments, partial_out, partial_lse,
+    query, key, value, query_segments, key_segments, met_blocks, partial_out, partial_lse,
     out, lse,
     Q_LEN: tl.constexpr, K_LEN: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP_PAD: tl.constexpr, SCALE: tl.constexpr,
@@ -73,30 +78,28 @@ def sequence_forward_kernel(
     segment = load_segments(
         query_segments + batch.to(tl.int64) * Q_LEN, first + row_t, inside, HAS_SEGMENTS
     )
-    state = start_softmax(
+    total, maximum, denominator = start_softmax(
         partial_out, partial_lse, base, rows, inside, HAS_PARTIAL, BLOCK_T * GROUP_PAD, HEAD_DIM,
         WIDTH,
     )  # fmt: skip
     key_base = (batch.to(tl.int64) * K_LEN * KV_HEADS + kv_head) * HEAD_DIM
     segments = key_segments + batch.to(tl.int64) * K_LEN
-    stop = K_LEN
-    clear = K_LEN // BLOCK_N * BLOCK_N  # keys before it are seen by every row of the tile
+    end = tl.cdiv(K_LEN, BLOCK_N)
+    clear = K_LEN // BLOCK_N  # blocks before it are seen by every row of the tile
     if CAUSAL:
-        stop = tl.minimum(first + BLOCK_T, K_LEN)
-        clear = tl.minimum((first + 1) // BLOCK_N * BLOCK_N, clear)
-    if HAS_SEGMENTS:
-        clear = 0
-    total, maximum, denominator = state
-    if not HAS_SEGMENTS:
-        total, maximum, denominator = attend_span(
-            total, maximum, denominator, queries, first + row_t, segment, key + key_base,
-            value + key_base, segments, 0, clear, K_LEN, SCALE, PRECISION, CAUSAL, 0,
-            HAS_SEGMENTS, False, KV_HEADS, HEAD_DIM, WIDTH, BLOCK_N,
-        )  # fmt: skip
+        end = tl.minimum(tl.cdiv(first + BLOCK_T, BLOCK_N), end)
+        clear = tl.minimum((first + 1) // BLOCK_N, clear)
+    met_blocks += batch * tl.num_programs(0) * 4
+    begin, end, plain_begin, plain_end = walk(0, end, 0, clear, met_blocks, tile, HAS_SEGMENTS)
     total, maximum, denominator = attend_span(
         total, maximum, denominator, queries, first + row_t, segment, key + key_base,
-        value + key_base, segments, clear, stop, K_LEN, SCALE, PRECISION, CAUSAL, 0,
-        HAS_SEGMENTS, True, KV_HEADS, HEAD_DIM, WIDTH, BLOCK_N,
+        value + key_base, segments, plain_begin, plain_end, 0, 0, K_LEN, SCALE, PRECISION, CAUSAL,
+        0, HAS_SEGMENTS, False, KV_HEADS, HEAD_DIM, WIDTH, BLOCK_N,
+    )  # fmt: skip
+    total, maximum, denominator = attend_span(
+        total, maximum, denominator, queries, first + row_t, segment, key + key_base,
+        value + key_base, segments, begin, end, plain_begin, plain_end, K_LEN, SCALE, PRECISION,
+        CAUSAL, 0, HAS_SEGMENTS, True, KV_HEADS, HEAD_DIM, WIDTH, BLOCK_N,
     )  # fmt: skip
     finish_softmax(
         out, lse, base, rows, inside, total, maximum, denominator, HEAD_DIM, WIDTH
