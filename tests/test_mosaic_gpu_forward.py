@@ -219,7 +219,7 @@ def test_tile_heads():
 
 
 def test_segment_bounds_are_never_too_narrow():
-    """Any ids, sorted or not: every pair that may meet lies within the bounds; no other is whole."""
+    """Any ids, sorted or not: every pair that may meet is within the bounds; no other is whole."""
     rng = np.random.default_rng(0)
     tiles, others = rng.integers(0, 3, (2, 12, 2)), rng.integers(0, 3, (2, 30))
     others[:, 8:16], others[0, 20:24] = 2, 1
