@@ -170,7 +170,7 @@ def kernels() -> dict[str, Kernel]:
     from pallas_kernels.mosaic_gpu.depth_tiles import DepthConfig
     from pallas_kernels.mosaic_gpu.forward import attend
     from pallas_kernels.mosaic_gpu.forward_tiles import forward_config
-    from pallas_kernels.mosaic_gpu.sequence_backward import sequence_backward
+    from pallas_kernels.mosaic_gpu.sequence_backward import Depth, fuses, sequence_backward
     from pallas_kernels.mosaic_gpu.sequence_tiles import sequence_backward_config
 
     def slots(shape: Shape) -> np.ndarray:
@@ -189,11 +189,24 @@ def kernels() -> dict[str, Kernel]:
         return scaled(attend, shape, config, is_causal=True), (*arrays, jnp.asarray(slots(shape)))
 
     def run_sequence_backward(shape: Shape, config: Any):
-        (query, key, value, *_), d_out = make_inputs(shape)
-        function = scaled(
-            sequence_backward, shape, config, is_causal=True, dq_dtype=query.dtype
-        )  # fmt: skip
-        return function, (query, key, value, d_out, *rows(shape))
+        (query, key, value, *depth), d_out = make_inputs(shape)
+
+        def backward(query, key, value, d_out, lse, delta, depth_key, depth_value):
+            part = Depth(depth_key, depth_value, slots(shape))
+            fused = fuses(query, key, part, is_causal=True, config=config)
+            function = scaled(
+                sequence_backward, shape, config, is_causal=True, dq_dtype=query.dtype,
+                depth=part if fused else None,
+            )  # fmt: skip
+            grads = function(query, key, value, d_out, lse, delta)
+            if fused:
+                return grads
+            dq, new = scaled(depth_backward, shape, None, slots=slots(shape), is_prefix=True)(
+                query, d_out, lse, delta, depth_key, depth_value, d_query=grads.query
+            )
+            return grads._replace(query=dq, slots=new)
+
+        return backward, (query, key, value, d_out, *rows(shape), *depth)
 
     def run_depth_forward(shape: Shape, config: Any):
         (query, _, _, *depth), _ = make_inputs(shape)
@@ -225,6 +238,7 @@ def kernels() -> dict[str, Kernel]:
             {
                 "dq_block_kv": (64, 128), "dq_stages": (2, 3), "dq_warpgroups": (2, 3),
                 "dkv_block_q": (64, 128), "dkv_stages": (2, 3), "dkv_warpgroups": (2, 3),
+                "fuse_depth": (False, True),
             },
             run_sequence_backward,
         ),

@@ -50,8 +50,7 @@ def backward(
     context = _Context(spec, params, tokens, rope, saved, cache)
     depth = None
     if cache is not None:
-        zeros = jnp.zeros(cache.key.shape, spec.config.depth_grad_dtype)
-        depth = (stack_layer.constrain_cache(zeros),) * 2
+        depth = stack_layer.two_zeros(cache.key.shape, spec.config.depth_grad_dtype)
     projections = jax.tree.map(jnp.zeros_like, (params.attention_kv, params.ffn_kv))
     carry = _Carry(dy, depth, projections)
     deferred = _deferred(context, dy)

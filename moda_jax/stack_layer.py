@@ -75,9 +75,18 @@ def empty_cache(config: ModelConfig, shape: tuple[int, ...], *, ring: bool) -> D
         compute_dtype(config), window=config.depth_window, reserved=config.depth_reserved,
         ring=ring,
     )  # fmt: skip
-    return dataclasses.replace(
-        cache, key=constrain_cache(cache.key), value=constrain_cache(cache.value)
-    )
+    key, value = two_zeros(cache.key.shape, cache.key.dtype)
+    return dataclasses.replace(cache, key=key, value=value)
+
+
+def two_zeros(shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Zeros of a cache's keys and values, as two arrays to the compiler.
+
+    Equal ones it would make once and copy, which reads and writes more than filling both.
+    """
+    zero = jnp.zeros((), dtype)
+    key, value = (jnp.broadcast_to(x, shape) for x in lax.optimization_barrier((zero, zero)))
+    return constrain_cache(key), constrain_cache(value)
 
 
 def constrain_cache(cache_SxBxTxKxH: jax.Array) -> jax.Array:

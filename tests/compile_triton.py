@@ -147,7 +147,9 @@ def main() -> None:
         if key not in seen:
             seen.add(key)
             result = measure(compile_call(call, target), architecture)
-            print(json.dumps({"kernel": call.kernel.__name__, **call.options, **result}), flush=True)
+            print(
+                json.dumps({"kernel": call.kernel.__name__, **call.options, **result}), flush=True
+            )
 
 
 if __name__ == "__main__":

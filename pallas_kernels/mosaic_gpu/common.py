@@ -186,10 +186,12 @@ def untile_rows(
     return x.reshape(batch, -1, kv_heads * group)[:, :length]
 
 
-def store(source: Any, target: Any, *, add: bool) -> None:
+def store(source: Any, target: Any, *, add: bool, old: tuple[Any, Any] | None = None) -> None:
     """target = source, or target += source, asynchronous and not yet in a group.
 
-    It is the memory system that adds: nothing is read back.
+    It is the memory system that adds: nothing is read back. The interpreter, which knows no such
+    copy, reads back to `old` (memory and a barrier), or to memory of its own in a kernel of a
+    single warpgroup.
     """
     plgpu = mosaic()
     if not (add and platforms.interpreted()):
@@ -197,15 +199,21 @@ def store(source: Any, target: Any, *, add: bool) -> None:
         plgpu.copy_smem_to_gmem(source, target, reduction_op=reduction, commit_group=False)
         return
 
-    def read_and_add(old, loaded):  # the interpreter knows no reduction
-        plgpu.copy_gmem_to_smem(target, old, loaded.at[0])
-        plgpu.barrier_wait(loaded.at[0])
+    def read_and_add(old, loaded):
+        plgpu.copy_gmem_to_smem(target, old, loaded)
+        plgpu.barrier_wait(loaded)
         old[...] = old[...] + source[...]
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(old, target)
         plgpu.wait_smem_to_gmem(0)
 
-    pallas().run_scoped(read_and_add, smem(source.shape, source.dtype), barrier(1, 1))
+    if old is not None:
+        read_and_add(*old)
+        return
+    pallas().run_scoped(
+        lambda old, loaded: read_and_add(old, loaded.at[0]),
+        smem(source.shape, source.dtype), barrier(1, 1),
+    )  # fmt: skip
 
 
 def zeros(shape: tuple[int, int]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Tile sizes of the fused forward, and which tiles and blocks a thread block works on."""
+"""Tiles of query rows: sizes, which blocks a thread block works on, how rows lie in memory."""
 
 import dataclasses
 import math
@@ -12,6 +12,7 @@ from jax import lax
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.wgmma import (
+    NO_SEGMENT,
     ROWS,
     Walk,
     cdiv,
@@ -22,6 +23,7 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     place,
     rem,
 )
+from pallas_kernels.segments import segment_bounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,11 @@ class Plan(NamedTuple):
         return self.batch * self.kv_heads * self.steps_per_head
 
     @property
+    def stage_keys(self) -> int:
+        """Rows of a ring stage."""
+        return self.config.stage_keys if self.slots else self.config.block_kv
+
+    @property
     def halves(self) -> int:
         """Ring stages of a depth block: 2 if each holds the slots of one half of the tokens."""
         return 2 if self.config.depth_pairs and self.tokens > 8 else 1
@@ -127,7 +134,7 @@ class Plan(NamedTuple):
     @property
     def depth_keys(self) -> int:
         """(slot, token) pairs that a ring stage holds for one warpgroup."""
-        return self.config.stage_keys // self.config.warpgroups // ROWS * ROWS
+        return self.stage_keys // self.config.warpgroups // ROWS * ROWS
 
     @property
     def block_slots(self) -> int:
@@ -140,7 +147,7 @@ class Plan(NamedTuple):
         The interpreter cannot see one memory as two arrays.
         """
         config = self.config
-        fits = self.head_dim == 64 and self.depth_keys * config.warpgroups == config.stage_keys
+        fits = self.head_dim == 64 and self.depth_keys * config.warpgroups == self.stage_keys
         return fits and config.slot_boxes and self.slots > 0 and not platforms.interpreted()
 
 
@@ -216,3 +223,45 @@ def slot_block(plan: Plan, slots: Any, tile: Tile, block: jax.Array) -> tuple[ja
     offset = jnp.where(second, block - tile.depth_first, block) * plan.block_slots
     first = jnp.where(second, slots[2], slots[0]) + offset
     return first, jnp.where(second, slots[3], slots[1])
+
+
+# rows as they lie in tiles
+
+
+def _token_tiles(plan: Plan, segments: jax.Array) -> jax.Array:
+    """[B, token tiles, tokens], of all tiles that the thread blocks have, padding included."""
+    tiles = cdiv(plan.steps_per_head * plan.config.warpgroups, plan.subgroups)
+    ids = jnp.pad(segments, ((0, 0), (0, tiles * plan.tokens - segments.shape[1])))
+    return ids.reshape(plan.batch, tiles, plan.tokens)
+
+
+def segment_rows(plan: Plan, segments: jax.Array) -> jax.Array:
+    """[B, token tiles, 64]: the segment of every row of a tile, padding made unequal to all."""
+    ids = _token_tiles(plan, segments)
+    return jnp.tile(jnp.where(ids == 0, NO_SEGMENT, ids), (1, 1, plan.heads))
+
+
+def segment_ranges(plan: Plan, segments: jax.Array, key_segments: jax.Array) -> jax.Array:
+    """[B, thread-block tiles, 2]: the blocks of keys that a thread block's tiles may see."""
+    units = jnp.arange(plan.steps_per_head * plan.config.warpgroups) // plan.subgroups
+    ids = _token_tiles(plan, segments)[:, units].reshape(plan.batch, plan.steps_per_head, -1)
+    return segment_bounds(ids, key_segments, plan.config.block_kv)
+
+
+def rows_by_token(plan: Plan, x: jax.Array) -> jax.Array:
+    """[B, K, units, 64] as the tiles lie to [B, Tq, N]."""
+    tiles = cdiv(plan.q_len, plan.tokens)
+    x = x[:, :, : tiles * plan.subgroups].reshape(
+        plan.batch, plan.kv_heads, tiles, plan.subgroups, plan.heads, plan.tokens
+    )
+    x = x.transpose(0, 2, 5, 1, 3, 4).reshape(plan.batch, tiles * plan.tokens, -1)
+    return x[:, : plan.q_len]
+
+
+def rows_by_tile(plan: Plan, x: jax.Array, fill: float) -> jax.Array:
+    """The inverse of `rows_by_token`, for all tiles that the thread blocks have."""
+    tiles = cdiv(plan.steps_per_head * plan.config.warpgroups, plan.subgroups)
+    missing = tiles * plan.tokens - x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
+    x = x.reshape(plan.batch, tiles, plan.tokens, plan.kv_heads, plan.subgroups, plan.heads)
+    return x.transpose(0, 3, 1, 4, 5, 2).reshape(plan.batch, plan.kv_heads, -1, ROWS)

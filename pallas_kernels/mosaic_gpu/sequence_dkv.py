@@ -43,7 +43,7 @@ def _q_blocks(plan: Plan, refs: Refs, batch, index) -> Walk:
 def _dkv_loads(plan: Plan, refs: Refs, scratch) -> None:
     plgpu = common.mosaic()
     config = plan.config
-    batch, kv_head, index = tile(plan, plan.dkv_steps, False)
+    batch, kv_head, index = tile(plan)
     for warpgroup in range(config.dkv_warpgroups):
         keys = common.ds((index * config.dkv_warpgroups + warpgroup) * ROWS, ROWS)
         for source, name in ((refs.key, "k_smem"), (refs.value, "v_smem")):
@@ -126,7 +126,7 @@ def _dkv_products(plan: Plan, tiles, weights, delta, dk, dv):
 def _dkv_compute(plan: Plan, refs: Refs, dk_ref, dv_ref, scratch, warpgroup) -> None:
     plgpu = common.mosaic()
     config = plan.config
-    batch, kv_head, index = tile(plan, plan.dkv_steps, False)
+    batch, kv_head, index = tile(plan)
     first_key = (index * config.dkv_warpgroups + warpgroup) * ROWS
     keys, by_row, _by_column = (
         common.ds(first_key, ROWS), plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -147,12 +147,13 @@ def _dkv_compute(plan: Plan, refs: Refs, dk_ref, dv_ref, scratch, warpgroup) -> 
             return spread(load_columns(scratch[name].at[stage]), shape, 1)
 
         def weights(scores):
+            scores *= plan.scale * LOG2E
             if masked:
                 ids = scratch["segments"].at[stage] if plan.segments else None
                 token = walk.nth(div(step, plan.group)) * config.dkv_block_q
                 mask = _dkv_mask(plan, first_key, token, row_segment, ids)
                 scores = jnp.where(mask, scores, -jnp.inf)
-            return jnp.exp2(scores * (plan.scale * LOG2E) - columns("lse"))
+            return jnp.exp2(scores - columns("lse"))
 
         tiles = (k_ref, v_ref, scratch["q_smem"].at[stage], scratch["do_smem"].at[stage])
         carry = _dkv_products(plan, tiles, weights, lambda: columns("delta"), *carry)
