@@ -60,7 +60,8 @@ def record_calls() -> list[Call]:
 
 def trace(head_dim: int, group: int, dtype: str, slots: int = 8, tokens: int = 4096) -> None:
     """The calls of a training step: with slots, causal, packed, chunk-visible, into a running
-    gradient; nothing is computed."""
+    gradient; nothing is computed.
+    """
     kv_heads = 2
 
     def array(*shape: int, dtype: Any = dtype):
