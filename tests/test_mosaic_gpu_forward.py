@@ -12,7 +12,8 @@ from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.forward import attend
 from pallas_kernels.mosaic_gpu.forward_tiles import ForwardConfig, forward_config, tile_heads
-from pallas_kernels.mosaic_gpu.wgmma import Walk, segment_bounds
+from pallas_kernels.mosaic_gpu.wgmma import Walk
+from pallas_kernels.segments import segment_bounds
 
 needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Pallas Mosaic GPU needs JAX >= 0.11"

@@ -22,8 +22,8 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     i32,
     place,
     rem,
-    segment_bounds,
 )
+from pallas_kernels.segments import segment_bounds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pallas_kernels.operands import (
     Gradients,
     Operands,
     Options,
+    layers_as_heads,
     row_delta,
     visible_slots,
 )
@@ -187,7 +188,7 @@ def add_depth_grads(
     """
     kv_heads, head_dim = depth_key.shape[-2:]
     width = _padded_size(head_dim)
-    rows = [_layers_as_heads(x, kv_heads) for x in readers]
+    rows = [layers_as_heads(x, kv_heads) for x in readers]
     query, d_out = (_pad_last(x, width) for x in rows[:2])
     key, value, *padded = (_pad_last(x, width) for x in (depth_key, depth_value, *depth_grads))
     is_prefix = isinstance(first, int) and first == 0
@@ -198,13 +199,6 @@ def add_depth_grads(
     )  # fmt: skip
     assert grads is not None
     return grads[0][..., :head_dim], grads[1][..., :head_dim]
-
-
-def _layers_as_heads(x: jax.Array, kv_heads: int) -> jax.Array:
-    """[R, B, T, K·G, ...] -> [B, T, K·(R·G), ...]."""
-    layers, batch, length, heads = x.shape[:4]
-    grouped = x.reshape(layers, batch, length, kv_heads, heads // kv_heads, *x.shape[4:])
-    return jnp.moveaxis(grouped, 0, 3).reshape(batch, length, layers * heads, *x.shape[4:])
 
 
 def _sequence(operands: Operands, options: Options, rows: tuple, depth: Depth | None):

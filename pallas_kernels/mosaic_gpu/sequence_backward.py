@@ -24,7 +24,8 @@ from pallas_kernels.mosaic_gpu.sequence_tiles import (
     sequence_backward_config,
 )
 from pallas_kernels.mosaic_gpu.tuned import tuned
-from pallas_kernels.mosaic_gpu.wgmma import LOG2E, NO_SEGMENT, pad_tokens, segment_bounds
+from pallas_kernels.mosaic_gpu.wgmma import LOG2E, NO_SEGMENT, pad_tokens
+from pallas_kernels.segments import segment_bounds
 
 
 class Depth(NamedTuple):
