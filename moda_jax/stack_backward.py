@@ -161,10 +161,14 @@ def _layer(context: _Context, carry: _Carry, layer, block, saved, attend) -> tup
     inputs, out, lse, before, after = stack_layer.restore(
         spec, rope, layer, weights, saved, cache, tokens
     )
-    d_depth, d_ffn = _written(spec, layer, carry.depth)
+    # The barrier: fused into a later use, after attention has added into the running cache, this
+    # read would make the compiler copy the whole cache in every layer.
+    (d_depth, d_ffn), depth = lax.optimization_barrier(
+        (_written(spec, layer, carry.depth), carry.depth)
+    )
     d_weights_after, dx_after, d_out = after((carry.x, d_ffn))
     call = stack_layer.attention_call(spec, layer, inputs, cache, tokens)
-    d, depth = attend(call, out, lse, d_out, carry.depth)
+    d, depth = attend(call, out, lse, d_out, depth)
     d_inputs = AttentionInputs(d.query, d.key, d.value)
     if weights.attention_kv is not None:
         d_inputs = d_inputs._replace(depth=d_depth)
