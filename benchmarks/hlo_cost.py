@@ -170,8 +170,7 @@ def _bytes(module: Module, where: Computation, instruction: Instruction) -> floa
     inner = module.computations.get(str(instruction.called("calls")))
     if inner is not None:
         read = sum(
-            _read(module, inner, index, _hbm(source.arrays))
-            for index, source in enumerate(sources)
+            _read(module, inner, index, _hbm(source.arrays)) for index, source in enumerate(sources)
         )
         if opcode == "fusion":
             return read + _written(inner, instruction)

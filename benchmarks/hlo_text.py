@@ -74,12 +74,12 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry = name = root = ""
     body: dict[str, Instruction] = {}
-    for line in text.splitlines():
+    for line in _logical_lines(text):
         if line.startswith(("%", "ENTRY")):
             head = line.removeprefix("ENTRY").strip()
             name, body, root = head.split(" ", 1)[0].lstrip("%"), {}, ""
             entry = name if line.startswith("ENTRY") else entry
-        elif line.startswith("}") and name:
+        elif line == "}" and name:
             computations[name] = Computation(name, body, root)
             name = ""
         elif name and " = " in line:
@@ -89,6 +89,18 @@ def parse(text: str) -> Module:
     if not entry:
         raise ValueError("text: expected HLO with an ENTRY computation, found none")
     return Module(computations, entry)
+
+
+def _logical_lines(text: str) -> Iterator[str]:
+    """Lines with what follows a line break inside of an attribute's string put back."""
+    line = ""
+    for part in text.splitlines():
+        if part.startswith((" ", "%", "ENTRY", "HloModule")) or part.strip() in ("", "}"):
+            yield line
+            line = part
+        else:
+            line += part
+    yield line
 
 
 def _instruction(line: str) -> tuple[Instruction, bool]:

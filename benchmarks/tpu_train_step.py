@@ -262,15 +262,15 @@ def write(
 
 
 _NOTES = """\
-No TPU was at hand: nothing here was timed. Every program was compiled ahead of time by libtpu, \
+No TPU was at hand: nothing here was timed. Every program was compiled ahead of time by libtpu,
 which refuses one that does not fit its chip; rows of 4096 tokens unless the command says otherwise.
 
-Per chip: *arguments* are parameters, Adam's moments and the batch, *total* is what the step holds \
-at its peak. *TFLOP* are executed, counted in the compiled program with its loops and, for the \
-attention kernels, in their block schedule; *of model's* divides them by the FLOPs that the model's \
-formula asks for (recomputation is the difference). *moved* is HBM traffic, *links* what collectives \
-deliver. *roofline* is the time of the kernels by their own roofline plus, for the rest, the larger \
-of FLOPs and bytes at the chip's peak: links, latencies and imperfect overlap come on top, so it is \
+Per chip: *arguments* are parameters, Adam's moments and the batch, *total* is what the step holds
+at its peak. *TFLOP* are executed, counted in the compiled program with its loops and, for the
+attention kernels, in their block schedule; *of model's* divides them by the FLOPs that the model's
+formula asks for (recomputation is the difference). *moved* is HBM traffic, *links* what collectives
+deliver. *roofline* is the time of the kernels by their own roofline plus, for the rest, the larger
+of FLOPs and bytes at the chip's peak: links, latencies and imperfect overlap come on top, so it is
 a bound from below. *of vanilla* divides it by that of the same layers without depth."""
 
 

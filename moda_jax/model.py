@@ -73,13 +73,13 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BxTxD: jax.Array) -> jax.Array:
         """[B, T, V]: products in the compute dtype, accumulated and returned in float32."""
-        table = self.embedding[...].T if self.head is None else self.head.kernel[...]
-        logits = jnp.matmul(
-            hidden_BxTxD, table.astype(hidden_BxTxD.dtype), preferred_element_type=jnp.float32
-        )
-        if self.head is not None and self.head.bias is not None:
-            logits += self.head.bias[...]
-        return constrain(logits, "batch", None, "vocab")
+        return head_logits(self.head_weights(), hidden_BxTxD)
+
+    def head_weights(self) -> tuple[jax.Array, jax.Array | None]:
+        """([D, V], bias [V] or None) of the head, for `head_logits`."""
+        if self.head is None:
+            return self.embedding[...].T, None
+        return self.head.kernel[...], None if self.head.bias is None else self.head.bias[...]
 
     def stack(self) -> tuple[StackSpec, StackParams]:
         """The layers as (static structure, parameters), for `moda_jax.stack`."""
@@ -118,6 +118,15 @@ class Transformer(nnx.Module):
             return out, state, _mass(inputs.query, cache, lse, real)
 
         return scan_layers(spec, params, self.embed(tokens), token_info, attend)[2]
+
+
+def head_logits(weights: tuple[jax.Array, jax.Array | None], hidden_BxTxD: jax.Array) -> jax.Array:
+    """`Transformer.logits` from `Transformer.head_weights`."""
+    kernel, bias = weights
+    logits = jnp.matmul(
+        hidden_BxTxD, kernel.astype(hidden_BxTxD.dtype), preferred_element_type=jnp.float32
+    )
+    return constrain(logits if bias is None else logits + bias, "batch", None, "vocab")
 
 
 def _mass(query_BxTxNxH, cache, lse_BxTxN, real_BxT) -> jax.Array:
