@@ -8,12 +8,14 @@ is all that ahead-of-time compilation needs: libtpu compiles for a named topolog
 import os
 from typing import Any, NamedTuple
 
-import jax
-
+# Nothing runs here, so JAX need not look for a chip (libtpu is loaded for its compiler alone).
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # libtpu would otherwise ask the cloud's metadata server which machine this is, and wait for it.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Compilation holds no chip, so several processes may do it at a time.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax
 
 
 class Chip(NamedTuple):

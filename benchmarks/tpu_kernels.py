@@ -118,6 +118,12 @@ def bound(kernels: Iterable[Launch], chip: Chip, head_dim: int) -> float:
     return sum(roofline(kernel.work, chip, head_dim).bound for kernel in kernels)
 
 
+def overlapped(kernels: Iterable[Launch], chip: Chip, head_dim: int) -> float:
+    """Seconds if all kernels were one, in which every unit works while the others do."""
+    each = [roofline(kernel.work, chip, head_dim) for kernel in kernels]
+    return max(sum(getattr(x, unit) for x in each) for unit in ("mxu", "vpu", "exps", "hbm"))
+
+
 @dataclasses.dataclass(frozen=True)
 class KernelCost(Kernel):
     """Cost of one launch of a kernel, averaged over the layers of a model."""

@@ -15,7 +15,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from benchmarks.tpu_kernels import Call, Launch
-from pallas_kernels import mosaic_tpu
+from moda_jax import attention
+from pallas_kernels import mosaic_tpu, platforms
+from pallas_kernels.mosaic_tpu import common
 from pallas_kernels.mosaic_tpu.schedule import LANES, Work
 
 BLOCK = 512
@@ -53,14 +55,24 @@ def attend(call: Call, query, key, value, **settings: Any) -> Any:
 
 def merged(call: Call, query, key, value, depth_key, depth_value) -> jax.Array:
     """The forward of MoDA from this kernel and a depth kernel, merged by their lse."""
-    from moda_jax import attention
-
     out, lse = attend(call, query, key, value, residuals=True)
     depth_out, depth_lse = mosaic_tpu.forward(
         *attention.check(query, None, None, depth_key, depth_value)
     )
     weight = jax.nn.sigmoid(lse - depth_lse)[..., None]  # of the sequence: e^(lse - total)
     return (weight * out + (1 - weight) * depth_out).astype(query.dtype)
+
+
+def depth_alone(call: Call) -> tuple[Launch, ...]:
+    """The depth kernels of `merged`."""
+    arrays = call.arrays()
+
+    def forward(query, depth_key, depth_value):
+        return mosaic_tpu.forward(*attention.check(query, None, None, depth_key, depth_value))
+
+    with platforms.compiling_for("tpu"), common.record_launches() as found:
+        jax.eval_shape(forward, arrays[0], *arrays[3:])
+    return tuple(Launch(*kernel) for kernel in found)
 
 
 def launches(call: Call, *, fused: bool = False, residuals: bool = True) -> tuple[Launch, ...]:
