@@ -189,8 +189,8 @@ def _line(result: Compiled) -> str:
 
 _NOTES = """\
 No TPU was at hand: programs were compiled, not run. bfloat16, causal, B = 1, N = 16, K = 8. *Moda*
-is `moda_attention`, *vanilla* the same without slots, *splash* JAX's splash attention (blocks of 512),
-*splash + depth* splash attention's (o, lse) merged with a depth-only call: forward alone, since JAX
+is `moda_attention`, *vanilla* the same without slots, *splash* JAX's splash attention (blocks of
+512), *splash + depth* its (o, lse) merged with a depth-only call: forward alone, since JAX
 cannot differentiate the lse. *Gradient* is forward and backward.
 
 *Reported* is `cost_analysis()`: of a kernel it knows what the kernel declares; splash attention
