@@ -5,7 +5,6 @@ import json
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -190,12 +189,12 @@ def test_train_step_smoke_run(libtpu, tmp_path):
         assert not step["unknown_loops"]
     assert moda["seconds"] > vanilla["seconds"]
     assert "moda_700m_row4" in output.with_suffix(".md").read_text()
-    assert cache_copies(tmp_path / "hlo" / "moda_700m_row4-v5e-2x2.txt") == []
+    assert cache_copies((tmp_path / "hlo" / "moda_700m_row4-v5e-2x2.txt").read_text()) == []
 
 
-def cache_copies(path):
+def cache_copies(text):
     """Instructions that copy something as large as the running gradient cache."""
-    module = hlo_text.parse(path.read_text())
+    module = hlo_text.parse(text)
     cache = (4, 2, 1024, 1, 64)  # slots, rows, tokens, key heads of a chip, head size
     return [
         x.name
@@ -207,13 +206,14 @@ def cache_copies(path):
 
 @pytest.mark.slow
 def test_counts_agree_with_the_compilers_own(libtpu):
-    """Loops once, as it counts: products and the kernels' declared FLOPs."""
-    parser = tpu_train_step._arguments()
-    args = parser.parse_args(["--smoke", "--rows", "1", "--seq-len", "256", "--attention", "xla"])
+    """Loops once, as it counts; what is not a product is the difference."""
+    args = tpu_train_step._arguments().parse_args(
+        ["--smoke", "--rows", "2", "--seq-len", "1024", "--attention", "xla"]
+    )
     devices = tpu_chips.devices("v5e:2x2")
     compiled = tpu_train_step.compile_step(
-        tpu_train_step.adapt("olmo2_700m_36", len(devices), args), devices
+        tpu_train_step.adapt("moda_700m_row4", len(devices), args), devices
     )
     ours = hlo_cost.count(compiled.as_text(), loops=False).flops
     assert ours == pytest.approx(compiled.cost_analysis()["flops"], rel=0.15)
-    assert jnp.isfinite(ours)
+    assert cache_copies(compiled.as_text()) == []
