@@ -9,10 +9,11 @@ Beside MoDA stand the same kernels without depth slots and splash attention, the
 
 import argparse
 import dataclasses
+import itertools
 import json
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks import tpu_splash
 from benchmarks.shapes import SHAPES
 from benchmarks.tpu_chips import CHIPS, Chip
 from benchmarks.tpu_kernels import Call, Launch, bound, launches, overlapped, roofline
+from pallas_kernels.mosaic_tpu.schedule import Work
 
 ISSUE = {
     f"T{tokens} S{slots} H{head_dim}": Call(tokens, slots, 16, 8, head_dim)
@@ -76,9 +78,16 @@ def predict(call: Call, chip: Chip) -> dict[str, Any]:
     result["kernels"] = {
         f"{name}: {kernel.name}": _numbers(kernel, chip, call)
         for name, (forward, backward) in variants(call).items()
-        for kernel in (*forward, *backward)
+        for kernel in _together((*forward, *backward))
     }
     return result
+
+
+def _together(kernels: Iterable[Launch]) -> Iterator[Launch]:
+    """Launches of the same kernel, one per span of queries, as one."""
+    for name, same in itertools.groupby(kernels, key=lambda kernel: kernel.name):
+        columns = zip(*(dataclasses.astuple(kernel.work) for kernel in same), strict=True)
+        yield Launch(name, Work(*map(sum, columns)))
 
 
 def _ms(kernels: Iterable[Launch], chip: Chip, call: Call) -> float:

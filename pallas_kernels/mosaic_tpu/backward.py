@@ -51,47 +51,54 @@ def tokens_backward(
         come in the key's dtype.
       want_keys: else None stands for (dk, dv).
     """
+    spans = len(schedule.query_spans(shape.q_len, tiles))
     plan = blocks.make_plan(shape, tiles, sides, causal=causal, chunk=chunk)
-    spans = schedule.query_spans(shape.q_len, tiles)
-    own = grads is None
-    grads_dtype = jnp.float32 if own and len(spans) > 1 else key.dtype
-    known = not (plan.has_offsets or plan.has_segments)
-    pairs = schedule.block_pairs(shape, tiles, causal=causal, chunk=chunk)
-    parts = []
-    for start, stop in reversed(spans):  # under causality, the last one sees all keys
-        part = dataclasses.replace(plan, q_first=start, q_count=stop - start)
-        if grads is not None and known:  # later keys have their gradient already
-            seen = pairs[start:stop].any(axis=0).nonzero()[0]
-            part = dataclasses.replace(part, k_count=int(seen.max(initial=0)) + 1)
-        d_query, grads = _launch(
-            part, query, key, value, d_out, lse, delta, slots, sides, grads, shape, scale,
-            schedule.tokens_backward_work(
-                shape, tiles, causal=causal, chunk=chunk, sources=key.shape[0], span=(start, stop)
-            ),
-            grads_dtype, want_keys,
-        )  # fmt: skip
-        parts.append(d_query)
-    d_query = jnp.concatenate(parts[::-1], axis=-1) if len(parts) > 1 else parts[0]
-    if own and want_keys:
-        grads = (grads[0].astype(key.dtype), grads[1].astype(key.dtype))
+    plan = dataclasses.replace(plan, q_count=-(-plan.q_count // spans))
+    call = functools.partial(
+        _launch, plan, (query, key, value, d_out, lse, delta), slots, sides, shape=shape,
+        scale=scale, want_keys=want_keys,
+        work=schedule.tokens_backward_work(
+            shape, tiles, causal=causal, chunk=chunk, sources=key.shape[0],
+            running=grads is not None,
+            grads_itemsize=key.dtype.itemsize if grads is None else grads[0].dtype.itemsize,
+        ).divided(spans),
+    )  # fmt: skip
+    if spans == 1:
+        d_query, grads = call(jnp.int32(0), None, grads)
+    else:
+        own = grads is None and want_keys
+        if own:
+            grads = jnp.zeros(key.shape, jnp.float32), jnp.zeros(key.shape, jnp.float32)
+        lanes = spans * plan.q_count * plan.q_block
+        carry = jnp.zeros((*query.shape[:-1], lanes), jnp.float32), grads
+        d_query, grads = lax.fori_loop(0, spans, lambda n, carry: call(n, *carry), carry)
+        if own:
+            grads = (grads[0].astype(key.dtype), grads[1].astype(key.dtype))
     return d_query[..., : shape.q_len], grads
 
 
 def _launch(
-    plan, query, key, value, d_out, lse, delta, slots, sides, grads, shape, scale, work,
-    grads_dtype, want_keys,
-):  # fmt: skip
-    scalars = {"slots": slots} | blocks.block_scalars(plan, sides, shape.batch, by_key=True)
+    plan: blocks.Plan, arrays: tuple[jax.Array, ...], slots: jax.Array, sides: blocks.Sides,
+    span: jax.Array, d_query: jax.Array | None, grads: Any, *, shape: schedule.Shape, scale: float,
+    want_keys: bool, work: schedule.Work,
+) -> tuple[jax.Array, Any]:  # fmt: skip
+    """dq of the span-th q_count query blocks, put into `d_query`, and what they owe to the keys."""
+    query, key, value, d_out, lse, delta = arrays
+    running = want_keys and grads is not None
+    scalars = {"slots": slots} | blocks.block_scalars(
+        plan, sides, shape.batch, by_key=True, span=span, all_keys=not running
+    )
+
+    def source_and_column(b, s, j, refs):
+        """Where nothing is left to do, those that are there already: nothing is moved."""
+        rest = (s >= common.count_slots(refs.slots)) | (j > refs.k_end[b])
+        return common.slot_index(s, refs.slots), jnp.where(rest, refs.k_end[b], j), rest
 
     def q_index(b, s, j, i, refs):
-        """Where nothing is left to do, the block that is there already."""
-        rest = s >= common.count_slots(refs.slots)
+        _, column, rest = source_and_column(b, s, j, refs)
         step = jnp.where(rest, plan.q_count, i)
-        column = jnp.where(rest, plan.k_count - 1, j)
-        return plan.q_first + blocks.hull_index(step, b * plan.k_count + column, refs)
-
-    def k_index(b, s, j, refs):
-        return jnp.where(s < common.count_slots(refs.slots), j, plan.k_count - 1)
+        hull = blocks.hull_index(step, b * plan.k_count + column, refs)
+        return refs.span[0] * plan.q_count + hull
 
     def of_query(b, k, s, j, i, refs):
         return b, k, 0, 0, q_index(b, s, j, i, refs)
@@ -100,23 +107,23 @@ def _launch(
         return b, k, 0, q_index(b, s, j, i, refs)
 
     def of_key(b, k, s, j, i, refs):
-        return common.slot_index(s, refs.slots), b, k, 0, k_index(b, s, j, refs)
+        source, column, _ = source_and_column(b, s, j, refs)
+        return source, b, k, 0, column
 
     rows = (None, None, shape.group, shape.head_dim, plan.q_block)
     vectors = (None, None, shape.group, plan.q_block)
     keys = (None, None, None, shape.head_dim, plan.k_block)
-    span = (shape.batch, shape.kv_heads, shape.group, shape.head_dim, plan.q_count * plan.q_block)
-    new_key = new_value = None
+    span_rows = (None, None, shape.group, shape.head_dim, plan.q_count * plan.q_block)
+    dq_shape = (*query.shape[:-1], span_rows[-1]) if d_query is None else d_query.shape
+    new = old = None
     if want_keys:
-        new_key = new_value = jax.ShapeDtypeStruct(
-            key.shape, grads_dtype if grads is None else grads[0].dtype
-        )
-    old = (None, None) if grads is None or not want_keys else grads
-    sources = key.shape[0]
+        new = jax.ShapeDtypeStruct(key.shape, grads[0].dtype if running else key.dtype)
+        old = grads
+    aliases = {"old_key": "d_key", "old_value": "d_value"} if running else {}
     out = common.launch(
         functools.partial(_kernel, plan=plan, scale=scale),
         name="moda_tokens_backward",
-        grid=(shape.batch, shape.kv_heads, sources, plan.k_count, plan.q_count),
+        grid=(shape.batch, shape.kv_heads, key.shape[0], plan.k_count, plan.q_count),
         parallel=2,
         scalars=scalars,
         inputs={
@@ -126,25 +133,26 @@ def _launch(
             "d_out": Blocked(d_out, rows, of_query),
             "lse": Blocked(lse, vectors, row_of_query),
             "delta": Blocked(delta, vectors, row_of_query),
-            "old_key": Blocked(old[0], keys, of_key),
-            "old_value": Blocked(old[1], keys, of_key),
+            "old_query": Blocked(d_query, None, None),
+            "old_key": Blocked(old and old[0], keys, of_key),
+            "old_value": Blocked(old and old[1], keys, of_key),
             **mask_inputs(
                 plan, sides, shape.batch,
                 q_index=lambda b, k, s, j, i, refs: (b, 0, q_index(b, s, j, i, refs)),
-                k_index=lambda b, k, s, j, i, refs: (b, 0, k_index(b, s, j, refs)),
+                k_index=lambda b, k, s, j, i, refs: (b, 0, source_and_column(b, s, j, refs)[1]),
             ),
         },
         outputs={
             "d_query": Blocked(
-                jax.ShapeDtypeStruct(span, jnp.float32), (None, None, *span[2:]),
-                lambda b, k, s, j, i, refs: (b, k, 0, 0, 0),
+                jax.ShapeDtypeStruct(dq_shape, jnp.float32), span_rows,
+                lambda b, k, s, j, i, refs: (b, k, 0, 0, refs.span[0]),
             ),
-            "d_key": Blocked(new_key, keys, of_key),
-            "d_value": Blocked(new_value, keys, of_key),
+            "d_key": Blocked(new, keys, of_key),
+            "d_value": Blocked(new, keys, of_key),
         },
         scratch={"key_sum": keys[3:], "value_sum": keys[3:]} if want_keys else {},
         work=work,
-        aliases={"old_key": "d_key", "old_value": "d_value"} if old[0] is not None else {},
+        aliases=aliases | ({} if d_query is None else {"old_query": "d_query"}),
     )  # fmt: skip
     return out["d_query"], (out["d_key"], out["d_value"]) if want_keys else None
 
@@ -154,9 +162,7 @@ def _kernel(refs: Any, *, plan: blocks.Plan, scale: float) -> None:
     count = common.count_slots(refs.slots)
     entry = b * plan.k_count + j
     step = refs.first[entry] + i
-    at = blocks.pair(
-        plan, refs, b, plan.q_first + jnp.minimum(step, plan.q_count - 1), j
-    )  # fmt: skip
+    at = blocks.pair(plan, refs, b, jnp.minimum(step, plan.q_count - 1), j)
     needed = at.needed & (step <= refs.last[entry]) & (s < count)
 
     @pl.when((s == 0) & (j == 0) & (i == 0))
@@ -180,7 +186,7 @@ def _kernel(refs: Any, *, plan: blocks.Plan, scale: float) -> None:
 
     if refs.d_key is not None:
 
-        @pl.when((i == plan.q_count - 1) & (s < count))
+        @pl.when((i == plan.q_count - 1) & (s < count) & (j <= refs.k_end[b]))
         def _finish_keys():
             put(refs.d_key, refs.old_key, scale * refs.key_sum[...])
             put(refs.d_value, refs.old_value, refs.value_sum[...])
@@ -206,8 +212,7 @@ def _add_block(refs: Any, plan: blocks.Plan, at: blocks.Pair, scale: float, *, m
     q_start, k_start = at.q_block * plan.q_block, at.k_block * plan.k_block
     if masked and plan.ragged_keys:  # 0 * NaN is NaN, here and below
         key, value = (blocks.valid_lanes(x, k_start, refs.k_stop[at.row]) for x in (key, value))
-    of_span = at.q_block - plan.q_first
-    columns = pl.ds(pl.multiple_of(of_span * plan.q_block, schedule.LANES), plan.q_block)
+    columns = pl.ds(pl.multiple_of(at.q_step * plan.q_block, schedule.LANES), plan.q_block)
 
     def add(head, _):
         row = pl.ds(head, 1)

@@ -35,10 +35,10 @@ class Plan:
     k_len: int
     q_block: int
     k_block: int
-    q_first: int = 0
-    """First query block of this launch."""
-    q_count: int = 0
-    k_count: int = 0
+    k_step: int
+    q_count: int
+    """Query blocks of a launch: of the sequence, or of a span of it."""
+    k_count: int
     causal: bool = True
     chunk: int | None = None
     has_offsets: bool = False
@@ -57,7 +57,7 @@ class Plan:
 
 def make_plan(shape: schedule.Shape, tiles: schedule.Tiles, sides: Sides, **mask: Any) -> Plan:
     return Plan(
-        shape.q_len, shape.k_len, tiles.q_block, tiles.k_block,
+        shape.q_len, shape.k_len, tiles.q_block, tiles.k_block, min(tiles.k_step, tiles.k_block),
         q_count=schedule.num_blocks(shape.q_len, tiles.q_block),
         k_count=schedule.num_blocks(shape.k_len, tiles.k_block),
         has_offsets=sides.q_offset is not None or sides.k_base is not None,
@@ -65,12 +65,23 @@ def make_plan(shape: schedule.Shape, tiles: schedule.Tiles, sides: Sides, **mask
     )  # fmt: skip
 
 
-def block_scalars(plan: Plan, sides: Sides, batch: int, *, by_key: bool) -> dict[str, jax.Array]:
+def block_scalars(
+    plan: Plan,
+    sides: Sides,
+    batch: int,
+    *,
+    by_key: bool,
+    span: jax.Array | None = None,
+    all_keys: bool = True,
+) -> dict[str, jax.Array]:
     """Prefetched int32 vectors: per row, per block, and the hull of the blocks that are needed.
 
-    by_key: `first` and `last` are query blocks of this launch by key block [B * k_count], else key
+    by_key: `first` and `last` are query blocks of the launch by key block [B * k_count], else key
     blocks by query block [B * q_count]. Where nothing is needed, last = -1 and first = 0.
+    span: the launch is for query blocks span * q_count and on. all_keys: `k_end` [B], the last key
+    block to visit, is the last one, else the last one that is needed.
     """
+    q_blocks = jnp.arange(plan.q_count) + (0 if span is None else span * plan.q_count)
     zeros = jnp.zeros(batch, jnp.int32)
     rows = {
         "q_offset": zeros if sides.q_offset is None else sides.q_offset,
@@ -80,28 +91,41 @@ def block_scalars(plan: Plan, sides: Sides, batch: int, *, by_key: bool) -> dict
     }  # fmt: skip
     column = {name: x[:, None] for name, x in rows.items()}
     q_start, q_stop, k_start, k_stop = _bounds(
-        plan, jnp.arange(plan.q_count) + plan.q_first, jnp.arange(plan.k_count),
-        **column,
-    )  # fmt: skip
+        plan, q_blocks, jnp.arange(plan.k_count), **column
+    )
+    ids, lowest = {}, None
+    if plan.chunk is not None:
+        lowest = q_start // plan.chunk * plan.chunk
+        ids = {
+            "lowest": lowest.reshape(-1),
+            "highest": ((q_stop - 1) // plan.chunk * plan.chunk).reshape(-1),
+        }
+        lowest = lowest[:, :, None]
     needed = schedule.needed(
         q_start[:, :, None], q_stop[:, :, None], k_start[:, None], k_stop[:, None],
-        causal=plan.causal, chunk=plan.chunk,
+        causal=plan.causal, lowest=lowest,
     )  # fmt: skip
-    ids = {}
     if plan.has_segments:
-        stop = plan.q_first + plan.q_count
-        q_ids = _block_ids(sides.q_segments, plan.q_block, _NO_ID.min)[:, plan.q_first : stop]
-        k_ids = _block_ids(sides.k_segments, plan.k_block, _NO_ID.min + 1)[:, : plan.k_count]
-        ids = {"q_ids": q_ids.reshape(-1), "k_ids": k_ids.reshape(-1)}
+        q_ids = _block_ids(sides.q_segments, plan.q_block, _NO_ID.min)
+        # A span may reach beyond the last block: nothing is needed there.
+        q_ids = jnp.take(q_ids, q_blocks, axis=1, mode="clip")
+        k_ids = _block_ids(sides.k_segments, plan.k_block, _NO_ID.min + 1)
+        ids |= {"q_ids": q_ids.reshape(-1), "k_ids": k_ids.reshape(-1)}
         q_low, q_high = q_ids[:, :, None, 0], q_ids[:, :, None, 1]
         needed &= (q_low <= k_ids[:, None, :, 1]) & (k_ids[:, None, :, 0] <= q_high)
+    seen = needed.any(axis=1)
+    k_end = plan.k_count - 1 - jnp.argmax(seen[:, ::-1], axis=1)
     needed = needed.swapaxes(1, 2) if by_key else needed
     last = needed.shape[2] - 1 - jnp.argmax(needed[:, :, ::-1], axis=2)
     hull = {
         "first": jnp.argmax(needed, axis=2).astype(jnp.int32).reshape(-1),
         "last": jnp.where(needed.any(axis=2), last, -1).astype(jnp.int32).reshape(-1),
     }
-    return rows | ids | hull
+    end = {
+        "span": jnp.full(1, 0 if span is None else span, jnp.int32),
+        "k_end": jnp.where(seen.any(axis=1) & (not all_keys), k_end, plan.k_count - 1).astype(jnp.int32),
+    }
+    return rows | ids | hull | end
 
 
 def _bounds(plan: Plan, q_block, k_block, *, q_offset, k_base, k_stop):
@@ -136,6 +160,8 @@ class Pair(NamedTuple):
 
     row: Any
     """Batch row b."""
+    q_step: Any
+    """Query block, counted from the first one of the launch."""
     q_block: Any
     """Counted from the first query of the sequence."""
     k_block: Any
@@ -143,27 +169,30 @@ class Pair(NamedTuple):
     unmasked: Any
 
 
-def pair(plan: Plan, scalars: Any, row: Any, q_block: Any, k_block: Any) -> Pair:
+def pair(plan: Plan, scalars: Any, row: Any, q_step: Any, k_block: Any) -> Pair:
     """Whether the pair has to be computed, and whether without a mask."""
+    q_block = q_step + scalars.span[0] * plan.q_count
     bounds = _bounds(
         plan, q_block, k_block, q_offset=scalars.q_offset[row], k_base=scalars.k_base[row],
         k_stop=scalars.k_stop[row],
     )  # fmt: skip
-    kind = {"causal": plan.causal, "chunk": plan.chunk}
-    needed = schedule.needed(*bounds, **kind)
-    unmasked = schedule.unmasked(*bounds, **kind)
+    entry = row * plan.q_count + q_step
+    lowest = highest = None
+    if plan.chunk is not None:
+        lowest, highest = scalars.lowest[entry], scalars.highest[entry]
+    needed = schedule.needed(*bounds, causal=plan.causal, lowest=lowest)
+    unmasked = schedule.unmasked(*bounds, causal=plan.causal, lowest=highest)
     if plan.ragged_keys:
         unmasked &= bounds[3] - bounds[2] == plan.k_block
     if plan.ragged_queries:
         unmasked &= bounds[1] - bounds[0] == plan.q_block
     if plan.has_segments:
-        q_entry = 3 * (row * plan.q_count + q_block - plan.q_first)
-        k_entry = 3 * (row * plan.k_count + k_block)
-        q_low, q_high, q_only = (scalars.q_ids[q_entry + n] for n in range(3))
-        k_low, k_high, k_only = (scalars.k_ids[k_entry + n] for n in range(3))
+        k_entry = row * plan.k_count + k_block
+        q_low, q_high, q_only = (scalars.q_ids[3 * entry + n] for n in range(3))
+        k_low, k_high, k_only = (scalars.k_ids[3 * k_entry + n] for n in range(3))
         needed &= (q_low <= k_high) & (k_low <= q_high)
         unmasked &= q_only == k_only
-    return Pair(row, q_block, k_block, needed, unmasked)
+    return Pair(row, q_step, q_block, k_block, needed, unmasked)
 
 
 def mask(plan: Plan, refs: Any, at: Pair) -> jax.Array:

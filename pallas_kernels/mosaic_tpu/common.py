@@ -24,7 +24,6 @@ VMEM_LIMIT = 16 * 2**20
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 
-
 _launches: contextvars.ContextVar[list[tuple[str, Work]] | None] = contextvars.ContextVar(
     "launches", default=None
 )
@@ -41,13 +40,17 @@ def record_launches() -> Iterator[list[tuple[str, Work]]]:
         _launches.reset(token)
 
 
+_simulate: contextvars.ContextVar[bool] = contextvars.ContextVar("simulate", default=False)
+
+
 class Blocked(NamedTuple):
     """An operand cut into blocks; None in a block's shape drops that axis."""
 
     array: Any
     """jax.Array of an input, jax.ShapeDtypeStruct of an output; None: the call has none."""
-    block: tuple[int | None, ...]
-    index: Callable[..., tuple[Any, ...]]
+    block: tuple[int | None, ...] | None
+    """None: stays where it is, for an input that only gives its memory to an output."""
+    index: Callable[..., tuple[Any, ...]] | None
     """(*grid indices, scalars) -> block indices."""
 
 
@@ -71,6 +74,10 @@ def launch(
     """
     if (launches := _launches.get()) is not None:
         launches.append((name, work))
+    aliases = aliases or {}
+    lanes = {key: x.array.shape[-1] for key, x in outputs.items() if x.array is not None}
+    if platforms.interpreted():
+        inputs, outputs = _with_whole_blocks(inputs, outputs, aliases)
     present = {key: x for key, x in inputs.items() if x.array is not None}
     wanted = {key: x for key, x in outputs.items() if x.array is not None}
     names = [*scalars, *present, *wanted, *scratch]
@@ -80,6 +87,9 @@ def launch(
         body(SimpleNamespace(**absent | dict(zip(names, refs, strict=True))))
 
     def spec(operand: Blocked):
+        if operand.block is None:
+            return pl.BlockSpec(memory_space=pl.ANY)
+
         def index_map(*args):
             ids, refs = args[: len(grid)], args[len(grid) :]
             return operand.index(*ids, SimpleNamespace(**dict(zip(scalars, refs, strict=True))))
@@ -99,7 +109,7 @@ def launch(
         out_shape=[x.array for x in wanted.values()],
         input_output_aliases={
             order_in.index(source): order_out.index(target)
-            for source, target in (aliases or {}).items()
+            for source, target in aliases.items()
         },
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
@@ -113,14 +123,49 @@ def launch(
         interpret=interpreter(),
         name=name,
     )(*scalars.values(), *(x.array for x in present.values()))
-    return dict(zip(order_out, flat, strict=True))
+    return {key: x[..., : lanes[key]] for key, x in zip(order_out, flat, strict=True)}
+
+
+def _with_whole_blocks(inputs, outputs, aliases) -> tuple[dict[str, Blocked], dict[str, Blocked]]:
+    """Pads aliased operands to whole blocks of tokens; the interpreter forgets to cut its own.
+
+    What it returns for such an output has the padded shape, whatever was declared.
+    """
+    inputs, outputs = dict(inputs), dict(outputs)
+    for source, target in aliases.items():
+        array, block, index = inputs[source]
+        if block is None:
+            continue
+        padding = [(0, 0)] * (array.ndim - 1) + [(0, -array.shape[-1] % block[-1])]
+        padded = jnp.pad(array, padding)
+        inputs[source] = Blocked(padded, block, index)
+        outputs[target] = outputs[target]._replace(
+            array=jax.ShapeDtypeStruct(padded.shape, padded.dtype)
+        )
+    return inputs, outputs
+
+
+@contextlib.contextmanager
+def simulated_memory() -> Iterator[None]:
+    """Interpreted kernels traced inside run with simulated HBM, VMEM, copies and semaphores.
+
+    A race, or memory read that nobody wrote, then shows; it takes about a hundred times as long as
+    Pallas's plain interpreter, which only replays the grid.
+    """
+    token = _simulate.set(True)
+    try:
+        yield
+    finally:
+        _simulate.reset(token)
 
 
 def interpreter() -> Any:
-    """Pallas's TPU interpreter on the CPU: memory that nobody wrote is NaN there."""
+    """How kernels run on the CPU; False: they are compiled."""
     if not platforms.interpreted():
         return False
-    return pltpu.InterpretParams(out_of_bounds_reads="uninitialized")
+    if not _simulate.get():
+        return True
+    return pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="uninitialized")
 
 
 def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:

@@ -165,20 +165,25 @@ def _add_block(refs: Any, plan: blocks.Plan, at: blocks.Pair, factor: float, *, 
     if masked and plan.ragged_keys:  # 0 * NaN is NaN; a NaN score is masked all the same
         value = blocks.valid_lanes(value, at.k_block * plan.k_block, refs.k_stop[at.row])
 
+    steps = [slice(n, n + plan.k_step) for n in range(0, plan.k_block, plan.k_step)]
+
     def add(head, _):
         row = pl.ds(head, 1)
-        z = factor * common.dot(key, refs.query[head], (0, 0))  # [keys, queries]
-        if masked:
-            z = jnp.where(visible, z, -jnp.inf)
-        top = refs.top[row]
-        new_top = jnp.maximum(top, jnp.max(z, axis=0, keepdims=True))
-        # A query that has seen nothing yet: -inf - (-inf) is NaN.
-        shift = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
-        p = jnp.exp2(z - shift)
-        kept = jnp.exp2(top - shift)
-        refs.total[row] = kept * refs.total[row] + jnp.sum(p, axis=0, keepdims=True)
-        refs.top[row] = new_top
-        product = common.dot(value, p.astype(value.dtype), (1, 0))  # [H, queries]
-        refs.acc[head] = kept * refs.acc[head] + product
+        query = refs.query[head]
+        # All scores first: the products of one step run under the softmax of the one before.
+        scores = [factor * common.dot(key[:, step], query, (0, 0)) for step in steps]
+        top, total, acc = refs.top[row], refs.total[row], refs.acc[head]
+        for step, z in zip(steps, scores, strict=True):  # z [keys, queries]
+            if masked:
+                z = jnp.where(visible[step], z, -jnp.inf)
+            new_top = jnp.maximum(top, jnp.max(z, axis=0, keepdims=True))
+            # A query that has seen nothing yet: -inf - (-inf) is NaN.
+            shift = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
+            p, kept = jnp.exp2(z - shift), jnp.exp2(top - shift)
+            total = kept * total + jnp.sum(p, axis=0, keepdims=True)
+            product = common.dot(value[:, step], p.astype(value.dtype), (1, 0))
+            acc = kept * acc + product  # [H, queries]
+            top = new_top
+        refs.top[row], refs.total[row], refs.acc[head] = top, total, acc
 
     lax.fori_loop(0, refs.query.shape[0], add, None)
