@@ -47,8 +47,11 @@ class Cost:
 
     def largest(self, count: int, by: str = "bytes") -> list[tuple[float, float, float, str]]:
         """The `count` instructions with the most bytes or FLOPs in all their executions."""
-        column = {"bytes": 1, "flops": 2}[by]
-        return sorted(self.parts, key=lambda part: -part[0] * part[column])[:count]
+
+        def total(part: tuple[float, float, float, str]) -> float:
+            return part[0] * (part[1] if by == "bytes" else part[2])
+
+        return sorted(self.parts, key=total, reverse=True)[:count]
 
     def lines(self, count: int, by: str = "bytes") -> list[str]:
         """`largest` in words."""
@@ -97,10 +100,10 @@ def _visit(context: _Context, name: str, times: float) -> None:
     for instruction in computation.instructions.values():
         opcode = instruction.opcode
         if opcode == "while":
-            trips = trip_count(module, instruction)
-            if trips is None:
+            known = trip_count(module, instruction)
+            if known is None:
                 cost.unknown_loops.append(instruction.op_name or instruction.name)
-            trips = context.unknown_trips if trips is None else trips
+            trips = context.unknown_trips if known is None else known
             each = times * trips if context.loops else times
             _visit(context, str(instruction.called("body")), each)
         elif opcode == "conditional":
@@ -169,12 +172,12 @@ def _bytes(module: Module, where: Computation, instruction: Instruction) -> floa
         return _hbm(instruction.arrays[:2])
     inner = module.computations.get(str(instruction.called("calls")))
     if inner is not None:
-        read = sum(
+        used = sum(
             _read(module, inner, index, _hbm(source.arrays)) for index, source in enumerate(sources)
         )
         if opcode == "fusion":
-            return read + _written(inner, instruction)
-        return read + _hbm(inner.instructions[inner.root].arrays)  # an async start's tuple is more
+            return used + _written(inner, instruction)
+        return used + _hbm(inner.instructions[inner.root].arrays)  # an async start's tuple is more
     if opcode.endswith("-start"):  # (operands, results, context): the results are new
         return _hbm(tuple(a for source in sources for a in source.arrays)) + _hbm(
             instruction.arrays[1:2]

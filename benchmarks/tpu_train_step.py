@@ -4,16 +4,17 @@
     python -m benchmarks.tpu_train_step [--topologies v5e:4x4,v5p:4x4x4] [--attention mosaic_tpu]
 
 Each config of `configs/` is compiled, ahead of time, for a mesh of fsdp x tensor over the slice's
-chips: the real optimizer step (`moda_jax.train_step`). NAME/residual is NAME without the depth
-stream. Nothing runs: memory is what the compiler assigned, FLOPs and bytes are counted in the
-program that it made (`benchmarks.hlo_cost`), those of the attention kernels in their own block
-schedule. Takes one to two minutes per program.
+chips: the real optimizer step (`moda_jax.train_step`). NAME/FIELD=VALUE+FIELD=VALUE is NAME with
+other fields of its ModelConfig. Nothing runs: memory is what the compiler assigned, FLOPs and bytes
+are counted in the program that it made (`benchmarks.hlo_cost`), those of the attention kernels in
+their own block schedule. Takes one to two minutes per program.
 """
 
 import argparse
 import dataclasses
 import importlib
 import json
+import re
 import shlex
 import sys
 import time
@@ -32,7 +33,11 @@ from moda_jax.sharding import batch_sharding, make_mesh
 from moda_jax.train_step import make_train_functions
 from pallas_kernels import platforms
 
-CONFIGS = ("moda_700m_row4", "olmo2_700m_36", "moda_1b5_guess", "moda_1b5_guess/residual")
+_VANILLA = "/depth_stream=residual"
+CONFIGS = (
+    "olmo2_700m_36", "moda_700m_row4", "moda_700m_row4/depth_grad_block=6",
+    f"moda_1b5_guess{_VANILLA}", "moda_1b5_guess", "moda_1b5_guess/depth_grad_block=6",
+)  # fmt: skip
 TOPOLOGIES = ("v5e:4x4", "v5p:4x4x4")
 _SMOKE: dict[str, Any] = {
     "vocab_size": 256, "num_layers": 3, "embed_dim": 256, "num_heads": 4, "num_kv_heads": 2,
@@ -104,9 +109,6 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=4, help="rows per fsdp part of the mesh")
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--attention", default="mosaic_tpu", help="implementation")
-    parser.add_argument("--remat", choices=("full", "save_attention", "none"))
-    parser.add_argument("--depth-grad-block", type=int)
-    parser.add_argument("--depth-grad-dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--output", type=Path, help="writes OUTPUT.json and OUTPUT.md")
     parser.add_argument("--hlo", type=Path, help="folder for the compiled programs' text")
     parser.add_argument("--largest", type=int, default=0, help="print the N costliest instructions")
@@ -116,20 +118,19 @@ def _arguments() -> argparse.ArgumentParser:
 
 def adapt(name: str, chips: int, args: argparse.Namespace) -> Config:
     """The named config on `chips` chips, with the command line's settings."""
-    name, _, stream = name.partition("/")
-    config: Config = importlib.import_module(f"configs.{name}").config
-    settings = ("remat", "attention", "depth_grad_block", "depth_grad_dtype")
-    changes: dict[str, Any] = {key: getattr(args, key) for key in settings}
-    changes = {key: value for key, value in changes.items() if value is not None}
-    if stream:
-        changes["depth_stream"] = stream
-    model = dataclasses.replace(config.model, **changes, **(_SMOKE if args.smoke else {}))
+    base, _, fields = name.partition("/")
+    config: Config = importlib.import_module(f"configs.{base}").config
+    pairs = (field.split("=") for field in fields.split("+") if field)
+    changes: dict[str, Any] = {
+        field: int(value) if value.isdigit() else value for field, value in pairs
+    }
+    changes |= {"attention": args.attention} | (_SMOKE if args.smoke else {})
+    model = dataclasses.replace(config.model, **changes)
     fsdp, left = divmod(chips, args.tensor)
     if left:
         raise ValueError(f"tensor: expected a divisor of the {chips} chips, got {args.tensor}")
     return dataclasses.replace(
-        config, name=config.name + (f"/{stream}" if stream else ""), model=model,
-        mesh=MeshConfig(fsdp=fsdp, tensor=args.tensor), accumulation_steps=1,
+        config, model=model, mesh=MeshConfig(fsdp=fsdp, tensor=args.tensor), accumulation_steps=1,
         batch_size=args.rows * fsdp, data=dataclasses.replace(config.data, seq_len=args.seq_len),
     )  # fmt: skip
 
@@ -156,7 +157,7 @@ def measure(name: str, topology: str, args: argparse.Namespace) -> Step:
     text = compiled.as_text()
     if args.hlo:
         args.hlo.mkdir(parents=True, exist_ok=True)
-        file = f"{config.name}-{topology}".replace("/", "-").replace(":", "-")
+        file = re.sub(r"[^\w-]", "-", f"{name}-{topology}")
         (args.hlo / f"{file}.txt").write_text(text)
     slots = visible_slots(config.model)
     kernels = mean_kernels(config, chip)
@@ -166,7 +167,8 @@ def measure(name: str, topology: str, args: argparse.Namespace) -> Step:
     )  # fmt: skip
     for by in ("bytes", "flops") if args.largest else ():
         print("\n".join(cost.lines(args.largest, by)))
-    return _step(config, topology, chip, compiled.memory_analysis(), cost, kernels, compile_seconds)
+    step = _step(config, topology, chip, compiled.memory_analysis(), cost, kernels, compile_seconds)
+    return dataclasses.replace(step, name=name)
 
 
 def _step(
@@ -235,9 +237,10 @@ def row(step: Step, steps: list[Step]) -> str:
 
 def _twin(step: Step, steps: list[Step]) -> Step | None:
     """The vanilla model of the same layers on the same slice."""
-    names = {"moda_700m_row4": "olmo2_700m_36", "moda_700m_row3": "olmo2_700m_36"}
-    wanted = names.get(step.name, f"{step.name}/residual")
-    return next((x for x in steps if (x.name, x.topology) == (wanted, step.topology)), None)
+    base = step.name.partition("/")[0]
+    wanted = "olmo2_700m_36" if base.startswith("moda_700m") else base + _VANILLA
+    found = (x for x in steps if (x.name, x.topology) == (wanted, step.topology) and x is not step)
+    return next(found, None)
 
 
 def write(
