@@ -37,7 +37,7 @@ class Cost:
     flops: float = 0.0
     hbm_bytes: float = 0.0
     collective_bytes: float = 0.0
-    """Results of collectives: what arrives over the links, about."""
+    """Results of collectives: what arrives over the links, about (an all-reduce takes twice)."""
     kernel_calls: dict[str, float] = dataclasses.field(default_factory=dict)
     """Executions of every custom kernel by name."""
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
@@ -97,7 +97,9 @@ class _Context:
 def _visit(context: _Context, name: str, times: float) -> None:
     module, cost = context.module, context.cost
     computation = module.computations[name]
+    channels: set[str] = set()
     for instruction in computation.instructions.values():
+        cost.collective_bytes += times * _collective_bytes(module, instruction, channels)
         opcode = instruction.opcode
         if opcode == "while":
             known = trip_count(module, instruction)
@@ -140,9 +142,29 @@ def _add(context: _Context, where: Computation, instruction: Instruction, times:
             flops, nbytes = known.flops, known.hbm_bytes
     cost.flops += times * flops
     cost.hbm_bytes += times * nbytes
-    if instruction.opcode.startswith(_COLLECTIVES):
-        cost.collective_bytes += times * instruction.arrays[-1].nbytes
     cost.parts.append((times, nbytes, flops, f"{instruction.name} {instruction.op_name}"))
+
+
+def _collective_bytes(module: Module, instruction: Instruction, channels: set[str]) -> float:
+    """Results of a collective, and of those that a fusion overlaps with its own work.
+
+    Such a one stands, with the same channel, in every fusion that it overlaps with; `channels` are
+    those that have been counted.
+    """
+    if not instruction.opcode.startswith(_COLLECTIVES):
+        if instruction.opcode != "fusion":
+            return 0.0
+        inner = module.computations[str(instruction.called("calls"))]
+        return sum(_collective_bytes(module, x, channels) for x in inner.instructions.values())
+    channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+    if instruction.opcode.endswith("-done") or (channel and channel.group(1) in channels):
+        return 0.0
+    channels.update(channel.groups() if channel else ())
+    if instruction.opcode == "collective-permute-start":  # (operand, result, contexts)
+        return instruction.arrays[1].nbytes
+    if instruction.opcode == "all-gather-start":
+        return instruction.arrays[-1].nbytes
+    return sum(array.nbytes for array in instruction.arrays)
 
 
 def kernel_name(instruction: Instruction) -> str | None:
