@@ -14,3 +14,10 @@ if "xla_backend_optimization_level" not in _flags:
     # Tests compile much and run little, and machine code that is not optimised takes half the time.
     _flags += " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = _flags.strip()
+
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # libtpu, as a compiler for chips that are not here: it asks no metadata server which chip this
+    # is, lets several processes load it at once (pytest-xdist), and writes no log files.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_LOG_DIR", "disabled")

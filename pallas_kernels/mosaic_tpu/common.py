@@ -165,7 +165,9 @@ def interpreter() -> Any:
         return False
     if not _simulate.get():
         return True
-    return pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="uninitialized")
+    return pltpu.InterpretParams(
+        detect_races=True, out_of_bounds_reads="uninitialized", num_cores_or_threads=2
+    )
 
 
 def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:

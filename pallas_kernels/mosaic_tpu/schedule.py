@@ -139,6 +139,22 @@ def block_pairs(
     return needed(q_start, q_stop, k_start, k_stop, causal=causal, lowest=lowest)
 
 
+def fetches(pairs: np.ndarray, sources: int = 1, *, same_source: bool) -> int:
+    """Blocks fetched while a pipeline passes over `pairs` row by row: those needed in each row.
+
+    A row that starts with the block that the one before ended with finds it there already.
+    same_source: sources share the blocks (queries), else each has its own (keys).
+    """
+    rows = pairs[pairs.any(axis=1)]
+    first, last = rows.argmax(axis=1), rows.shape[1] - 1 - rows[:, ::-1].argmax(axis=1)
+    kept = int((first[1:] == last[:-1]).sum())
+    if sources == 1:
+        return int(rows.sum()) - kept
+    if not same_source:
+        return sources * int(rows.sum())
+    return sources * (int(rows.sum()) - kept) - (sources - 1) * int(first[0] == last[-1])
+
+
 def num_blocks(length: int, block: int) -> int:
     return -(-length // block)
 
@@ -296,7 +312,8 @@ def tokens_forward_work(
     query_bytes = queries * width * shape.itemsize
     return Work(
         steps=pairs.size * heads * sources, pairs=visited,
-        bytes_read=query_bytes + visited * 2 * width * tiles.k_block * shape.itemsize
+        bytes_read=query_bytes + heads * fetches(pairs, sources, same_source=False)
+        * 2 * width * tiles.k_block * shape.itemsize
         + continues * queries * (width + 1) * 4,
         bytes_written=query_bytes + queries * 4,
         mxu_flops=2 * 2 * entries * width,
@@ -336,7 +353,8 @@ def tokens_backward_work(
     queries = heads * group * (span[1] - span[0]) * tiles.q_block
     return Work(
         steps=pairs.shape[0] * seen * heads * sources, pairs=visited,
-        bytes_read=visited * group * tiles.q_block * (2 * width * shape.itemsize + 2 * 4)
+        bytes_read=heads * fetches(pairs.T, sources, same_source=True) * group * tiles.q_block
+        * (2 * width * shape.itemsize + 2 * 4)
         + keys * shape.itemsize + grads * adds,
         bytes_written=queries * width * 4 + grads,
         mxu_flops=5 * 2 * entries * width,
