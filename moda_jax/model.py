@@ -73,13 +73,13 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BxTxD: jax.Array) -> jax.Array:
         """[B, T, V]: products in the compute dtype, accumulated and returned in float32."""
-        table, bias = self.output_table()
+        table, bias = self.head_weights()
         logits = jnp.matmul(
             hidden_BxTxD, table.astype(hidden_BxTxD.dtype), preferred_element_type=jnp.float32
         )
         return constrain(logits if bias is None else logits + bias, "batch", None, "vocab")
 
-    def output_table(self) -> tuple[jax.Array, jax.Array | None]:
+    def head_weights(self) -> tuple[jax.Array, jax.Array | None]:
         """The head's matrix [D, V] and bias [V] or None, float32 parameters."""
         if self.head is None:
             return self.embedding[...].T, None

@@ -209,10 +209,10 @@ def test_loss_never_holds_all_logits():
     config = dataclasses.replace(SMALL, vocab_size=50_000)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
-    arrays = {n: jax.ShapeDtypeStruct((2, 2048), jnp.int32) for n in batch(SMALL)}
+    arrays = {n: jax.ShapeDtypeStruct((2, 8192), jnp.int32) for n in batch(SMALL)}
 
     def loss(state, inputs):
         return next_token_loss(nnx.merge(graph, state), inputs, z_loss=0.0)[0]
 
     compiled = jax.jit(jax.grad(loss)).lower(state, arrays).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * (2 * 2048 * 50_000 * 4)
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * (2 * 8192 * 50_000 * 4)

@@ -1,6 +1,7 @@
 """The optimizer step: normalisation, accumulation, compile count, and the same losses on a mesh."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks import hlo_cost
+from moda_jax import losses
 from moda_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
 from moda_jax.losses import next_token_loss
 from moda_jax.sharding import batch_sharding, make_mesh
@@ -164,3 +167,24 @@ def test_initial_state_does_not_depend_on_the_mesh():
         with jax.set_mesh(mesh):
             states.append(make_train_functions(config, mesh).init())
     jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_the_heads_gradient_crosses_the_links_once(monkeypatch):
+    """However many chunks of logits there are; left to the compiler it was once per chunk."""
+    model = dataclasses.replace(CONFIG.model, num_layers=1, depth_stream="residual")
+    config = dataclasses.replace(CONFIG, model=model, mesh=MeshConfig(fsdp=8))
+    mesh = make_mesh(config.mesh)
+    batch = jax.eval_shape(lambda: make_batch(0))
+
+    def collective_bytes(chunk_tokens):
+        vocab = CONFIG.model.vocab_size
+        monkeypatch.setattr(losses, "CHUNK_BYTES", (chunk_tokens * 4 * vocab,) * 2)
+        functions = make_train_functions(config, mesh)
+        with jax.set_mesh(mesh):
+            assert losses.chunk_length(ROWS, SEQ_LEN, vocab) == chunk_tokens
+            train_step: Any = functions.train_step
+            compiled = train_step.lower(functions.abstract_state, batch).compile()
+        return hlo_cost.count(compiled.as_text()).collective_bytes
+
+    head = 4 * CONFIG.model.vocab_size * CONFIG.model.embed_dim
+    assert collective_bytes(1) < collective_bytes(SEQ_LEN) + head
