@@ -229,7 +229,7 @@ def kernels() -> dict[str, Kernel]:
             lambda shape: forward_config(shape.head_dim),
             {
                 "block_kv": (64, 128, 192), "stages": (2, 3, 4), "warpgroups": (2, 3),
-                "persistent": (False, True), "turns": (False, True), "interleave": (False, True),
+                "persistent": (False, True), "turns": (False, True),
             },
             run_forward,
         ),
@@ -238,7 +238,7 @@ def kernels() -> dict[str, Kernel]:
             {
                 "dq_block_kv": (64, 128), "dq_stages": (2, 3), "dq_warpgroups": (2, 3),
                 "dkv_block_q": (64, 128), "dkv_stages": (2, 3), "dkv_warpgroups": (2, 3),
-                "dq_interleave": (False, True), "fuse_depth": (False, True),
+                "fuse_depth": (False, True),
             },
             run_sequence_backward,
         ),
