@@ -229,7 +229,7 @@ def kernels() -> dict[str, Kernel]:
             lambda shape: forward_config(shape.head_dim),
             {
                 "block_kv": (64, 128, 192), "stages": (2, 3, 4), "warpgroups": (2, 3),
-                "persistent": (False, True), "turns": (False, True), "depth_pairs": (False, True),
+                "persistent": (False, True), "turns": (False, True), "interleave": (False, True),
             },
             run_forward,
         ),
@@ -238,7 +238,7 @@ def kernels() -> dict[str, Kernel]:
             {
                 "dq_block_kv": (64, 128), "dq_stages": (2, 3), "dq_warpgroups": (2, 3),
                 "dkv_block_q": (64, 128), "dkv_stages": (2, 3), "dkv_warpgroups": (2, 3),
-                "fuse_depth": (False, True),
+                "dq_interleave": (False, True), "fuse_depth": (False, True),
             },
             run_sequence_backward,
         ),
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in options.rows.split(","):
             try:
                 shape = SHAPES[row]
-                kernel = available.kernels[name]
+                kernel = _narrowed(available.kernels[name], options.fields)
                 best, lowest, first = tune(kernel, shape, deadline, options.jobs)
             except Exception as error:  # the other kernels' entries are still worth having
                 text = " ".join(str(error).split())[:200]
@@ -278,6 +278,14 @@ def main(argv: list[str] | None = None) -> int:
     return int(failed)
 
 
+def _narrowed(kernel: Kernel, fields: str | None) -> Kernel:
+    """With those fields of its grid only."""
+    if fields is None:
+        return kernel
+    wanted = fields.split(",")
+    return kernel._replace(grid={name: kernel.grid[name] for name in wanted if name in kernel.grid})
+
+
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.tune", description=__doc__,
@@ -286,6 +294,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="mosaic_gpu", choices=("mosaic_gpu", "triton"))
     parser.add_argument("--jobs", type=int, default=1, help="configs compiled side by side")
     parser.add_argument("--kernels", help="names, comma-separated; left out: all")
+    parser.add_argument("--fields", help="fields to search, comma-separated; left out: all")
     parser.add_argument("--rows", default="T16K,B8,H128", help="shapes, comma-separated")
     parser.add_argument("--time-budget", type=float, default=300.0, help="seconds in all")
     parser.add_argument("--dry-run", action="store_true", help="writes no table")

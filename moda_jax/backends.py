@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_gpu, platforms, reference, triton_gpu, xla
+from pallas_kernels import mosaic_gpu, mosaic_tpu, platforms, reference, triton_gpu, xla
 from pallas_kernels.operands import Gradients, Operands, Options
 
 Forward = Callable[[Operands, Options], tuple[jax.Array, jax.Array]]
@@ -103,6 +103,11 @@ BACKENDS: dict[str, Backend] = {
             "triton", triton_gpu.forward, triton_gpu.backward, triton_gpu.refusal,
             fast_on=("gpu",), only_by_name_on=("cpu",),
             deferral=Deferral(triton_gpu.backward_without_depth_grads, triton_gpu.add_depth_grads),
+        ),
+        Backend(
+            "mosaic_tpu", mosaic_tpu.forward, mosaic_tpu.backward, mosaic_tpu.refusal,
+            fast_on=("tpu",), only_by_name_on=("cpu",),
+            deferral=Deferral(mosaic_tpu.backward_without_depth_grads, mosaic_tpu.add_depth_grads),
         ),
         Backend(
             "xla", xla.forward, xla.backward, _xla_refusal, fast_on=("cpu",),

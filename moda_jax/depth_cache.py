@@ -76,6 +76,14 @@ class DepthCache:
         """Slots of the buffer."""
         return self.key.shape[0]
 
+    def visible(self) -> jax.Array:
+        """[S] bool: which slots of the buffer attention sees now."""
+        slot = jnp.arange(self.capacity)
+        seen = slot < self.length
+        if self.ring or self.window is None:
+            return seen
+        return seen & ((slot < self.reserved) | (slot >= self.length - self.window))
+
     def evicts(self) -> jax.Array:
         """int32: the buffer index that the next append overwrites, or -1 if it takes a free one.
 

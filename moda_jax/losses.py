@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moda_jax.model import Transformer
-from moda_jax.sharding import constrain
+from moda_jax.sharding import constrain, per_row_shard
 
 CHUNK_BYTES = (64 * 2**20, 512 * 2**20)
 """float32 logits per device that are alive at a time: a 16th of all of them, in these bounds. The
@@ -40,37 +40,47 @@ def next_token_loss(
         batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"]
     )
     real = batch["segment_ids"] != 0
-    table_DxV, bias_V = model.output_table()
-    total, sums = _chunked_loss(z_loss, hidden, table_DxV, bias_V, batch["targets"], real)
-    metrics = sums._asdict() | {"targets": real.sum(dtype=jnp.float32)}
-    return total, metrics
+    rows, length = real.shape
+    chunk = chunk_length(rows, length, model.config.vocab_size)
+
+    def loss(weights, *arrays):
+        total, sums = _chunked_loss(z_loss, chunk, *weights, *arrays)
+        return jax.tree.map(lambda x: x[None], (total, sums))
+
+    # Every device keeps its own sum of the head's gradient while it goes through the chunks of its
+    # own rows: left to itself, the compiler gathers the head and reduces that gradient per chunk.
+    parts = per_row_shard(loss)(model.head_weights(), hidden, batch["targets"], real)
+    total, sums = jax.tree.map(jnp.sum, parts)
+    return total, sums._asdict() | {"targets": real.sum(dtype=jnp.float32)}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_loss(z_loss: float, hidden_BxTxD, table_DxV, bias_V, targets_BxT, real_BxT):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked_loss(
+    z_loss: float, chunk: int, table_DxV, bias_V, hidden_BxTxD, targets_BxT, real_BxT
+):
     """(total, sums). Differentiated, the same pass computes the gradients, by which the backward
     does not need the logits a second time.
     """
-    chunks, _ = _chunks(hidden_BxTxD, targets_BxT, real_BxT, table_DxV.shape[1])
+    chunks = tuple(_chunks_first(x, chunk) for x in (hidden_BxTxD, targets_BxT, real_BxT))
     padded = _pad_vocabulary(table_DxV, hidden_BxTxD.dtype)
 
-    def body(sums, chunk):
-        _, _, new = _logits(padded, bias_V, table_DxV.shape[1], *chunk)
+    def body(sums, parts):
+        _, _, new = _logits(padded, bias_V, table_DxV.shape[1], *parts)
         return jax.tree.map(jnp.add, sums, new), None
 
     sums, _ = lax.scan(body, _Sums(jnp.float32(0), jnp.float32(0)), chunks)
     return sums.cross_entropy + z_loss * sums.z, sums
 
 
-def _loss_forward(z_loss, hidden_BxTxD, table_DxV, bias_V, targets_BxT, real_BxT):
+def _loss_forward(z_loss, chunk, table_DxV, bias_V, hidden_BxTxD, targets_BxT, real_BxT):
     vocab = table_DxV.shape[1]
-    chunks, length = _chunks(hidden_BxTxD, targets_BxT, real_BxT, vocab)
+    chunks = tuple(_chunks_first(x, chunk) for x in (hidden_BxTxD, targets_BxT, real_BxT))
     padded = _pad_vocabulary(table_DxV, hidden_BxTxD.dtype)
 
-    def body(carry, chunk):
+    def body(carry, parts):
         sums, d_table, d_bias = carry
-        hidden_BxCxD, targets_BxC, real_BxC = chunk
-        logits, lse, new = _logits(padded, bias_V, vocab, *chunk)
+        hidden_BxCxD, targets_BxC, real_BxC = parts
+        logits, lse, new = _logits(padded, bias_V, vocab, *parts)
         softmax = jnp.exp(logits - lse[..., None])
         factor = jnp.where(real_BxC, 1 + 2 * z_loss * lse, 0.0)
         hit = _hit(logits, targets_BxC) & real_BxC[..., None]
@@ -88,12 +98,13 @@ def _loss_forward(z_loss, hidden_BxTxD, table_DxV, bias_V, targets_BxT, real_BxT
     d_table = constrain(jnp.zeros(padded.shape, jnp.float32), "embed", "vocab")
     d_bias = None if bias_V is None else jnp.zeros_like(bias_V)
     (sums, d_table, d_bias), d_hidden = lax.scan(body, (sums, d_table, d_bias), chunks)
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden_BxTxD.shape[0], length, -1)
-    grads = d_hidden[:, : hidden_BxTxD.shape[1]], d_table[:, :vocab], d_bias
+    batch, length, width = hidden_BxTxD.shape
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(batch, -1, width)
+    grads = d_table[:, :vocab], d_bias, d_hidden[:, :length]
     return (sums.cross_entropy + z_loss * sums.z, sums), grads
 
 
-def _loss_backward(z_loss, grads, cotangents):
+def _loss_backward(z_loss, chunk, grads, cotangents):
     d_total, _ = cotangents
     scaled = jax.tree.map(lambda g: (d_total * g).astype(g.dtype), grads)
     return (*scaled, None, None)
@@ -144,14 +155,6 @@ def chunk_length(batch: int, length: int, vocab_size: int) -> int:
     size = min(max(length * token_bytes / 16, smallest), largest)
     chunks = -(-length // max(int(size / token_bytes), 1))
     return -(-length // chunks)
-
-
-def _chunks(hidden_BxTxD, targets_BxT, real_BxT, vocab_size: int):
-    """([chunks, B, C, ...] of each, T in whole chunks); what is padded is not real."""
-    batch, length = targets_BxT.shape
-    chunk = chunk_length(batch, length, vocab_size)
-    padded = length + -length % chunk
-    return tuple(_chunks_first(x, chunk) for x in (hidden_BxTxD, targets_BxT, real_BxT)), padded
 
 
 def _chunks_first(x_BxTx: jax.Array, chunk: int) -> jax.Array:

@@ -17,3 +17,9 @@ if "xla_backend_optimization_level" not in _flags:
 os.environ["XLA_FLAGS"] = _flags.strip()
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
+
+    # libtpu, as a compiler for chips that are not here: it asks no metadata server which chip this
+    # is, lets several processes load it at once (pytest-xdist), and writes no log files.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_LOG_DIR", "disabled")

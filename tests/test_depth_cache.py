@@ -48,6 +48,7 @@ def test_bounded_cache_keeps_every_slot_and_evicts_none():
     kwargs = cache.attention_kwargs()
     assert (kwargs["depth_window"], kwargs["depth_reserved"]) == (2, 1)
     assert int(kwargs["depth_length"]) == 4
+    np.testing.assert_array_equal(np.flatnonzero(cache.visible()), [0, 2, 3])
 
 
 @pytest.mark.parametrize(("window", "reserved"), [(2, 1), (3, 0), (1, 2)])
@@ -104,6 +105,7 @@ def test_append_under_scan_with_a_condition():
         key = jnp.full(SHAPE, i + 1.0)
         return cache.append(key, -key, where=i % 3 == 0), cache.length
 
+    assert not cache.visible().any()
     cache, lengths = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(13)))(cache)
     assert written(cache) == [0, 3, 6]
     assert int(cache.length) == 3
@@ -113,6 +115,7 @@ def test_append_under_scan_with_a_condition():
 def test_conditional_append_to_a_turning_ring():
     cache = filled(4, 9, window=2, reserved=1, ring=True)
     assert written(cache) == [0, 3, 2]
+    assert cache.visible().all()
     assert written(cache.append(*slot(7), where=False)) == [0, 3, 2]
     assert written(cache.append(*slot(7), where=jnp.bool_(True))) == [0, 3, 7]
 

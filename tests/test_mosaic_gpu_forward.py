@@ -19,8 +19,6 @@ needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Pallas Mosaic GPU needs JAX >= 0.11"
 )
 SMALL = ForwardConfig(block_kv=64, stages=2, warpgroups=2)  # the ring is reused early
-PAIRS = ForwardConfig(depth_pairs=True)
-TWO_PAIRS = ForwardConfig(block_kv=64, stages=3, warpgroups=2, depth_pairs=True)
 
 
 def slow(*values):
@@ -124,11 +122,12 @@ def test_groups(capfd, group):
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("config", "group"), [(PAIRS, 8), (TWO_PAIRS, 4), slow(TWO_PAIRS, 1)])
-def test_two_stages_per_depth_step(capfd, config, group):
-    """Pairs of blocks at 8 tokens, an odd one last; halves of the tokens at more."""
+@pytest.mark.parametrize(("interleave", "group"), [(True, 8), slow(False, 8), slow(True, 2)])
+def test_blocks_of_slots_and_keys(capfd, interleave, group):
+    """Several of both kinds, in turn or one kind after the other."""
     slots = (1, 11, 14, 20)
-    check(capfd, make(72, 72, group, 64, 20, slots), slots, config=config)
+    config = ForwardConfig(block_kv=64, stages=2, interleave=interleave)
+    check(capfd, make(200, 200, group, 64, 20, slots), slots, config=config)
 
 
 @needs_mosaic

@@ -1,7 +1,7 @@
 """The two roles of the fused forward's warpgroups: one loads, the others attend."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,20 +15,18 @@ from pallas_kernels.mosaic_gpu.ring import (
     Refs,
     depth_mask,
     key_mask,
-    load_depth,
-    load_keys,
+    load_blocks,
     load_rows,
     ring_memory,
     row_segments,
+    visit,
 )
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
     ROWS,
     accumulate,
-    div,
     drain,
     i32,
-    iota,
     rem,
     spread,
     wait_free,
@@ -70,13 +68,7 @@ def load_tiles(plan: Plan, refs: Refs, blocks: int) -> None:
         wait_free(refs.q_free, r, 2)
         buffer = rem(r, 2)
         load_rows(plan, tile, [(refs.query, refs.q_smem.at[buffer])], refs.q_full.at[buffer])
-        if plan.slots:
-            load = functools.partial(load_depth, plan, refs, tile)
-            step = lax.fori_loop(0, tile.depth_blocks, load, step)
-        if plan.kv_len:
-            load = functools.partial(load_keys, plan, refs, tile)
-            step = lax.fori_loop(0, tile.kv.count, load, step)
-        return step
+        return load_blocks(plan, refs, tile, step)
 
     steps = lax.fori_loop(0, count, load_tile, i32(0))
     drain(refs.k_free, steps, stages)
@@ -122,11 +114,9 @@ def attend_tiles(plan: Plan, refs: Refs, blocks: int, warpgroup: jax.Array) -> N
         worker = _Worker(plan, refs, warpgroup, tile, query, token, row_segment)
         plgpu.barrier_wait(refs.q_full.at[buffer])
         worker.take_turn()
-        carry = (step, _empty_state(plan.head_dim))
-        if plan.slots:
-            carry = _depth_phase(worker, carry)
-        if plan.kv_len:
-            carry = _sequence_phase(worker, carry)
+        plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
+        depth = functools.partial(_depth_step, worker)
+        carry = visit(plan, tile, depth, plain, edge, (step, _empty_state(plan.head_dim)))
         worker.pass_turn()
         step, state = carry
         _store(worker, state)
@@ -148,116 +138,65 @@ def _empty_state(head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     return common.zeros((ROWS, head_dim)), rows(_LOWEST), rows(0)
 
 
-def _stage(worker: _Worker, step: jax.Array, slots_left: jax.Array | None = None) -> Block:
-    return Block.at(worker.plan, worker.refs, worker.warpgroup, step, slots_left)
+def _depth_step(worker: _Worker, i: jax.Array, carry):
+    plan = worker.plan
+    step, state = carry
+    first, stop = slot_block(plan, worker.refs.slots, worker.tile, i)
+    block = Block.at(plan, worker.refs, worker.warpgroup, step, stop - first)
+    mask = functools.partial(depth_mask, plan, worker.row_segment, stop - first)
+    return step + 1, _attend(worker, block, mask, state)
 
 
-def _depth_phase(worker: _Worker, carry):
-    """Depth blocks, two ring stages at a time: fewer, longer steps keep the tensor cores busier.
-
-    With 8 tokens a tile takes two blocks at once. With more, a block's stages hold the slots of one
-    half of the tokens each: a row needs the scores of one of them only, so that half as many
-    exponentials are computed.
-    """
-    plan, slots = worker.plan, worker.refs.slots
-    blocks = worker.tile.depth_blocks
-
-    def one(block, carry):
-        step, state = carry
-        first, stop = slot_block(plan, slots, worker.tile, block)
-        stages = [_stage(worker, step + half, stop - first) for half in range(plan.halves)]
-        masks = [functools.partial(depth_mask, plan, worker.row_segment, stop - first)]
-        return step + plan.halves, _attend(worker, stages, masks, state)
-
-    def two(pair, carry):
-        step, state = carry
-        stages, masks = [], []
-        for i in range(2):
-            first, stop = slot_block(plan, slots, worker.tile, 2 * pair + i)
-            stages.append(_stage(worker, step + i, stop - first))
-            masks.append(functools.partial(depth_mask, plan, worker.row_segment, stop - first))
-        return step + 2, _attend(worker, stages, masks, state)
-
-    if plan.halves == 2 or not plan.config.depth_pairs:
-        return lax.fori_loop(0, blocks, one, carry)
-    pairs = div(blocks, 2)
-    carry = lax.fori_loop(0, pairs, two, carry)
-    return lax.fori_loop(2 * pairs, blocks, one, carry)
+def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
+    plan, segments = worker.plan, worker.refs.segment_smem
+    step, state = carry
+    if segments is not None:
+        segments = segments.at[rem(step, plan.config.stages)]
+    start = worker.tile.kv.nth(i) * plan.config.block_kv
+    mask = functools.partial(
+        key_mask, plan, worker.token, worker.row_segment, start, segments
+    )  # fmt: skip
+    block = Block.at(plan, worker.refs, worker.warpgroup, step)
+    return step + 1, _attend(worker, block, mask if masked else None, state)
 
 
-def _sequence_phase(worker: _Worker, carry):
-    tile, config = worker.tile, worker.plan.config
-
-    def attend(i, carry, masked: bool):
-        step, state = carry
-        segments = worker.refs.segment_smem
-        if segments is not None:
-            segments = segments.at[rem(step, config.stages)]
-        start = tile.kv.nth(i) * config.block_kv
-        row_segment, plan = worker.row_segment, worker.plan
-        mask = functools.partial(key_mask, plan, worker.token, row_segment, start, segments)
-        return step + 1, _attend(worker, [_stage(worker, step)], [mask] if masked else [], state)
-
-    plain, edge = (functools.partial(attend, masked=masked) for masked in (False, True))
-    carry = lax.fori_loop(0, tile.kv.plain, plain, carry)
-    return lax.fori_loop(tile.kv.plain, tile.kv.count, edge, carry)
-
-
-def _attend(worker: _Worker, blocks: list[Block], masks: Sequence[Callable[[], jax.Array]], state):
-    """Scores, softmax, weighted values of the blocks. This warpgroup's turn: taken before, after.
-
-    One mask for two blocks means that a row needs the scores of one of them, by its token.
-    """
+def _attend(worker: _Worker, block: Block, mask: Callable[[], jax.Array] | None, state):
+    """Scores, softmax, weighted values of a block. This warpgroup's turn: taken before, after."""
     plgpu = common.mosaic()
-    scores = _scores(worker, blocks)
-    merged = len(blocks) == 2 and len(masks) == 1
-    if merged:
-        early = (iota(scores[0].shape, 0) & worker.plan.half_tokens) == 0
-        scores = [jnp.where(early, scores[0], scores[1])]
-    if masks:
-        visible = [mask() for mask in masks]
-        scores = [jnp.where(m, s, -jnp.inf) for m, s in zip(visible, scores, strict=True)]
-    for block in blocks:
-        plgpu.barrier_arrive(block.key_free)
+    scores = _scores(worker, block)
+    if mask is not None:
+        scores = jnp.where(mask(), scores, -jnp.inf)
+    plgpu.barrier_arrive(block.key_free)
     weights, (acc, row_max, row_sum) = _softmax(scores, worker.plan.scale * LOG2E, state)
-    if merged:
-        weights = [jnp.where(early, weights[0], 0.0), jnp.where(early, 0.0, weights[0])]
-    weights = [w.astype(worker.plan.dtype) for w in weights]
+    weights = weights.astype(worker.plan.dtype)
     acc, row_max, row_sum, weights = lax.optimization_barrier((acc, row_max, row_sum, weights))
-    for block in blocks:
-        block.wait_value()
+    block.wait_value()
     worker.take_turn()
-    values = [block.value for block in blocks]
-    acc = accumulate(acc, *zip(weights, values, strict=True))
-    for block in blocks:
-        plgpu.barrier_arrive(block.value_free)
+    acc = accumulate(acc, (weights, block.value))
+    plgpu.barrier_arrive(block.value_free)
     return acc, row_max, row_sum
 
 
-def _scores(worker: _Worker, blocks: list[Block]) -> list[jax.Array]:
+def _scores(worker: _Worker, block: Block) -> jax.Array:
     pl, plgpu = common.pallas(), common.mosaic()
-    for block in blocks:
-        block.wait_key()
+    block.wait_key()
 
-    def products(*accs):
-        for acc, block in zip(accs, blocks, strict=True):
-            plgpu.wgmma(acc, worker.query, block.key.transpose((1, 0)))
+    def product(acc):
+        plgpu.wgmma(acc, worker.query, block.key.transpose((1, 0)))
         worker.pass_turn()
-        return [acc[...] for acc in accs]
+        return acc[...]
 
-    shapes = [plgpu.ACC((ROWS, block.key.shape[0]), jnp.float32) for block in blocks]
-    return pl.run_scoped(products, *shapes)
+    return pl.run_scoped(product, plgpu.ACC((ROWS, block.key.shape[0]), jnp.float32))
 
 
-def _softmax(scores: list[jax.Array], scale: float, state):
-    """Online softmax in base 2: the weights of these blocks, and the state rescaled to them."""
+def _softmax(scores: jax.Array, scale: float, state):
+    """Online softmax in base 2: the weights of these keys, and the state rescaled to them."""
     acc, row_max, row_sum = state
-    largest = functools.reduce(jnp.maximum, scores).max(axis=1)
-    new_max = jnp.maximum(row_max, largest * scale)
+    new_max = jnp.maximum(row_max, scores.max(axis=1) * scale)
     rescale = jnp.exp2(row_max - new_max)
-    weights = [jnp.exp2(s * scale - spread(new_max, s.shape, 0)) for s in scores]
+    weights = jnp.exp2(scores * scale - spread(new_max, scores.shape, 0))
     acc *= spread(rescale, acc.shape, 0)
-    row_sum = row_sum * rescale + functools.reduce(jnp.add, weights).sum(axis=1)
+    row_sum = row_sum * rescale + weights.sum(axis=1)
     return weights, (acc, new_max, row_sum)
 
 

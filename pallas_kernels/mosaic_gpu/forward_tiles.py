@@ -35,7 +35,7 @@ class ForwardConfig:
     warpgroups: int = 3  # compute warpgroups, a tile each
     persistent: bool = True  # one thread block per multiprocessor, looping over tiles
     turns: bool = True  # warpgroups take turns on the tensor cores
-    depth_pairs: bool = False  # two ring stages per step of the depth phase
+    interleave: bool = True  # depth blocks in turn with sequence blocks, not before them
     slot_boxes: bool = True  # one TMA load for all slots of a depth block, where layouts allow it
 
     @property
@@ -123,22 +123,13 @@ class Plan(NamedTuple):
         return self.config.stage_keys if self.slots else self.config.block_kv
 
     @property
-    def halves(self) -> int:
-        """Ring stages of a depth block: 2 if each holds the slots of one half of the tokens."""
-        return 2 if self.config.depth_pairs and self.tokens > 8 else 1
-
-    @property
-    def half_tokens(self) -> int:
-        return self.tokens // self.halves
-
-    @property
     def depth_keys(self) -> int:
         """(slot, token) pairs that a ring stage holds for one warpgroup."""
         return self.stage_keys // self.config.warpgroups // ROWS * ROWS
 
     @property
     def block_slots(self) -> int:
-        return self.depth_keys // self.half_tokens
+        return self.depth_keys // self.tokens
 
     @property
     def boxes(self) -> bool:

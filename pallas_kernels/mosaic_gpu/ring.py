@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, slot_block, unit
@@ -86,7 +87,7 @@ def ring_memory(plan: Plan) -> dict[str, Any]:
     if plan.slots:
         memory |= {"kd_full": barrier(slot_copies), "vd_full": barrier(slot_copies)}
     if plan.boxes:
-        shape = (config.stages, config.warpgroups, plan.block_slots, plan.half_tokens)
+        shape = (config.stages, config.warpgroups, plan.block_slots, plan.tokens)
         boxes = common.smem((*shape, plan.head_dim), plan.dtype)
         both = plgpu.RefUnion(ring, boxes)
         memory |= {"k_smem": both, "v_smem": both}
@@ -113,7 +114,34 @@ def either(plan: Plan, slots_left: jax.Array, whole: Callable, part: Callable) -
     common.when(slots_left < plan.block_slots, part)
 
 
+def visit(plan: Plan, tile: Tile, depth: Callable, plain: Callable, edge: Callable, carry: Any):
+    """Calls (block, carry) -> carry for every block of a tile, in the order of the ring.
+
+    Depth blocks take turns with sequence blocks, as far as there are both: while one warpgroup
+    waits for a depth block's short products, another has a long one to compute, and the slots'
+    traffic is spread out.
+    """
+    depth_blocks = tile.depth_blocks if plan.slots else 0
+    if tile.kv is None:
+        return lax.fori_loop(0, depth_blocks, depth, carry)
+    both: Any = 0
+    if plan.slots and plan.config.interleave:
+        both = jnp.minimum(depth_blocks, tile.kv.plain)
+        carry = lax.fori_loop(0, both, lambda i, c: plain(i, depth(i, c)), carry)
+    if plan.slots:
+        carry = lax.fori_loop(both, depth_blocks, depth, carry)
+    carry = lax.fori_loop(both, tile.kv.plain, plain, carry)
+    return lax.fori_loop(tile.kv.plain, tile.kv.count, edge, carry)
+
+
 # loads
+
+
+def load_blocks(plan: Plan, refs: Refs, tile: Tile, step: jax.Array) -> jax.Array:
+    """Every block of a tile; returns the next step of the ring."""
+    depth = functools.partial(_load_depth, plan, refs, tile)
+    keys = functools.partial(_load_keys, plan, refs, tile)
+    return visit(plan, tile, depth, keys, keys, step)
 
 
 def load_rows(plan: Plan, tile: Tile, pairs: Any, full: Any) -> None:
@@ -131,7 +159,7 @@ def load_rows(plan: Plan, tile: Tile, pairs: Any, full: Any) -> None:
                 )
 
 
-def load_keys(plan: Plan, refs: Refs, tile: Tile, i: jax.Array, step: jax.Array) -> jax.Array:
+def _load_keys(plan: Plan, refs: Refs, tile: Tile, i: jax.Array, step: jax.Array) -> jax.Array:
     """The i-th sequence block of the tiles' walk; returns the next step."""
     plgpu = common.mosaic()
     config, stages = plan.config, plan.config.stages
@@ -149,27 +177,22 @@ def load_keys(plan: Plan, refs: Refs, tile: Tile, i: jax.Array, step: jax.Array)
     return step + 1
 
 
-def load_depth(plan: Plan, refs: Refs, tile: Tile, block: jax.Array, step: jax.Array) -> jax.Array:
-    """A depth block of all warpgroups: one ring stage, or one for each half of the tokens."""
-    stages = plan.config.stages
+def _load_depth(plan: Plan, refs: Refs, tile: Tile, block: jax.Array, step: jax.Array) -> jax.Array:
+    """A depth block of all warpgroups; returns the next step."""
+    stage = rem(step, plan.config.stages)
     first, stop = slot_block(plan, refs.slots, tile, block)
     rings = (
         (refs.depth_key, refs.k_smem, refs.k_smem_boxes, refs.kd_full, refs.kd_box_full),
         (refs.depth_value, refs.v_smem, refs.v_smem_boxes, refs.vd_full, refs.vd_box_full),
     )
-    for half in range(plan.halves):
-        stage = rem(step, stages)
-        tokens = [
-            common.ds(unit(plan, tile, w)[0] + half * plan.half_tokens, plan.half_tokens)
-            for w in range(plan.config.warpgroups)
-        ]
-        for ring, free in zip(rings, (refs.k_free, refs.v_free), strict=True):
-            wait_free(free, step, stages)
-            box = functools.partial(_load_box, plan, tile, tokens, ring, stage, first)
-            slots = functools.partial(_load_slots, plan, tile, tokens, ring, stage, first, stop)
-            either(plan, stop - first, box, slots)
-        step += 1
-    return step
+    warpgroups = range(plan.config.warpgroups)
+    tokens = [common.ds(unit(plan, tile, w)[0], plan.tokens) for w in warpgroups]
+    for ring, free in zip(rings, (refs.k_free, refs.v_free), strict=True):
+        wait_free(free, step, plan.config.stages)
+        box = functools.partial(_load_box, plan, tile, tokens, ring, stage, first)
+        slots = functools.partial(_load_slots, plan, tile, tokens, ring, stage, first, stop)
+        either(plan, stop - first, box, slots)
+    return step + 1
 
 
 def _load_box(plan: Plan, tile: Tile, tokens: list, ring: tuple, stage, first) -> None:
@@ -191,10 +214,10 @@ def _load_slots(plan: Plan, tile: Tile, tokens: list, ring: tuple, stage, first,
         for i in range(plan.block_slots):
             # Past the range the last visible slot again: what nobody wrote may be NaN.
             slot = jnp.minimum(first + i, stop - 1)
-            row = warpgroup * plan.depth_keys + i * plan.half_tokens
+            row = warpgroup * plan.depth_keys + i * plan.tokens
             plgpu.copy_gmem_to_smem(
                 source.at[slot, tile.batch, where, tile.kv_head],
-                rows.at[stage, common.ds(row, plan.half_tokens)],
+                rows.at[stage, common.ds(row, plan.tokens)],
                 full.at[stage],
             )
 
@@ -247,7 +270,7 @@ def row_segments(plan: Plan, refs: Refs, tile: Tile, token: jax.Array) -> jax.Ar
     if not plan.segments:
         return None
     plgpu = common.mosaic()
-    ids = refs.query_segments.at[tile.batch, jax.lax.div(token, jnp.int32(plan.tokens))]
+    ids = refs.query_segments.at[tile.batch, lax.div(token, jnp.int32(plan.tokens))]
     return plgpu.load(ids, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
@@ -255,8 +278,8 @@ def depth_mask(plan: Plan, row_segment: jax.Array | None, slots_left: jax.Array)
     """A row sees the slots of its own token, unless it is padding."""
     shape = (ROWS, plan.depth_keys)
     row, column = iota(shape, 0), iota(shape, 1)
-    last = plan.half_tokens - 1  # the number of tokens is a power of two
-    mask = ((row & last) == (column & last)) & (column < slots_left * plan.half_tokens)
+    last = plan.tokens - 1  # the number of tokens is a power of two
+    mask = ((row & last) == (column & last)) & (column < slots_left * plan.tokens)
     if row_segment is not None:
         mask &= spread(row_segment, shape, 0) != NO_SEGMENT
     return mask

@@ -22,12 +22,12 @@ from pallas_kernels.mosaic_gpu.ring import (
     depth_mask,
     either,
     key_mask,
-    load_depth,
-    load_keys,
+    load_blocks,
     load_rows,
     ring_memory,
     row_segments,
     split_unions,
+    visit,
 )
 from pallas_kernels.mosaic_gpu.sequence_tiles import two_products
 from pallas_kernels.mosaic_gpu.wgmma import (
@@ -145,13 +145,7 @@ def _load(plan: Plan, refs: Refs) -> None:
     tile = locate(plan, refs.slots, refs.ranges, lax.axis_index("block"))
     pairs = (refs.query, refs.q_smem), (refs.d_out, refs.do_smem)
     load_rows(plan, tile, pairs, refs.q_full.at[0])
-    step = i32(0)
-    if plan.slots:
-        load = functools.partial(load_depth, plan, refs, tile)
-        step = lax.fori_loop(0, tile.depth_blocks, load, step)
-    if plan.kv_len:
-        load = functools.partial(load_keys, plan, refs, tile)
-        step = lax.fori_loop(0, tile.kv.count, load, step)
+    step = load_blocks(plan, refs, tile, i32(0))
     drain(refs.k_free, step, stages)
     drain(refs.v_free, step, stages)
 
@@ -217,16 +211,11 @@ def _compute(plan: Plan, refs: Refs, results: Results, warpgroup: jax.Array) -> 
     plgpu = common.mosaic()
     worker = _Worker.of(plan, refs, warpgroup)
     plgpu.barrier_wait(refs.q_full.at[0])
+    depth = functools.partial(_depth_step, worker, results)
+    plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
     carry = (i32(0), common.zeros((ROWS, plan.head_dim)))
-    if plan.slots:
-        step = functools.partial(_depth_step, worker, results)
-        carry = lax.fori_loop(0, worker.tile.depth_blocks, step, carry)
-    if plan.kv_len:
-        walk = worker.tile.kv
-        plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
-        carry = lax.fori_loop(0, walk.plain, plain, carry)
-        carry = lax.fori_loop(walk.plain, walk.count, edge, carry)
-    _store_dq(worker, carry[1])
+    _, dq = visit(plan, worker.tile, depth, plain, edge, carry)
+    _store_dq(worker, dq)
     if results.slots_dtype is not None and not results.add:
         _store_zeros(worker)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

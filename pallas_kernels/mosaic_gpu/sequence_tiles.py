@@ -21,6 +21,7 @@ class SequenceBackwardConfig:
     dkv_block_q: int = 128  # queries of a ring stage
     dkv_stages: int = 2
     dkv_warpgroups: int = 2
+    dq_interleave: bool = True  # see `ForwardConfig`
     fuse_depth: bool = True  # the slots' gradients in the dq kernel, where a tile has all heads
 
     @property
@@ -28,7 +29,7 @@ class SequenceBackwardConfig:
         """The dq kernel's tiles, which are those of a forward."""
         return ForwardConfig(
             block_kv=self.dq_block_kv, stages=self.dq_stages, warpgroups=self.dq_warpgroups,
-            persistent=False, turns=False,
+            persistent=False, turns=False, interleave=self.dq_interleave,
         )  # fmt: skip
 
     def shared_memory(self, head_dim: int) -> int:
