@@ -18,6 +18,7 @@ from pallas_kernels.operands import (
     Operands,
     Options,
     depth_tokens,
+    layers_as_heads,
     num_kv_heads,
     row_delta,
     visible_slots,
@@ -93,7 +94,7 @@ def add_depth_grads(
     To the depth kernel, the layers' queries are query heads: a token's slots meet R·G of them.
     """
     kv_heads, head_dim = depth_key.shape[-2:]
-    query, d_out, lse, delta = (_layers_as_heads(x, kv_heads) for x in readers)
+    query, d_out, lse, delta = (layers_as_heads(x, kv_heads) for x in readers)
     operands = Operands(query, None, None, depth_key, depth_value)
     shape = _shape(operands, query.shape[1])
     slots = common.slot_scalars([(0, 0), (first, stop)])
@@ -266,10 +267,3 @@ def _chunk_sides(operands: Operands, chunk: int) -> Sides:
     base = None if offset is None else offset // chunk * chunk
     segments = depth_tokens(operands, chunk).segment
     return Sides(offset, base, None, operands.query_segments, segments)
-
-
-def _layers_as_heads(x: jax.Array, kv_heads: int) -> jax.Array:
-    """[R, B, T, K·G, ...] -> [B, T, K·(R·G), ...]."""
-    layers, batch, length, heads = x.shape[:4]
-    grouped = x.reshape(layers, batch, length, kv_heads, heads // kv_heads, *x.shape[4:])
-    return jnp.moveaxis(grouped, 0, 3).reshape(batch, length, layers * heads, *x.shape[4:])

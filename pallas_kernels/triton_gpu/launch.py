@@ -53,13 +53,14 @@ def _version_refusal(package: str) -> str | None:
     first, after = WINDOW[package]
     numbers = tuple(int(x) for x in re.findall(r"\d+", version)[:3])
     if not first <= numbers < after:
-        window = f">={_dotted(first)},<{_dotted(after)}"
-        return f"works with {package}{window}, this is {version}: {INSTALL}"
+        return f"works with {requirement(package)}, this is {version}: {INSTALL}"
     return None
 
 
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
+def requirement(package: str) -> str:
+    """As pip takes it, for instance "triton>=3.6,<3.8"."""
+    first, after = (".".join(map(str, version)) for version in WINDOW[package])
+    return f"{package}>={first},<{after}"
 
 
 def call(

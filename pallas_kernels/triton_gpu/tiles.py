@@ -50,11 +50,21 @@ def padded(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def heuristic(kernel: str, *, head_dim: int, group: int, dtype: jnp.dtype) -> TileConfig:
-    """What runs on every architecture: shared memory of 99 KiB, 255 registers a thread."""
-    config = _HALF[kernel, 64 if head_dim <= 64 else 128]
+def heuristic(
+    kernel: str, *, head_dim: int, group: int, dtype: jnp.dtype, architecture: str
+) -> TileConfig:
+    """What runs on every GPU of a make: NVIDIA's have 99 KiB of shared memory for a block and 255
+    registers a thread, AMD's 64 KiB, and 256 registers if a block has more than 256 threads.
+    """
+    is_amd, is_wide = architecture.startswith("gfx"), head_dim > 64
+    config = _HALF[kernel, 128 if is_wide else 64]
     if jnp.dtype(dtype).itemsize == 4:  # products without tensor cores keep operands in registers
-        config = TileConfig(min(config.rows, 32), 32, 4, 1)
+        config = TileConfig(min(config.rows, 32), 32, 8 if is_wide and not is_amd else 4, 1)
+    elif is_amd:
+        rows = 32 if is_wide and kernel == "sequence_dkv" else 64
+        config = TileConfig(
+            min(config.rows, rows), min(config.keys, 64), min(config.num_warps, 4), 2
+        )  # fmt: skip
     return dataclasses.replace(config, rows=max(config.rows, padded(group)))
 
 
@@ -62,7 +72,9 @@ def choose(
     kernel: str, *, head_dim: int, group: int, is_causal: bool, dtype: jnp.dtype
 ) -> TileConfig:
     """The table's config for the GPU at hand, or the heuristic's."""
-    config = heuristic(kernel, head_dim=head_dim, group=group, dtype=dtype)
+    config = heuristic(
+        kernel, head_dim=head_dim, group=group, dtype=dtype, architecture=architecture()
+    )  # fmt: skip
     if platforms.current() != "gpu" or jnp.dtype(dtype).itemsize == 4:
         return config
     for causal in (True, is_causal):  # the nearest thing to an entry that is not there
