@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def count_fetches(grid, operand, scalars) -> int:
     indices = [
         tuple(int(n) for n in operand.index(*ids, refs)) for ids in np.ndindex(*grid)
     ]  # fmt: skip
-    return 1 + sum(a != b for a, b in zip(indices, indices[1:], strict=False))
+    return 1 + sum(a != b for a, b in itertools.pairwise(indices))
 
 
 @pytest.fixture
@@ -171,7 +172,9 @@ def test_invisible_slots_and_other_documents_are_not_fetched(launches):
     assert count_fetches(grid, inputs["depth_key"], scalars) == 2 * 4 * 3  # heads, blocks, slots
     ((grid, scalars, inputs, *_),) = launches["moda_tokens_forward"]
     assert count_fetches(grid, inputs["key"], scalars) == 2 * 4  # heads, blocks: one pair each
-    slots = {int(common.slot_index(n, scalars_of(launches, "moda_depth_forward"))) for n in range(9)}
+    slots = {
+        int(common.slot_index(n, scalars_of(launches, "moda_depth_forward"))) for n in range(9)
+    }
     assert slots == {0, 4, 5}
 
 

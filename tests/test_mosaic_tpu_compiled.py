@@ -21,7 +21,7 @@ from moda_jax.config import Config, MeshConfig, ModelConfig
 from moda_jax.sharding import batch_sharding, make_mesh
 from moda_jax.train_step import make_train_functions
 from pallas_kernels import platforms
-from pallas_kernels.mosaic_tpu import common, schedule
+from pallas_kernels.mosaic_tpu import common, schedule, tiles
 from pallas_kernels.operands import Operands, Options
 
 pytestmark = pytest.mark.skipif(
@@ -38,8 +38,8 @@ def devices(chip: str):
 def compile_for(chip: str, function, arrays, **jit):
     """Compiles function(*arrays) with [..., tokens, heads, H] as [..., heads, H, tokens] in memory.
 
-    XLA chooses that layout itself for what these kernels read, in a model. The default layout of
-    an argument is another, and would show here as copies of the whole cache.
+    In a model XLA chooses that layout itself for what these kernels read. An argument in another
+    one would show here as copies of the whole cache.
     """
 
     def leaf(x):
@@ -85,7 +85,9 @@ def rows_bytes(query) -> int:
 def whole_copies(compiled, shape) -> list[str]:
     """Instructions that copy or transpose an array of the depth cache's shape, in any layout."""
     sizes = sorted(shape)
-    found = re.findall(r"= \w+\[([\d,]+)\]\S* (copy|transpose|pad|concatenate)\(", compiled.as_text())
+    found = re.findall(
+        r"= \w+\[([\d,]+)\]\S* (copy|transpose|pad|concatenate)\(", compiled.as_text()
+    )
     return [op for dims, op in found if sorted(map(int, dims.split(","))) == sizes]
 
 
@@ -127,16 +129,18 @@ def test_real_shapes(chip, length, slots, head_dim, record_property):
 SEGMENTS = jax.ShapeDtypeStruct((1, 1000), jnp.int32)
 ROW = jax.ShapeDtypeStruct((1,), jnp.int32)
 VARIANTS = {
-    "packed": (dict(length=1000), {"segment_ids": SEGMENTS}, {}),
-    "full": (dict(length=1024), {}, {"is_causal": False}),
-    "chunk": (dict(length=1000), {"segment_ids": SEGMENTS}, {"depth_chunk": 64}),
-    "window": (dict(length=1024), {}, {"depth_window": 4, "depth_reserved": 2}),
-    "float32": (dict(length=1024, dtype=jnp.float32), {}, {}),
-    "head_256": (dict(length=1024, head_dim=256, heads=8, kv_heads=4), {}, {}),
-    "head_24": (dict(length=300, head_dim=24), {}, {}),
-    "many_heads": (dict(length=1024, heads=32, kv_heads=1, head_dim=128), {}, {}),
-    "two_rows": (dict(length=1024, batch=2), {}, {}),
-    "decode": (dict(length=1, k_len=2100), {"query_offset": ROW, "kv_length": ROW}, {}),
+    "packed": ({"length": 1000}, {"segment_ids": SEGMENTS}, {}),
+    "full": ({"length": 1024}, {}, {"is_causal": False}),
+    "chunk": ({"length": 1000}, {"segment_ids": SEGMENTS}, {"depth_chunk": 64}),
+    "window": ({"length": 1024}, {}, {"depth_window": 4, "depth_reserved": 2}),
+    "float32": ({"length": 1024, "dtype": jnp.float32}, {}, {}),
+    "head_256": ({"length": 1024, "head_dim": 256, "heads": 8, "kv_heads": 4}, {}, {}),
+    "head_24": ({"length": 300, "head_dim": 24}, {}, {}),
+    "many_heads": ({"length": 1024, "heads": 32, "kv_heads": 1, "head_dim": 128}, {}, {}),
+    "group_1": ({"length": 4096, "heads": 8}, {}, {}),
+    "group_3": ({"length": 1100, "heads": 24}, {}, {}),
+    "two_rows": ({"length": 1024, "batch": 2}, {}, {}),
+    "decode": ({"length": 1, "k_len": 2100}, {"query_offset": ROW, "kv_length": ROW}, {}),
 }  # fmt: skip
 
 
@@ -151,6 +155,15 @@ def test_variants_compile(chip, variant):
     text = compile_for(chip, run, (arrays, integers)).as_text()
     assert "moda_tokens_forward" in text
     assert "moda_tokens_backward" in text
+
+
+@pytest.mark.slow
+def test_a_cache_in_another_layout_is_copied(monkeypatch):
+    """So that `whole_copies` is known to find what the other tests say is not there."""
+    monkeypatch.setitem(globals(), "tokens_in_lanes", lambda rank: Layout(tuple(range(rank))))
+    arrays = call_shapes(length=1024, slots=9)
+    compiled = compile_for("v5e", value_and_gradients, (arrays, {}))
+    assert whole_copies(compiled, arrays[3].shape)
 
 
 @pytest.mark.slow
@@ -189,7 +202,7 @@ def test_running_gradients_are_added_in_place(dtype, chunk, record_property):
 @pytest.mark.slow
 def test_a_block_beyond_vmem_does_not_compile(monkeypatch):
     """The limit that the other tests keep is one that the compiler enforces."""
-    monkeypatch.setattr(schedule, "check_tiles", lambda *_: None)
+    monkeypatch.setattr(tiles, "check_tiles", lambda *_: None)
     arrays = call_shapes(length=4096, slots=2)
     sizes = {"q_block": 2048, "k_block": 2048, "q_span": 4096}
     with schedule.override(**sizes), pytest.raises(jax.errors.JaxRuntimeError, match="(?i)vmem"):

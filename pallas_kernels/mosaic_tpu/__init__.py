@@ -1,4 +1,36 @@
-"""MoDA for TPU v4 and later, in Pallas Mosaic TPU."""
+"""MoDA for TPU v4 and later, in Pallas Mosaic TPU: two pairs of kernels, merged through (o, lse).
+
+*Tokens in the lanes.* All arrays are read as [..., K, H, T]: a register holds 128 tokens of one
+feature. A slot's tile is [K·H, tokens].
+
+- No lane is empty at H = 64, in HBM or in registers; a tile of [tokens, H] would fill half of each.
+- Sums over H and over keys run down the sublanes: plain additions, no exchange across lanes. What
+  belongs to a query (maximum, sum, lse, delta) is a row of lanes, not a padded column.
+- It costs no copy. XLA lays the cache [S, B, T, K, H] out this way by itself when a kernel reads
+  its transpose. The other tile without empty lanes, [tokens, K·H], is no layout of that array:
+  both caches were copied in every layer (`tests/test_mosaic_tpu_compiled.py` shows that none is).
+
+*Depth* (`depth_forward`, `depth_backward`): a query meets S keys of its own token. As matrix
+products that would be the diagonals of [tokens, tokens] tiles, 128 times the work on the MXU, so
+it is done on the vector unit, exactly, in float32. K and V of a slot are read once for all query
+heads, slot after slot as `depth_length` and the window say: prefetched scalars drive the index
+maps, so that an invisible slot is never fetched (where not one slot is visible, one is fetched and
+not looked at). Running gradients are input and output of the same memory.
+
+*Tokens* (`forward`, `backward`): flash attention with a query block's G heads against a key block,
+products on the MXU; the sequence, and chunk-visible slots, which are S sequences with another mask.
+Pairs of blocks that nobody sees are neither fetched nor computed; those that are seen in full need
+no mask. The backward is one kernel with five products a pair, dq staying in VMEM.
+
+*Why two kernels.* A fused one would fetch slots under the sequence's products. But a step of the
+pipeline fetches one step ahead, and a query block has T / 1024 key blocks (causal, on average)
+against S slots: below about T = 64K most slots would find no product to hide under, unless several
+are held in VMEM at once, which the state of G heads needs already. Apart, the depth part costs its
+memory time and one float32 o; it runs first, so that this o is read under the products.
+
+Decoding works, at a price: a row's few queries share 128 lanes with nothing, in the tokens kernels.
+`schedule` says which blocks are visited, how many bytes they take and what is computed.
+"""
 
 from pallas_kernels.mosaic_tpu.operator import (
     add_depth_grads,

@@ -51,9 +51,10 @@ def tokens_backward(
         come in the key's dtype.
       want_keys: else None stands for (dk, dv).
     """
-    spans = len(schedule.query_spans(shape.q_len, tiles))
+    (_, size), *rest = schedule.query_spans(shape.q_len, tiles)
+    spans = 1 + len(rest)
     plan = blocks.make_plan(shape, tiles, sides, causal=causal, chunk=chunk)
-    plan = dataclasses.replace(plan, q_count=-(-plan.q_count // spans))
+    plan = dataclasses.replace(plan, q_count=size)
     call = functools.partial(
         _launch, plan, (query, key, value, d_out, lse, delta), slots, sides, shape=shape,
         scale=scale, want_keys=want_keys,

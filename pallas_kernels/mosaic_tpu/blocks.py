@@ -90,9 +90,7 @@ def block_scalars(
         jnp.clip(sides.k_stop, 0, plan.k_len),
     }  # fmt: skip
     column = {name: x[:, None] for name, x in rows.items()}
-    q_start, q_stop, k_start, k_stop = _bounds(
-        plan, q_blocks, jnp.arange(plan.k_count), **column
-    )
+    q_start, q_stop, k_start, k_stop = _bounds(plan, q_blocks, jnp.arange(plan.k_count), **column)
     ids, lowest = {}, None
     if plan.chunk is not None:
         lowest = q_start // plan.chunk * plan.chunk
@@ -123,7 +121,9 @@ def block_scalars(
     }
     end = {
         "span": jnp.full(1, 0 if span is None else span, jnp.int32),
-        "k_end": jnp.where(seen.any(axis=1) & (not all_keys), k_end, plan.k_count - 1).astype(jnp.int32),
+        "k_end": jnp.where(seen.any(axis=1) & (not all_keys), k_end, plan.k_count - 1).astype(
+            jnp.int32
+        ),
     }
     return rows | ids | hull | end
 

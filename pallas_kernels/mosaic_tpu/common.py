@@ -5,9 +5,10 @@ Pallas's interface differs between JAX versions: what moved is looked up here.
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,8 @@ def record_launches() -> Iterator[list[tuple[str, Work]]]:
 _simulate: contextvars.ContextVar[bool] = contextvars.ContextVar("simulate", default=False)
 
 
-class Blocked(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Blocked:
     """An operand cut into blocks; None in a block's shape drops that axis."""
 
     array: Any
@@ -97,6 +99,7 @@ def launch(
         return pl.BlockSpec(operand.block, index_map)
 
     order_in, order_out = [*scalars, *present], list(wanted)
+    semantics: Any = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
     flat = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -108,11 +111,10 @@ def launch(
         ),
         out_shape=[x.array for x in wanted.values()],
         input_output_aliases={
-            order_in.index(source): order_out.index(target)
-            for source, target in aliases.items()
+            order_in.index(source): order_out.index(target) for source, target in aliases.items()
         },
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
+            dimension_semantics=semantics,
             vmem_limit_bytes=VMEM_LIMIT,
         ),
         cost_estimate=pl.CostEstimate(
@@ -133,14 +135,15 @@ def _with_whole_blocks(inputs, outputs, aliases) -> tuple[dict[str, Blocked], di
     """
     inputs, outputs = dict(inputs), dict(outputs)
     for source, target in aliases.items():
-        array, block, index = inputs[source]
-        if block is None:
+        operand = inputs[source]
+        if operand.block is None:
             continue
-        padding = [(0, 0)] * (array.ndim - 1) + [(0, -array.shape[-1] % block[-1])]
+        array = operand.array
+        padding = [(0, 0)] * (array.ndim - 1) + [(0, -array.shape[-1] % operand.block[-1])]
         padded = jnp.pad(array, padding)
-        inputs[source] = Blocked(padded, block, index)
-        outputs[target] = outputs[target]._replace(
-            array=jax.ShapeDtypeStruct(padded.shape, padded.dtype)
+        inputs[source] = dataclasses.replace(operand, array=padded)
+        outputs[target] = dataclasses.replace(
+            outputs[target], array=jax.ShapeDtypeStruct(padded.shape, padded.dtype)
         )
     return inputs, outputs
 

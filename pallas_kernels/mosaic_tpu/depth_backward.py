@@ -1,6 +1,7 @@
 """Backward of the depth kernel, slot by slot, with the unified lse and delta.
 
-    p = 2^(z - lse)   ds = p (do vd - delta)   dq += scale ds kd   dkd = scale Σ_g ds q   dvd = Σ_g p do
+    p = 2^(z - lse)            ds = scale p (do vd - delta)
+    dq += ds kd                dkd = Σ_g ds q              dvd = Σ_g p do
 
 All terms belong to one token, so a slot's gradient is complete after its only visit: it is added
 to the running gradient cache in that visit, in place (the cache is input and output at once).

@@ -1,7 +1,8 @@
 """The backend's functions: which kernels a call takes, and the layouts they ask for."""
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def refusal(operands: Operands, options: Options, platform: str) -> str | None:
     if 0 in operands.query.shape or (operands.key is not None and operands.key.shape[1] == 0):
         return "needs at least one row and one token"
     try:
-        schedule.choose_tiles(_shape(operands, _key_length(operands)))
+        schedule.choose_tiles(_shape(operands, _key_length(operands)), options.depth_chunk)
     except ValueError as error:
         return str(error)
     return None
@@ -139,23 +140,54 @@ def _depth_forward(operands, options, query, out_dtype) -> tuple[jax.Array, jax.
     slots = common.slot_scalars(visible_slots(operands, options))
     keys = _keys(operands.depth_key), _keys(operands.depth_value)
     shape = _shape(operands, keys[0].shape[-1])
-    settings = {
-        "shape": shape, "tiles": schedule.choose_tiles(shape), "scale": options.scale,
-        "out_dtype": out_dtype,
-    }  # fmt: skip
-    if options.depth_chunk is None:
-        return depth_forward(query, *keys, slots, operands.query_segments, **settings)
-    return attend(
-        query, *keys, slots, _chunk_sides(operands, options.depth_chunk), None, causal=True,
-        chunk=options.depth_chunk, **settings,
+    settings: dict[str, Any] = {"scale": options.scale, "out_dtype": out_dtype}
+    if options.depth_chunk is not None:
+        return attend(
+            query, *keys, slots, _chunk_sides(operands, options.depth_chunk), None, causal=True,
+            chunk=options.depth_chunk, shape=shape,
+            tiles=schedule.choose_tiles(shape, options.depth_chunk), **settings,
+        )  # fmt: skip
+    fold = _Fold(shape)
+    state = depth_forward(
+        fold(query), fold(keys[0], 1), fold(keys[1], 1), slots, fold(operands.query_segments),
+        shape=fold.shape, tiles=schedule.choose_tiles(fold.shape), **settings,
     )  # fmt: skip
+    return fold.undo(state[0]), fold.undo(state[1])
+
+
+class _Fold:
+    """Rows of few tokens side by side in the lanes, for the depth kernels, which mix no tokens.
+
+    [..., B, ..., T] becomes [..., 1, ..., B·T] where rows would leave most lanes empty: decoding.
+    """
+
+    def __init__(self, shape: schedule.Shape):
+        self.batch = shape.batch if shape.q_len < schedule.LANES else 1
+        self.shape = shape
+        if self.batch > 1:
+            self.shape = dataclasses.replace(
+                shape, batch=1, q_len=shape.batch * shape.q_len, k_len=shape.batch * shape.k_len
+            )
+
+    def __call__(self, x: Any, axis: int = 0) -> Any:
+        """axis: of B."""
+        if x is None or self.batch == 1:
+            return x
+        moved = jnp.moveaxis(x, axis, -2)
+        return jnp.expand_dims(moved.reshape(*moved.shape[:-2], -1), axis)
+
+    def undo(self, x: Any, axis: int = 0) -> Any:
+        if x is None or self.batch == 1:
+            return x
+        flat = jnp.squeeze(x, axis)
+        return jnp.moveaxis(flat.reshape(*flat.shape[:-1], self.batch, -1), -2, axis)
 
 
 def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_depth) -> Gradients:
     head_dim, kv_heads = operands.query.shape[-1], num_kv_heads(operands)
     dtype, key, depth_key = operands.query.dtype, operands.key, operands.depth_key
     delta = row_delta(out, lse, d_out, d_lse)
-    rows = (
+    rows = _Rows(
         _queries(operands.query, kv_heads), _queries(d_out.astype(dtype), kv_heads),
         _blind(common.to_lanes(lse, kv_heads)), common.to_lanes(delta, kv_heads),
     )  # fmt: skip
@@ -163,9 +195,9 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
     if key is not None:
         shape = _shape(operands, key.shape[1])
         d_query, d_keys = tokens_backward(
-            rows[0], _keys(key)[None], _keys(operands.value)[None], *rows[1:], _all_slots(1),
-            _sequence_sides(operands), None, shape=shape, tiles=schedule.choose_tiles(shape),
-            scale=options.scale, causal=options.is_causal,
+            rows.query, _keys(key)[None], _keys(operands.value)[None], rows.d_out, rows.lse,
+            rows.delta, _all_slots(1), _sequence_sides(operands), None, shape=shape,
+            tiles=schedule.choose_tiles(shape), scale=options.scale, causal=options.is_causal,
         )  # fmt: skip
     if depth_key is not None and depth_key.shape[0] == 0:
         new = depth_grads or (depth_key, operands.depth_value)
@@ -173,11 +205,20 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
         d_query, new = _depth_backward(operands, options, rows, d_query, depth_grads, want_depth)
     grads = [] if d_keys is None else [_tokens_first(x[0], head_dim) for x in d_keys]
     d_key, d_value = grads or (None, None)
-    d_query = jnp.zeros_like(rows[0]) if d_query is None else d_query.astype(dtype)
+    d_query = jnp.zeros_like(rows.query) if d_query is None else d_query.astype(dtype)
     return Gradients(
         common.from_lanes(d_query)[..., :head_dim], d_key, d_value,
         *(new if want_depth and new is not None else (None, None)),
     )  # fmt: skip
+
+
+class _Rows(NamedTuple):
+    """Of the queries, with tokens in the lanes."""
+
+    query: jax.Array  # [B, K, G, H, T]
+    d_out: jax.Array  # [B, K, G, H, T]
+    lse: jax.Array  # [B, K, G, T]; +inf where a query sees nothing
+    delta: jax.Array  # [B, K, G, T]
 
 
 def _depth_backward(operands, options, rows, d_query, depth_grads, want_depth):
@@ -190,21 +231,27 @@ def _depth_backward(operands, options, rows, d_query, depth_grads, want_depth):
         grads = _keys(depth_grads[0]), _keys(depth_grads[1])
     elif want_depth and not (operands.depth_length is None and options.depth_window is None):
         grads = jnp.zeros_like(keys[0]), jnp.zeros_like(keys[1])  # of slots that nobody sees
-    settings = {"shape": shape, "tiles": schedule.choose_tiles(shape), "scale": options.scale}
     if options.depth_chunk is None:
+        fold = _Fold(shape)
         d_query, new = depth_backward(
-            rows[0], *keys, *rows[1:], slots, d_query, grads, want_depth=want_depth, **settings
-        )
+            fold(rows.query), fold(keys[0], 1), fold(keys[1], 1), fold(rows.d_out), fold(rows.lse),
+            fold(rows.delta), slots, fold(d_query),
+            grads and (fold(grads[0], 1), fold(grads[1], 1)), shape=fold.shape,
+            tiles=schedule.choose_tiles(fold.shape), scale=options.scale, want_depth=want_depth,
+        )  # fmt: skip
+        d_query = fold.undo(d_query)
+        new = new and (fold.undo(new[0], 1), fold.undo(new[1], 1))
     else:
         chunk = options.depth_chunk
         d_chunk, new = tokens_backward(
-            rows[0], *keys, *rows[1:], slots, _chunk_sides(operands, chunk), grads, causal=True,
-            chunk=chunk, want_keys=want_depth, **settings,
+            rows.query, *keys, rows.d_out, rows.lse, rows.delta, slots,
+            _chunk_sides(operands, chunk), grads, causal=True, chunk=chunk, want_keys=want_depth,
+            shape=shape, tiles=schedule.choose_tiles(shape, chunk), scale=options.scale,
         )  # fmt: skip
         d_query = d_chunk if d_query is None else d_query + d_chunk
-    if new is not None:
-        new = tuple(_tokens_first(x, operands.query.shape[-1]) for x in new)
-    return d_query, new
+    if new is None:
+        return d_query, None
+    return d_query, tuple(_tokens_first(x, operands.query.shape[-1]) for x in new)
 
 
 # --- shapes, layouts and masks --------------------------------------------------------------------

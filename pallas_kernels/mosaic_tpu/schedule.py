@@ -14,57 +14,46 @@ Whether a pair of blocks is needed is decided by `needed` and `unmasked`, on int
 NumPy or JAX: a block that nobody sees is neither fetched nor computed.
 """
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-LANES = 128
-VMEM_BYTES = 13 * 2**20
-"""What the blocks of a kernel may take: TPU v4, the smallest chip, has 16 MiB a core."""
+from pallas_kernels.mosaic_tpu.tiles import (
+    LANES,
+    VMEM_BYTES,
+    Shape,
+    Tiles,
+    check_tiles,
+    choose_tiles,
+    num_blocks,
+    override,
+    vmem_need,
+)
 
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Tile sizes in tokens (multiples of 128) and heads; `choose_tiles` picks them from shapes."""
-
-    q_block: int
-    """Query tokens of a block of the tokens kernels."""
-    k_block: int
-    """Key tokens of such a block."""
-    q_span: int
-    """Query tokens whose dq the tokens backward keeps in VMEM: a multiple of q_block. Longer
-    sequences take several passes, which add to dk and dv."""
-    depth_block: int
-    """Tokens of a block of the depth forward."""
-    depth_heads: int
-    """Key heads of a depth block: a slot's tile is [depth_heads * H, tokens]. Divides K."""
-    depth_grad_block: int
-    """As `depth_block`, of the depth backward."""
-    depth_grad_heads: int
-    k_step: int = 128
-    """Keys of a softmax update in the tokens forward. Divides k_block; several steps a block let
-    the compiler run the products of one under the exponentials of another: on v5e, a pair of 512
-    x 512 tokens at H = 64 takes 934 instruction bundles a head, and 1126 as one step."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What the schedule must know of a call. Sizes per device."""
-
-    batch: int
-    q_len: int
-    k_len: int
-    """Key tokens of a source; for the depth kernels it plays no role."""
-    kv_heads: int
-    group: int
-    """Query heads per key head."""
-    head_dim: int
-    itemsize: int
-    """Bytes of an element of query, key and value: 2 or 4."""
+__all__ = [
+    "LANES",
+    "VMEM_BYTES",
+    "Shape",
+    "Tiles",
+    "Work",
+    "block_bounds",
+    "block_pairs",
+    "check_tiles",
+    "choose_tiles",
+    "depth_backward_work",
+    "depth_forward_work",
+    "fetches",
+    "needed",
+    "num_blocks",
+    "override",
+    "query_spans",
+    "slot_bytes",
+    "tokens_backward_work",
+    "tokens_forward_work",
+    "unmasked",
+    "vmem_need",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +120,10 @@ def block_pairs(
 
     Without query offsets, lengths and segments, which can only leave more out.
     """
-    q_count, k_count = num_blocks(shape.q_len, tiles.q_block), num_blocks(shape.k_len, tiles.k_block)
+    q_count, k_count = (
+        num_blocks(shape.q_len, tiles.q_block),
+        num_blocks(shape.k_len, tiles.k_block),
+    )
     q_start, q_stop = block_bounds(q_count, tiles.q_block, shape.q_len)
     k_start, k_stop = block_bounds(k_count, tiles.k_block, shape.k_len)
     q_start, q_stop = q_start[:, None], q_stop[:, None]
@@ -155,145 +147,11 @@ def fetches(pairs: np.ndarray, sources: int = 1, *, same_source: bool) -> int:
     return sources * (int(rows.sum()) - kept) - (sources - 1) * int(first[0] == last[-1])
 
 
-def num_blocks(length: int, block: int) -> int:
-    return -(-length // block)
-
-
 def query_spans(q_len: int, tiles: Tiles) -> list[tuple[int, int]]:
-    """[start, stop) of the query blocks of each pass of the tokens backward."""
-    count, per_span = num_blocks(q_len, tiles.q_block), tiles.q_span // tiles.q_block
-    return [(start, min(start + per_span, count)) for start in range(0, count, per_span)]
-
-
-# --- tile sizes -----------------------------------------------------------------------------------
-
-_override: contextvars.ContextVar[dict[str, int] | None] = contextvars.ContextVar(
-    "tiles", default=None
-)
-
-
-@contextlib.contextmanager
-def override(**sizes: int) -> Iterator[None]:
-    """Calls traced inside take these fields of `Tiles`, the others from the heuristic."""
-    token = _override.set(sizes)
-    try:
-        yield
-    finally:
-        _override.reset(token)
-
-
-def tokens_forward_vmem(shape: Shape, q_block: int, k_block: int) -> int:
-    """Bytes of VMEM: blocks twice (one is computed with, one in flight), scratch and scores."""
-    rows, lanes = shape.group * shape.head_dim, q_block
-    query, state = rows * lanes * shape.itemsize, rows * lanes * 4
-    keys = 2 * shape.head_dim * k_block * shape.itemsize
-    scores = k_block * lanes * (4 + 4 + shape.itemsize)
-    lse = 2 * 2 * max(shape.group, 8) * lanes * 4
-    return 2 * (query + state + state + keys) + state + scores + lse
-
-
-def tokens_backward_vmem(shape: Shape, q_block: int, k_block: int, q_span: int) -> int:
-    """As `tokens_forward_vmem`; dq of a whole span stays in VMEM."""
-    rows = shape.group * shape.head_dim
-    queries = 2 * rows * q_block * shape.itemsize
-    keys = 2 * shape.head_dim * k_block * shape.itemsize
-    key_grads = 2 * shape.head_dim * k_block * 4
-    scores = k_block * q_block * (4 * 4 + 2 * shape.itemsize)
-    state = rows * q_span * 4
-    lse = 2 * 2 * max(shape.group, 8) * q_block * 4
-    return 2 * (queries + keys + 2 * key_grads) + key_grads + scores + 2 * state + lse
-
-
-def depth_forward_vmem(shape: Shape, block: int, heads: int) -> int:
-    rows = heads * shape.group * shape.head_dim
-    query, state = rows * block * shape.itemsize, rows * block * 4
-    slots = 2 * heads * shape.head_dim * block * shape.itemsize
-    vectors = 5 * max(heads * shape.group, 8) * block * 4
-    return 2 * (query + slots + state) + state + 2 * vectors + 4 * shape.head_dim * block * 4
-
-
-def depth_backward_vmem(shape: Shape, block: int, heads: int) -> int:
-    """With dq, which may continue another kernel's, and a float32 running gradient cache."""
-    rows = heads * shape.group * shape.head_dim
-    queries, state = 2 * rows * block * shape.itemsize, rows * block * 4
-    slots = 2 * heads * shape.head_dim * block * (shape.itemsize + 4 + 4)
-    vectors = 6 * max(heads * shape.group, 8) * block * 4
-    return 2 * (queries + slots + state) + state + 2 * vectors + 6 * shape.head_dim * block * 4
-
-
-def choose_tiles(shape: Shape, vmem_bytes: int = VMEM_BYTES) -> Tiles:
-    """The largest tiles that fit, or those of `override`.
-
-    Large token blocks amortise a grid step (about 0.35 us) and the loads of the MXU's weights;
-    beyond 512 only masked work grows. dq of as many queries as fit stays in VMEM.
-
-    Raises:
-      ValueError: heads too many or too wide for the smallest blocks, or an override that does not
-        fit.
-    """
-    q_most, k_most = (min(512, _whole_lanes(n)) for n in (shape.q_len, shape.k_len))
-    half = vmem_bytes // 2  # the rest of the backward's share goes to its span
-    q_block, k_block = _largest(
-        [(q, min(k, k_most)) for q in (512, 256, 128) for k in (512, 256, 128) if q <= q_most],
-        lambda q, k: (tokens_forward_vmem(shape, q, k) <= vmem_bytes
-                      and tokens_backward_vmem(shape, q, k, q) <= max(half, vmem_bytes - 2**22)),
-    )  # fmt: skip
-    spans = range(q_block, _whole_lanes(shape.q_len) + q_block, q_block)
-    fitting = [n for n in spans if tokens_backward_vmem(shape, q_block, k_block, n) <= vmem_bytes]
-    heads = [n for n in range(shape.kv_heads, 0, -1) if shape.kv_heads % n == 0]
-    depth = [(block, n) for block in (512, 256, 128) if block <= q_most for n in heads]
-    forward, backward = (
-        _largest(depth, lambda *tile, fits=fits: fits(shape, *tile) <= vmem_bytes)
-        for fits in (depth_forward_vmem, depth_backward_vmem)
-    )
-    tiles = Tiles(q_block, k_block, max(fitting, default=q_block), *forward, *backward)
-    tiles = dataclasses.replace(tiles, **(_override.get() or {}))
-    check_tiles(shape, tiles, vmem_bytes)
-    return tiles
-
-
-def _whole_lanes(length: int) -> int:
-    return max(num_blocks(length, LANES), 1) * LANES
-
-
-def _largest(candidates: list[tuple[int, int]], fits: Any) -> tuple[int, int]:
-    """Of the candidates that fit, the one with the most elements; the first among equals."""
-    fitting = [pair for pair in candidates if fits(*pair)] or candidates[-1:]
-    return max(fitting, key=lambda pair: pair[0] * pair[1])
-
-
-def check_tiles(shape: Shape, tiles: Tiles, vmem_bytes: int = VMEM_BYTES) -> None:
-    """Raises ValueError where the kernels could not run with these tiles."""
-    need = vmem_need(shape, tiles)
-    for kernel, size in need.items():
-        if size > vmem_bytes:
-            raise ValueError(
-                f"mosaic_tpu {kernel}: expected blocks of at most {vmem_bytes} bytes of VMEM, got "
-                f"{size} with {tiles} and {shape}"
-            )
-    if tiles.q_span % tiles.q_block:
-        raise ValueError(f"q_span: expected a multiple of q_block, got {tiles}")
-    for heads in (tiles.depth_heads, tiles.depth_grad_heads):
-        if shape.kv_heads % heads:
-            raise ValueError(f"depth heads: expected a divisor of {shape.kv_heads}, got {heads}")
-
-
-def vmem_need(shape: Shape, tiles: Tiles) -> dict[str, int]:
-    """Bytes of VMEM by kernel."""
-    return {
-        "tokens_forward": tokens_forward_vmem(shape, tiles.q_block, tiles.k_block),
-        "tokens_backward": tokens_backward_vmem(
-            shape, tiles.q_block, tiles.k_block, min(tiles.q_span, _span_of(shape, tiles))
-        ),
-        "depth_forward": depth_forward_vmem(shape, tiles.depth_block, tiles.depth_heads),
-        "depth_backward": depth_backward_vmem(
-            shape, tiles.depth_grad_block, tiles.depth_grad_heads
-        ),
-    }  # fmt: skip
-
-
-def _span_of(shape: Shape, tiles: Tiles) -> int:
-    return num_blocks(shape.q_len, tiles.q_block) * tiles.q_block
+    """[start, stop) of the query blocks of each launch of the tokens backward."""
+    count, most = num_blocks(q_len, tiles.q_block), tiles.q_span // tiles.q_block
+    size = num_blocks(count, num_blocks(count, most))
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 # --- work -----------------------------------------------------------------------------------------
