@@ -80,12 +80,46 @@ def launches(
     if call.grads_dtype is not None and call.slots:
         assert arrays[3] is not None
         grads = (jax.ShapeDtypeStruct(arrays[3].shape, call.grads_dtype),) * 2
-    with platforms.compiling_for("tpu"):
-        with common.record_launches() as first:
-            out, lse = jax.eval_shape(forward, arrays, segments)
-        with common.record_launches() as second:
-            jax.eval_shape(backward, arrays, segments, out, lse, grads)
-    return tuple(Launch(*x) for x in first), tuple(Launch(*x) for x in second)
+    assert arrays[0] is not None
+    lse = jax.ShapeDtypeStruct(arrays[0].shape[:3], jnp.float32)
+    return traced(forward, arrays, segments), traced(
+        backward, arrays, segments, arrays[0], lse, grads
+    )
+
+
+def traced(function: Callable[..., Any], *arrays: Any) -> tuple[Launch, ...]:
+    """The kernels that a function launches on a TPU, as often as it does."""
+    with platforms.compiling_for("tpu"), common.record_launches() as found:
+        jaxpr = jax.make_jaxpr(function)(*arrays)
+    # A loop's body is traced once; what it launches is known by what it tells the compiler.
+    by_cost = {_told(work): Launch(name, work) for name, work in found}
+    return tuple(by_cost[cost] for cost in _executed(jaxpr.jaxpr))
+
+
+def _told(work: Work) -> tuple[int, int, int]:
+    flops, nbytes = work.mxu_flops + work.vpu_ops, work.bytes_read + work.bytes_written
+    return flops, work.exps, nbytes
+
+
+def _executed(jaxpr: Any) -> Iterator[tuple[int, int, int]]:
+    """The cost estimates of all kernels, those in loops as often as they run."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            cost = equation.params["cost_estimate"]
+            yield cost.flops, cost.transcendentals, cost.bytes_accessed
+            continue
+        inner = [x for value in equation.params.values() for x in _jaxprs(value)]
+        assert equation.primitive.name != "while" or not any(list(_executed(x)) for x in inner)
+        for _ in range(equation.params["length"] if equation.primitive.name == "scan" else 1):
+            for x in inner:
+                yield from _executed(x)
+
+
+def _jaxprs(value: Any) -> list[Any]:
+    if isinstance(value, tuple | list):
+        return [x for item in value for x in _jaxprs(item)]
+    value = getattr(value, "jaxpr", value)
+    return [value] if hasattr(value, "eqns") else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,9 +240,7 @@ def additions(call: Call, readers: int) -> tuple[Launch, ...]:
             readers, depth_key, depth_value, grads, 0, call.slots, scale=1.0
         )
 
-    with platforms.compiling_for("tpu"), common.record_launches() as found:
-        jax.eval_shape(add, DepthReaders(queries, queries, rows, rows), depth, depth, (grads,) * 2)
-    return tuple(Launch(*kernel) for kernel in found)
+    return traced(add, DepthReaders(queries, queries, rows, rows), depth, depth, (grads,) * 2)
 
 
 def _mean(works: list[tuple[float, Work]], chip: Chip, head_dim: int) -> KernelCost:

@@ -68,8 +68,8 @@ def predict(call: Call, chip: Chip) -> dict[str, Any]:
         ours = result["moda"][part]
         result[f"{part} overhead"] = ours / result["vanilla"][part] - 1
     forward, backward = launches(call)
-    for part, kernels in (("forward", forward), ("total", (*forward, *backward))):
-        fused = 1e3 * overlapped(kernels, chip, call.head_dim)
+    passes = [1e3 * overlapped(kernels, chip, call.head_dim) for kernels in (forward, backward)]
+    for part, fused in (("forward", passes[0]), ("total", sum(passes))):
         result[f"{part} overhead, overlapped"] = fused / result["vanilla"][part] - 1
     result["depth"] = {
         "forward": _ms(_depth(forward), chip, call),

@@ -14,10 +14,9 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from benchmarks.tpu_kernels import Call, Launch
+from benchmarks.tpu_kernels import Call, Launch, traced
 from moda_jax import attention
-from pallas_kernels import mosaic_tpu, platforms
-from pallas_kernels.mosaic_tpu import common
+from pallas_kernels import mosaic_tpu
 from pallas_kernels.mosaic_tpu.schedule import LANES, Work
 
 BLOCK = 512
@@ -70,9 +69,7 @@ def depth_alone(call: Call) -> tuple[Launch, ...]:
     def forward(query, depth_key, depth_value):
         return mosaic_tpu.forward(*attention.check(query, None, None, depth_key, depth_value))
 
-    with platforms.compiling_for("tpu"), common.record_launches() as found:
-        jax.eval_shape(forward, arrays[0], *arrays[3:])
-    return tuple(Launch(*kernel) for kernel in found)
+    return traced(forward, arrays[0], *arrays[3:])
 
 
 def launches(call: Call, *, fused: bool = False, residuals: bool = True) -> tuple[Launch, ...]:

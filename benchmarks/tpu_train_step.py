@@ -91,12 +91,12 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 steps.append(measure(name, topology, args))
                 print(row(steps[-1], steps), flush=True)
+                write(args, argv, steps, errors)
             except Exception as error:  # one program must not cost the others their numbers
                 text = " ".join(str(error).split())
                 errors[f"{name} on {topology}"] = f"{type(error).__name__}: {text[:300]}"
                 print(f"{name} on {topology}: {text[:300]}", file=sys.stderr, flush=True)
-    if args.output and steps:
-        write(args, argv, steps, errors)
+    write(args, argv, steps, errors)
     return 1 if errors else 0
 
 
@@ -246,7 +246,9 @@ def _twin(step: Step, steps: list[Step]) -> Step | None:
 def write(
     args: argparse.Namespace, argv: list[str] | None, steps: list[Step], errors: dict[str, str]
 ) -> None:
-    """OUTPUT.json has everything, OUTPUT.md the table and the command."""
+    """OUTPUT.json has everything, OUTPUT.md the table and the command; nothing without OUTPUT."""
+    if not args.output:
+        return
     words = sys.argv[1:] if argv is None else argv
     record = {
         "command": shlex.join(["python", "-m", "benchmarks.tpu_train_step", *words]),

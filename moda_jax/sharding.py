@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moda_jax.config import MeshConfig
@@ -44,9 +45,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} needs {needed} "
             f"devices, {present} are here; change mesh.data, mesh.fsdp or mesh.tensor"
         )
-    return jax.make_mesh(
-        shape, ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices[:needed]
+    # An axis may be a part of a physical one: a tensor axis of 2 on a TPU slice of 4 x 4 x 4, too.
+    placed = mesh_utils.create_device_mesh(
+        shape, list(devices[:needed]), allow_split_physical_axes=True
     )
+    return Mesh(placed, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def partition_spec(

@@ -57,6 +57,18 @@ def test_visited_blocks_are_those_of_the_mask(sizes):
     assert tiles.q_block == sizes["q_block"]
 
 
+def test_a_kernel_in_a_loop_counts_as_often_as_it_runs():
+    """A long sequence's dq is computed by spans of queries."""
+    tpu_kernels.launches.cache_clear()
+    with schedule.override(q_block=128, k_block=128, q_span=256):
+        backward = tpu_kernels.launches(CALL)[1]
+    tpu_kernels.launches.cache_clear()
+    spans = [kernel.work.pairs for kernel in backward if kernel.name == "moda_tokens_backward"]
+    expected = blocks_with_work(1300, 128, 128) * 2 * 2
+    assert len(spans) == 6
+    assert sum(spans) == pytest.approx(expected, abs=len(spans))  # shares are whole numbers
+
+
 def test_the_depth_kernels_move_each_array_once():
     query, _, _, depth, _ = CALL.arrays()
     size = {"query": query.size * 2, "rows": query.size // 64 * 4, "slots": 2 * depth.size * 2}
