@@ -6,11 +6,12 @@ spread (`Config` already rejects the dimensions for which that would be a surpri
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moda_jax.config import MeshConfig
@@ -44,9 +45,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} needs {needed} "
             f"devices, {present} are here; change mesh.data, mesh.fsdp or mesh.tensor"
         )
-    return jax.make_mesh(
-        shape, ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices[:needed]
+    # An axis may be a part of a physical one: a tensor axis of 2 on a TPU slice of 4 x 4 x 4, too.
+    placed = mesh_utils.create_device_mesh(
+        shape, list(devices[:needed]), allow_split_physical_axes=True
     )
+    return Mesh(placed, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def partition_spec(
@@ -110,6 +113,28 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over (data, fsdp), everything else replicated: for arrays [B, ...]."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def per_row_shard(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(shared, *rows)` run by every part of the batch's mesh axes on its own rows.
+
+    `shared` is whole everywhere, and its gradient is summed once, at the end. `rows` are arrays
+    [B, ...]; the results' leading axes are concatenated. The compiler still splits what is inside
+    over the other mesh axes. Where the rows are not split, this is `function`.
+    """
+
+    def run(shared: Any, *rows: jax.Array) -> Any:
+        sizes = compiler_axes()
+        split = partition_spec(("batch",), rows[0].shape[:1], sizes)[0]
+        if split is None:
+            return function(shared, *rows)
+        spec = PartitionSpec(split)
+        return jax.shard_map(
+            function, in_specs=(PartitionSpec(), *[spec] * len(rows)), out_specs=spec,
+            axis_names={split} if isinstance(split, str) else set(split), check_vma=False,
+        )(shared, *rows)  # fmt: skip
+
+    return run
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
