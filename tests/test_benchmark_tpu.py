@@ -46,7 +46,8 @@ def blocks_with_work(tokens, q_block, k_block):
 @pytest.mark.parametrize("sizes", [{"q_block": 128, "k_block": 256}, {"q_block": 256}])
 def test_visited_blocks_are_those_of_the_mask(sizes):
     tpu_kernels.launches.cache_clear()
-    with schedule.override(**sizes, q_span=1536):
+    grad_sizes = {name.replace("_block", "_grad_block"): size for name, size in sizes.items()}
+    with schedule.override(**sizes, **grad_sizes, q_span=1536):
         found = works(CALL)
         shape = schedule.Shape(2, 1300, 1300, 2, 2, 64, 2)
         tiles = schedule.choose_tiles(shape)
@@ -60,7 +61,7 @@ def test_visited_blocks_are_those_of_the_mask(sizes):
 def test_a_kernel_in_a_loop_counts_as_often_as_it_runs():
     """A long sequence's dq is computed by spans of queries."""
     tpu_kernels.launches.cache_clear()
-    with schedule.override(q_block=128, k_block=128, q_span=256):
+    with schedule.override(q_grad_block=128, k_grad_block=128, q_span=256):
         backward = tpu_kernels.launches(CALL)[1]
     tpu_kernels.launches.cache_clear()
     spans = [kernel.work.pairs for kernel in backward if kernel.name == "moda_tokens_backward"]
