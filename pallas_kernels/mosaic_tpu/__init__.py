@@ -22,13 +22,14 @@ products on the MXU; the sequence, and chunk-visible slots, which are S sequence
 Pairs of blocks that nobody sees are neither fetched nor computed; those that are seen in full need
 no mask. The backward is one kernel with five products a pair, dq staying in VMEM.
 
-*Why two kernels.* A fused one would fetch slots under the sequence's products. But a step of the
-pipeline fetches one step ahead, and a query block has T / 1024 key blocks (causal, on average)
-against S slots: below about T = 64K most slots would find no product to hide under, unless several
-are held in VMEM at once, which the state of G heads needs already. Apart, the depth part costs its
-memory time and one float32 o; it runs first, so that this o is read under the products.
+*Why two kernels.* Apart, the depth part costs its memory time and one float32 o; it runs first, so
+that this o is read under the sequence's products. A fused kernel would fetch the slots under those
+products too, which the roofline (`benchmarks/tpu_roofline.py`) puts at most of the overhead at T =
+16K. It is not built: a pipeline fetches one step ahead, and a query block has T / 1024 key blocks on
+average against S slots, so that every step would have to carry its share of slots by copies of its
+own, in VMEM that the state of all heads of a tile already fills.
 
-Decoding works, at a price: a row's few queries share 128 lanes with nothing, in the tokens kernels.
+Decoding works, at a price: in the tokens kernels a row's few queries have 128 lanes to themselves.
 `schedule` says which blocks are visited, how many bytes they take and what is computed.
 """
 
