@@ -25,9 +25,9 @@ no mask. The backward is one kernel with five products a pair, dq staying in VME
 *Why two kernels.* Apart, the depth part costs its memory time and one float32 o; it runs first, so
 that this o is read under the sequence's products. A fused kernel would fetch the slots under those
 products too, which the roofline (`benchmarks/tpu_roofline.py`) puts at most of the overhead at T =
-16K. It is not built: a pipeline fetches one step ahead, and a query block has T / 1024 key blocks on
-average against S slots, so that every step would have to carry its share of slots by copies of its
-own, in VMEM that the state of all heads of a tile already fills.
+16K. It is not built: a pipeline fetches one step ahead, and a query block has T / 1024 key blocks
+on average against S slots, so that every step would have to carry its share of slots by copies of
+its own, in VMEM that the state of all heads of a tile already fills.
 
 Decoding works, at a price: in the tokens kernels a row's few queries have 128 lanes to themselves.
 `schedule` says which blocks are visited, how many bytes they take and what is computed.
