@@ -22,6 +22,7 @@ from benchmarks.tpu_kernels import Call
 from moda_jax import moda_attention
 from moda_jax.config import Config, MeshConfig, ModelConfig
 from moda_jax.flops import visible_slots
+from moda_jax.sharding import make_mesh
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_tpu import schedule
 
@@ -161,6 +162,14 @@ def libtpu():
     pytest.importorskip("libtpu", reason="pip install 'moda-jax[tpu]' brings the compiler")
 
 
+@pytest.mark.parametrize(("slice_of", "fsdp"), [("v5e:4x4", 8), ("v5p:4x4x4", 32)])
+def test_a_mesh_axis_may_be_a_part_of_a_slices_axis(libtpu, slice_of, fsdp):
+    mesh = make_mesh(MeshConfig(fsdp=fsdp, tensor=2), tpu_chips.devices(slice_of))
+    assert mesh.devices.shape == (1, fsdp, 2)
+    pairs = np.array([[chip.coords for chip in pair] for pair in mesh.devices[0]])
+    assert (np.abs(pairs[:, 0] - pairs[:, 1]).sum(axis=1) == 1).all()  # neighbours share the heads
+
+
 def test_operator_smoke_run_writes_both_files(libtpu, tmp_path):
     output = tmp_path / "operator"
     assert tpu_operator.main(["--smoke", "--chips", "v5e", "--output", str(output)]) == 0
@@ -181,7 +190,7 @@ def test_programs_that_fail_are_named(libtpu, capsys):
     assert tpu_train_step.main([*arguments, "--tensor", "3"]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert any(line.startswith("missing on v5e:2x2: No module named") for line in errors)
-    expected = "moda_700m_row4 on v5e:2x2: tensor: expected a divisor of the 4 chips, got 3"
+    expected = "moda_700m_row4 on v5e:2x2: data, tensor: expected divisors of 4 chips, got 1, 3"
     assert expected in errors
 
 
