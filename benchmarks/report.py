@@ -172,8 +172,8 @@ def write(path: Path) -> None:
     text = (
         f"# Attention, {results['device']}\n\n"
         f"`{results['command']}`, then "
-        f"`python -m benchmarks.report`; JAX {results['jax']}. Measured in the run: copy "
-        f"{results['copy TB/s']:.2f} TB/s, bfloat16 matrix product "
+        f"`python -m benchmarks.report docs/benchmarks/{path.name}`; JAX {results['jax']}. "
+        f"Measured in the run: copy {results['copy TB/s']:.2f} TB/s, bfloat16 matrix product "
         f"{results['matmul TFLOP/s']:.0f} TFLOP/s. Implementation: {results['implementation']}.\n\n"
         f"{_NOTES}\n## Forward and backward\n\n{table(results, 'total')}\n\n## Forward\n\n"
         f"{table(results, 'forward')}\n\n{other_tables(results)}"

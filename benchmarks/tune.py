@@ -1,6 +1,7 @@
-"""Searches tile sizes of the mosaic_gpu kernels and writes pallas_kernels/mosaic_gpu/tuned.json.
+"""Searches tile sizes of a backend's kernels and writes their table, pallas_kernels/*/tuned.json.
 
     python -m benchmarks.tune [--kernels forward,depth_backward] [--rows T16K,H128] [--dry-run]
+    python -m benchmarks.tune --backend triton --jobs 8
 
 From a kernel's own choice, one field at a time is changed; what is at least 1% faster stays, and
 the fields are gone through until none improves. A config that does not fit the chip, does not
@@ -9,6 +10,7 @@ entry of its head size and group; of several shapes with the same, the last one 
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import sys
@@ -23,7 +25,7 @@ import numpy as np
 from benchmarks.attention import make_inputs
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import milliseconds
-from pallas_kernels.mosaic_gpu import tuned
+from pallas_kernels.tuned import Table, table_key
 
 GAIN = 0.01
 """A config must be faster by this share: timing scatters by a few tenths of a percent."""
@@ -32,8 +34,8 @@ GAIN = 0.01
 class Kernel(NamedTuple):
     """A kernel with tile sizes to choose."""
 
-    default: Callable[[int], Any]
-    """Head size -> the config that the kernel takes by itself."""
+    default: Callable[[Shape], Any]
+    """The config that the kernel takes by itself at a shape."""
     grid: Mapping[str, Sequence[Any]]
     """Values to try, by field."""
     run: Callable[[Shape, Any], tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -74,20 +76,41 @@ def search(
     return best, lowest, first
 
 
-def tune(kernel: Kernel, shape: Shape, deadline: float) -> tuple[Any, float, float]:
+def tune(kernel: Kernel, shape: Shape, deadline: float, jobs: int = 1) -> tuple[Any, float, float]:
     """`search` over a kernel's configs at a shape, in milliseconds; none is tried past `deadline`.
 
-    Every config must give the default's results, up to the order of its sums.
+    Every config must give the default's results, up to the order of its sums. `jobs` configs are
+    compiled side by side, and nothing is timed meanwhile.
     """
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        return _tune(kernel, shape, deadline, pool)
+
+
+def _tune(kernel: Kernel, shape: Shape, deadline: float, pool: Any) -> tuple[Any, float, float]:
     expected: list[Any] = []
+    programs: dict[Any, Any] = {}
+
+    def build(config: Any) -> Any:
+        if expected and time.perf_counter() > deadline:
+            raise TimeoutError("the time budget is spent")
+        function, arguments = kernel.run(shape, config)
+        return jax.jit(function).lower(*arguments).compile(), arguments
+
+    def neighbours(config: Any) -> list[Any]:
+        found = candidates(config, kernel.grid)
+        for other in found:
+            if other not in programs:
+                programs[other] = pool.submit(build, other)
+        concurrent.futures.wait([programs[other] for other in found])
+        return found
 
     def cost(config: Any) -> float | None:
         if expected and time.perf_counter() > deadline:
             return None
         try:
-            function, arguments = kernel.run(shape, config)
-            compiled = jax.jit(function)
-            results = [np.asarray(x, np.float32) for x in jax.tree.leaves(compiled(*arguments))]
+            program = programs.pop(config, None)
+            compiled, arguments = build(config) if program is None else program.result()
+            results = jax.tree.leaves(compiled(*arguments))
             if not expected:
                 expected.extend(results)
             _check_results(results, expected)
@@ -99,17 +122,45 @@ def tune(kernel: Kernel, shape: Shape, deadline: float) -> tuple[Any, float, flo
         print(f"  {config}: {duration:.3f} ms", flush=True)
         return duration
 
-    neighbours = functools.partial(candidates, grid=kernel.grid)
-    return search(kernel.default(shape.head_dim), neighbours, cost)
+    return search(kernel.default(shape), neighbours, cost)
 
 
-def _check_results(results: list[np.ndarray], expected: list[np.ndarray]) -> None:
+def _check_results(results: list[jax.Array], expected: list[jax.Array]) -> None:
     for got, wanted in zip(results, expected, strict=True):
-        finite = np.isfinite(wanted)
-        size = float(np.linalg.norm(wanted[finite]))
-        error = float(np.linalg.norm((got - wanted)[finite])) / max(size, 1e-30)
-        if not error < 1e-2 or not np.array_equal(np.isfinite(got), finite):  # 16-bit rounding
+        error, same_places = _difference(got, wanted)  # on the device: these are large
+        if not error < 1e-2 or not same_places:  # 16-bit rounding
             raise ValueError(f"other results than the first config's, relative error {error:.1e}")
+
+
+@jax.jit
+def _difference(got: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Relative error over what is finite, and whether the same entries are."""
+    finite = jnp.isfinite(wanted)
+    x, y = (jnp.where(finite, z, 0).astype(jnp.float32) for z in (got, wanted))
+    error = jnp.linalg.norm((x - y).ravel()) / jnp.maximum(jnp.linalg.norm(y.ravel()), 1e-30)
+    return error, jnp.array_equal(jnp.isfinite(got), finite)
+
+
+class Kernels(NamedTuple):
+    """A backend's kernels, and where their tile sizes go."""
+
+    kernels: dict[str, Kernel]
+    table: Table
+    device: str
+    """As the table's keys call the device at hand."""
+
+
+def mosaic_gpu_kernels() -> Kernels:
+    from pallas_kernels.mosaic_gpu import tuned
+
+    return Kernels(kernels(), tuned.TABLE, jax.devices()[0].device_kind)
+
+
+def triton_kernels() -> Kernels:
+    from benchmarks.tune_triton import kernels
+    from pallas_kernels.triton_gpu import tiles
+
+    return Kernels(kernels(), tiles.TABLE, tiles.architecture())
 
 
 def kernels() -> dict[str, Kernel]:
@@ -119,7 +170,7 @@ def kernels() -> dict[str, Kernel]:
     from pallas_kernels.mosaic_gpu.depth_tiles import DepthConfig
     from pallas_kernels.mosaic_gpu.forward import attend
     from pallas_kernels.mosaic_gpu.forward_tiles import forward_config
-    from pallas_kernels.mosaic_gpu.sequence_backward import sequence_backward
+    from pallas_kernels.mosaic_gpu.sequence_backward import Depth, fuses, sequence_backward
     from pallas_kernels.mosaic_gpu.sequence_tiles import sequence_backward_config
 
     def slots(shape: Shape) -> np.ndarray:
@@ -138,11 +189,24 @@ def kernels() -> dict[str, Kernel]:
         return scaled(attend, shape, config, is_causal=True), (*arrays, jnp.asarray(slots(shape)))
 
     def run_sequence_backward(shape: Shape, config: Any):
-        (query, key, value, *_), d_out = make_inputs(shape)
-        function = scaled(
-            sequence_backward, shape, config, is_causal=True, dq_dtype=query.dtype
-        )  # fmt: skip
-        return function, (query, key, value, d_out, *rows(shape))
+        (query, key, value, *depth), d_out = make_inputs(shape)
+
+        def backward(query, key, value, d_out, lse, delta, depth_key, depth_value):
+            part = Depth(depth_key, depth_value, slots(shape))
+            fused = fuses(query, key, part, is_causal=True, config=config)
+            function = scaled(
+                sequence_backward, shape, config, is_causal=True, dq_dtype=query.dtype,
+                depth=part if fused else None,
+            )  # fmt: skip
+            grads = function(query, key, value, d_out, lse, delta)
+            if fused:
+                return grads
+            dq, new = scaled(depth_backward, shape, None, slots=slots(shape), is_prefix=True)(
+                query, d_out, lse, delta, depth_key, depth_value, d_query=grads.query
+            )
+            return grads._replace(query=dq, slots=new)
+
+        return backward, (query, key, value, d_out, *rows(shape), *depth)
 
     def run_depth_forward(shape: Shape, config: Any):
         (query, _, _, *depth), _ = make_inputs(shape)
@@ -162,18 +226,19 @@ def kernels() -> dict[str, Kernel]:
     depth = {"columns": (32, 64, 128), "stages": (2, 3, 4), "tokens_first": (False, True)}
     return {
         "forward": Kernel(
-            forward_config,
+            lambda shape: forward_config(shape.head_dim),
             {
                 "block_kv": (64, 128, 192), "stages": (2, 3, 4), "warpgroups": (2, 3),
-                "persistent": (False, True), "turns": (False, True), "depth_pairs": (False, True),
+                "persistent": (False, True), "turns": (False, True),
             },
             run_forward,
         ),
         "sequence_backward": Kernel(
-            sequence_backward_config,
+            lambda shape: sequence_backward_config(shape.head_dim),
             {
                 "dq_block_kv": (64, 128), "dq_stages": (2, 3), "dq_warpgroups": (2, 3),
                 "dkv_block_q": (64, 128), "dkv_stages": (2, 3), "dkv_warpgroups": (2, 3),
+                "fuse_depth": (False, True),
             },
             run_sequence_backward,
         ),
@@ -189,13 +254,14 @@ def main(argv: list[str] | None = None) -> int:
     if jax.default_backend() != "gpu":
         parser.error(f"needs a GPU, the default device here is a {jax.default_backend()}")
     deadline = time.perf_counter() + options.time_budget
-    available = kernels()
+    available = {"mosaic_gpu": mosaic_gpu_kernels, "triton": triton_kernels}[options.backend]()
     failed = False
-    for name in options.kernels.split(",") if options.kernels else available:
+    for name in options.kernels.split(",") if options.kernels else available.kernels:
         for row in options.rows.split(","):
             try:
                 shape = SHAPES[row]
-                best, lowest, first = tune(available[name], shape, deadline)
+                kernel = _narrowed(available.kernels[name], options.fields)
+                best, lowest, first = tune(kernel, shape, deadline, options.jobs)
             except Exception as error:  # the other kernels' entries are still worth having
                 text = " ".join(str(error).split())[:200]
                 print(f"{name} at {row}: {type(error).__name__}: {text}", file=sys.stderr)
@@ -203,14 +269,21 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             print(f"{name} at {row}: {first:.3f} -> {lowest:.3f} ms, {best}", flush=True)
             if lowest < first and not options.dry_run:
-                device = jax.devices()[0].device_kind
-                key = tuned.table_key(name, shape.head_dim, shape.group, True, device)
+                key = table_key(name, shape.head_dim, shape.group, True, available.device)
                 entry = {
                     "config": dataclasses.asdict(best), "shape": row, "ms": lowest,
                     "default_ms": first,
                 }  # fmt: skip
-                tuned.write_entries({key: entry})
+                available.table.write({key: entry})
     return int(failed)
+
+
+def _narrowed(kernel: Kernel, fields: str | None) -> Kernel:
+    """With those fields of its grid only."""
+    if fields is None:
+        return kernel
+    wanted = fields.split(",")
+    return kernel._replace(grid={name: kernel.grid[name] for name in wanted if name in kernel.grid})
 
 
 def _options() -> argparse.ArgumentParser:
@@ -218,7 +291,10 @@ def _options() -> argparse.ArgumentParser:
         "python -m benchmarks.tune", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    parser.add_argument("--backend", default="mosaic_gpu", choices=("mosaic_gpu", "triton"))
+    parser.add_argument("--jobs", type=int, default=1, help="configs compiled side by side")
     parser.add_argument("--kernels", help="names, comma-separated; left out: all")
+    parser.add_argument("--fields", help="fields to search, comma-separated; left out: all")
     parser.add_argument("--rows", default="T16K,B8,H128", help="shapes, comma-separated")
     parser.add_argument("--time-budget", type=float, default=300.0, help="seconds in all")
     parser.add_argument("--dry-run", action="store_true", help="writes no table")

@@ -2,6 +2,7 @@
 
 from moda_jax.attention import explain_attention, moda_attention
 from moda_jax.backends import AttentionChoice, SlowAttentionWarning
+from moda_jax.checkpoint import TrainedModel, load_trained
 from moda_jax.config import Config, ModelConfig
 from moda_jax.depth_cache import DepthCache
 from moda_jax.flops import count_flops, count_parameters
@@ -15,11 +16,13 @@ __all__ = [
     "DepthCache",
     "ModelConfig",
     "SlowAttentionWarning",
+    "TrainedModel",
     "Transformer",
     "count_flops",
     "count_parameters",
     "explain_attention",
     "generate",
+    "load_trained",
     "moda_attention",
     "next_token_loss",
 ]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_gpu, mosaic_tpu, platforms, reference, xla
+from pallas_kernels import mosaic_gpu, mosaic_tpu, platforms, reference, triton_gpu, xla
 from pallas_kernels.operands import Gradients, Operands, Options
 
 Forward = Callable[[Operands, Options], tuple[jax.Array, jax.Array]]
@@ -98,6 +98,11 @@ BACKENDS: dict[str, Backend] = {
             "mosaic_gpu", mosaic_gpu.forward, mosaic_gpu.backward, mosaic_gpu.refusal,
             fast_on=("gpu",), only_by_name_on=("cpu",),
             deferral=Deferral(mosaic_gpu.backward_without_depth_grads, mosaic_gpu.add_depth_grads),
+        ),
+        Backend(
+            "triton", triton_gpu.forward, triton_gpu.backward, triton_gpu.refusal,
+            fast_on=("gpu",), only_by_name_on=("cpu",),
+            deferral=Deferral(triton_gpu.backward_without_depth_grads, triton_gpu.add_depth_grads),
         ),
         Backend(
             "mosaic_tpu", mosaic_tpu.forward, mosaic_tpu.backward, mosaic_tpu.refusal,

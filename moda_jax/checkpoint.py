@@ -1,24 +1,32 @@
 """Checkpoints of a run: state, data iterators and config, saved together and restored exactly."""
 
+import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
-from moda_jax.config import Config
+from moda_jax.config import Config, MeshConfig, ModelConfig
+from moda_jax.model import Transformer
+from moda_jax.sharding import make_mesh, state_shardings
+from moda_jax.tokenizer import Tokenizer, load_tokenizer
 from moda_jax.train_step import TrainState
 
 _METRIC = "validation_loss"
 # These say how the same function is computed, so a run may go on with other ones.
-_FREE_MODEL_FIELDS = ("attention", "remat", "compute_dtype")
+_FREE_MODEL_FIELDS = (
+    "attention", "remat", "compute_dtype", "depth_grad_block", "depth_grad_dtype",
+)  # fmt: skip
 
 
 class Restored(NamedTuple):
@@ -29,6 +37,17 @@ class Restored(NamedTuple):
     """State of this process's data iterator."""
     config: dict[str, Any]
     """The config with which the checkpoint was written, as nested dicts."""
+    is_validated: bool
+    """Whether a validation loss was saved with it."""
+
+
+class TrainedModel(NamedTuple):
+    """What `load_trained` finds."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    step: int
+    """Optimizer steps done."""
 
 
 class Checkpoints:
@@ -71,8 +90,7 @@ class Checkpoints:
     def best_loss(self) -> float:
         """Lowest validation loss among the kept checkpoints; inf if none was validated."""
         step = self._manager.best_step()
-        metrics = None if step is None else self._manager.metrics(step)
-        return float("inf") if not metrics else _validation_loss(metrics)
+        return math.inf if step is None else _loss_of(self._manager, step)
 
     def save(
         self,
@@ -100,7 +118,7 @@ class Checkpoints:
                 {"config": dataclasses.asdict(config), "data": _gather_json(data)}
             ),
         }
-        loss = float("inf") if validation_loss is None else validation_loss
+        loss = math.inf if validation_loss is None else validation_loss
         self._manager.save(step, args=ocp.args.Composite(**items), metrics={_METRIC: loss})
 
     def restore(self, abstract_state: TrainState, config: Config) -> Restored | None:
@@ -129,7 +147,8 @@ class Checkpoints:
         saved = self._manager.restore(step, args=ocp.args.Composite(**items))
         leaves = jax.tree.leaves((saved.optimizer[0], saved.params, saved.optimizer[1]))
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-        return Restored(state, run["data"][jax.process_index()], run["config"])
+        is_validated = math.isfinite(_loss_of(self._manager, step))
+        return Restored(state, run["data"][jax.process_index()], run["config"], is_validated)
 
     def wait(self) -> None:
         """Waits for the writing to end; raises what went wrong in it."""
@@ -141,6 +160,65 @@ class Checkpoints:
         self._manager.close()
 
 
+def load_trained(
+    directory: str | Path, *, step: int | Literal["newest", "best"] = "newest",
+    mesh: Mesh | None = None,
+) -> TrainedModel:  # fmt: skip
+    """The model and tokenizer of a run, to generate or to go on with; the run may be in progress.
+
+    Args:
+      directory: the run's folder, for instance runs/tiny.
+      step: of the checkpoint; "best" has the lowest validation loss.
+      mesh: places the parameters by their logical axes; None: on one device.
+
+    Raises:
+      ValueError: no run's folder, no such checkpoint, or its tokenizer.json is gone.
+    """
+    folder = Path(directory).absolute() / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(
+            f"directory: expected a run's folder with checkpoints/ in it, got {str(directory)!r}"
+        )
+    # Read only: it must not tidy up what a running training is writing.
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, best_fn=_validation_loss, best_mode="min"
+    )
+    with contextlib.closing(ocp.CheckpointManager(folder, options=options)) as manager:
+        step = _find_step(manager, step)
+        run = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+        config = ModelConfig(**run["config"]["model"])
+        data = run["config"]["data"]
+        tokenizer = load_tokenizer(data["tokenizer"], data.get("eos_token"))
+        graph, shapes = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+        shardings = state_shardings(shapes, make_mesh(MeshConfig()) if mesh is None else mesh)
+        target = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes, jax.tree.broadcast(shardings, shapes),
+        )  # fmt: skip
+        restore = ocp.args.StandardRestore(nnx.as_pure(target))
+        saved = manager.restore(step, args=ocp.args.Composite(params=restore)).params
+    params = jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(saved))
+    return TrainedModel(nnx.merge(graph, params), tokenizer, step)
+
+
+def _find_step(manager: ocp.CheckpointManager, step: int | str) -> int:
+    steps = sorted(manager.all_steps())
+    validated = [n for n in steps if math.isfinite(_loss_of(manager, n))]
+    found = {
+        "newest": max(steps, default=None),
+        "best": min(validated, key=lambda n: _loss_of(manager, n), default=None),
+    } | {n: n for n in steps}
+    if (chosen := found.get(step)) is None:
+        raise ValueError(f'step: expected "newest", "best" or one of {steps}, got {step!r}')
+    return chosen
+
+
+def _loss_of(manager: ocp.CheckpointManager, step: int) -> float:
+    """Validation loss of a checkpoint; inf if it was not validated."""
+    metrics = manager.metrics(step)
+    return _validation_loss(metrics) if metrics else math.inf
+
+
 def _validation_loss(metrics: Mapping[str, float]) -> float:
     return float(metrics[_METRIC])
 
@@ -148,10 +226,11 @@ def _validation_loss(metrics: Mapping[str, float]) -> float:
 def _check_model(saved: Mapping[str, Any], config: Config, directory: Path) -> None:
     """Raises ValueError, naming the fields, if `saved` is another model than config.model."""
     here = dataclasses.asdict(config.model)
+    there = dataclasses.asdict(ModelConfig()) | dict(saved)  # it may be older than a setting
     differing = [
-        f"model.{name} {saved.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted(saved.keys() | here.keys())
-        if name not in _FREE_MODEL_FIELDS and saved.get(name) != here.get(name)
+        f"model.{name} {there[name]!r} there, {here.get(name)!r} here"
+        for name in sorted(there)
+        if name not in _FREE_MODEL_FIELDS and there[name] != here.get(name)
     ]
     if differing:
         raise ValueError(

@@ -1,8 +1,4 @@
-"""The command line of `train.py`: a config file, overrides by dotted names, one-line errors.
-
-Nothing here imports JAX before the arguments are known to be good, so that `--help` and a
-mistyped option answer at once.
-"""
+"""The command line of `train.py`: a config file, overrides by dotted names, one-line errors."""
 
 import contextlib
 import io
@@ -40,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         config = parse_config(arguments)
-        # Importing JAX takes a second: only now that the arguments are good.
+        # What only training needs takes a second to import: not for a mistyped option.
         from moda_jax.trainer import train
 
         train(config)

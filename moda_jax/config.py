@@ -6,6 +6,7 @@ names (`--model.num-layers 4`). Values are checked once, here, and an error name
 
 import dataclasses
 import math
+import typing
 from typing import Any, Literal
 
 NormPlacement = Literal["pre", "post", "reordered"]
@@ -20,6 +21,34 @@ def _require(owner: Any, field: str, ok: bool, expected: str) -> None:
     if not ok:
         value = getattr(owner, field)
         raise ValueError(f"{type(owner).__name__}.{field}: expected {expected}, got {value!r}")
+
+
+_TYPES: dict[Any, tuple[Any, str]] = {
+    int: (int, "an integer"),
+    float: ((int, float), "a finite number"),
+    bool: (bool, "True or False"),
+    str: (str, "a text"),
+}
+
+
+def _require_types(owner: Any) -> None:
+    """Checks every field against its annotation: no NaN, no 2.5 layers.
+
+    The command line converts, but a config file may hold anything. Choices: `_require_choice`.
+    """
+    for field in dataclasses.fields(owner):
+        value = getattr(owner, field.name)
+        kinds = typing.get_args(field.type) or (field.type,)
+        if value is None and type(None) in kinds:
+            continue
+        kind: Any = kinds[0]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            _require(owner, field.name, isinstance(value, kind), f"a {kind.__name__}")
+        elif kind in _TYPES:
+            cls, expected = _TYPES[kind]
+            ok = isinstance(value, cls) and (kind is bool or not isinstance(value, bool))
+            finite = kind is not float or (ok and math.isfinite(value))
+            _require(owner, field.name, ok and finite, expected)
 
 
 def _require_positive(owner: Any, *fields: str) -> None:
@@ -92,6 +121,7 @@ class ModelConfig:
     """Attention implementation by name; None picks the fastest that supports the call."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require_positive(
             self, "vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim",
             "mlp_dim", "norm_eps", "rope_theta", "init_std", "depth_write_every",
@@ -143,18 +173,25 @@ class DataConfig:
     """The field of a .jsonl record that holds the document."""
     tokenizer: str = "bytes"
     """"bytes", or the path of a local tokenizer.json."""
+    eos_token: str | None = None
+    """The token of a tokenizer.json that stands between documents; None: one of the usual names."""
     seq_len: int = 256
     """T: target tokens per row."""
     validation_fraction: float = 0.05
     """Share of the documents held out, chosen by a hash of their content."""
+    open_documents: int = 64
+    """Documents that are read side by side, so that a long one does not fill whole batches."""
     packing_bins: int = 16
     """Rows that are open at once while documents are packed; more waste less."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "seq_len", "packing_bins")
+        _require_types(self)
+        _require_positive(self, "seq_len", "open_documents", "packing_bins")
         _require(self, "validation_fraction", 0 < self.validation_fraction < 1, "0 < fraction < 1")
         for field in ("source", "text_field", "tokenizer"):
             _require(self, field, bool(getattr(self, field)), "a non-empty string")
+        eos_ok = self.eos_token is None or self.tokenizer != "bytes"
+        _require(self, "eos_token", eos_ok, "None with the byte tokenizer, which has its own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +214,7 @@ class OptimizerConfig:
     """Weight of mean(logsumexp(logits)²)."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require_positive(self, "learning_rate", "eps", "clip_norm")
         for field in ("beta1", "beta2"):
             _require(self, field, 0 <= getattr(self, field) < 1, "0 <= beta < 1")
@@ -197,6 +235,7 @@ class MeshConfig:
     """Parts of the heads and of the FFN's width."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require_positive(self, "data", "fsdp", "tensor")
 
 
@@ -234,11 +273,14 @@ class Config:
     """Also log to Weights & Biases (extra `wandb`; contacts its server)."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require_positive(
             self, "steps", "batch_size", "accumulation_steps", "log_every", "eval_every",
             "eval_batches", "checkpoint_every", "keep_last",
         )  # fmt: skip
-        _require(self, "name", bool(self.name) and "/" not in self.name, "a name without '/'")
+        name_ok = self.name not in ("", ".", "..") and "/" not in self.name
+        _require(self, "name", name_ok, "a folder's name, without '/'")
+        _require(self, "seed", 0 <= self.seed < 2**32, "0 <= seed < 2**32")
         _require(self, "sample_tokens", self.sample_tokens >= 0, "a number >= 0")
         batch_shards = self.mesh.data * self.mesh.fsdp
         parts = self.accumulation_steps * batch_shards

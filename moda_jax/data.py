@@ -1,16 +1,14 @@
 """Training and validation batches from a corpus, with grain.
 
-A document of n tokens becomes [eos] + tokens + [eos], cut into pieces of at most T inputs that
-overlap by one token, so that each of its n + 1 targets is predicted exactly once. Pieces are packed
-into rows of T. A batch is a dict of int32 arrays [B, T]: `tokens`, `targets`, `segment_ids` (1, 2,
-... for the pieces of a row, 0 for padding) and `positions` (from 0 in each piece).
+The documents are split by their content, shuffled anew in every epoch, shared out to the processes
+and packed into rows: see `packing` for what a batch holds.
 """
 
 import dataclasses
 import hashlib
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -18,9 +16,8 @@ import numpy as np
 
 from moda_jax.config import DataConfig
 from moda_jax.corpus import Corpus
+from moda_jax.packing import Batch, pack
 from moda_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-
-Batch = dict[str, np.ndarray]
 
 _PREFETCHED_BATCHES = 2
 _SAMPLED_DOCUMENTS = 32
@@ -59,60 +56,13 @@ class _TokenSource:
         return tokens
 
 
-class _CutIntoPieces(grain.experimental.FlatMapTransform):
-    """[n + 2] tokens -> pieces [<= T, 2] of (input, target) pairs."""
-
-    def __init__(self, seq_len: int) -> None:
-        self._seq_len = seq_len
-
-    def flat_map(self, element: np.ndarray) -> Sequence[dict[str, np.ndarray]]:
-        if len(element) <= 2:  # text without tokens, an empty document too
-            return []
-        pairs = np.stack([element[:-1], element[1:]], axis=1)
-        starts = range(0, len(pairs), self._seq_len)
-        return [{"pairs": pairs[start : start + self._seq_len]} for start in starts]
-
-
-def _make_batch(rows: Sequence[dict[str, np.ndarray]], *, batch_size: int) -> Batch:
-    """Stacks packed rows; missing ones become rows of padding."""
-    empty = {name: np.zeros_like(array) for name, array in rows[0].items()}
-    rows = [*rows, *[empty] * (batch_size - len(rows))]
-    pairs_BxTx2 = np.stack([row["pairs"] for row in rows])
-    return {
-        "tokens": np.ascontiguousarray(pairs_BxTx2[..., 0]),
-        "targets": np.ascontiguousarray(pairs_BxTx2[..., 1]),
-        "segment_ids": np.stack([row["pairs_segment_ids"] for row in rows]),
-        "positions": np.stack([row["pairs_positions"] for row in rows]),
-    }
-
-
-def _pack(
-    documents: grain.MapDataset, config: DataConfig, *, batch_size: int, seed: int | None
-) -> grain.IterDataset:
-    """Documents' tokens -> batches; `seed` shuffles the rows that were open at the same time."""
-    # Reading in this thread keeps one order and one state; whole batches are prefetched instead.
-    read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    pieces = grain.experimental.FlatMapIterDataset(
-        documents.to_iter_dataset(read_options), _CutIntoPieces(config.seq_len)
-    )
-    # Inputs and targets travel as pairs: packing costs per feature and piece.
-    rows = grain.experimental.FirstFitPackIterDataset(
-        pieces,
-        length_struct={"pairs": config.seq_len},
-        num_packing_bins=config.packing_bins,
-        seed=seed or 0,
-        shuffle_bins=seed is not None,
-    )
-    return rows.batch(batch_size, batch_fn=lambda rows: _make_batch(rows, batch_size=batch_size))
-
-
 def _train_batches(
     documents: _TokenSource, config: DataConfig, rows: int, seed: int
 ) -> grain.IterDataset:
     """Endless batches; every epoch has its own order, derived from `seed`."""
     epochs = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()
     return grain.experimental.ThreadPrefetchIterDataset(
-        _pack(epochs, config, batch_size=rows, seed=seed),
+        pack(epochs, config, batch_size=rows, seed=seed, num_documents=len(documents)),
         prefetch_buffer_size=_PREFETCHED_BATCHES,
     )
 
@@ -287,7 +237,7 @@ def load_data(
         ValueError: the corpus or the tokenizer cannot be used (one line that says what to do), or
             the sizes do not fit. Token ids outside the vocabulary raise where they are read.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
     _check_sizes(tokenizer, config.tokenizer, batch_size=batch_size, vocab_size=vocab_size,
                  seed=seed, process_count=process_count)  # fmt: skip
     corpus = Corpus(config.source, text_field=config.text_field)
@@ -304,6 +254,8 @@ def load_data(
         "tokenizer": tokenizer.fingerprint,
         "seq_len": config.seq_len,
         "packing_bins": config.packing_bins,
+        "open_documents": config.open_documents,
+        "batch_size": batch_size,
         "seed": seed,
         "process_index": process_index,
         "process_count": process_count,
@@ -319,8 +271,12 @@ def load_data(
         num_bytes=int(corpus.sizes.sum()),
         train_tokens=train_tokens,
         tokens_exact=tokens_exact,
-        validation_batches=_pack(
-            grain.MapDataset.source(held_out), config, batch_size=batch_size, seed=None
+        validation_batches=pack(
+            grain.MapDataset.source(held_out),
+            config,
+            batch_size=batch_size,
+            seed=0,  # the run's seed does not change what is measured
+            num_documents=len(held_out),
         ),
         local_rows=slice(process_index * rows, (process_index + 1) * rows),
     )

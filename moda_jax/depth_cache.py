@@ -76,6 +76,14 @@ class DepthCache:
         """Slots of the buffer."""
         return self.key.shape[0]
 
+    def visible(self) -> jax.Array:
+        """[S] bool: which slots of the buffer attention sees now."""
+        slot = jnp.arange(self.capacity)
+        seen = slot < self.length
+        if self.ring or self.window is None:
+            return seen
+        return seen & ((slot < self.reserved) | (slot >= self.length - self.window))
+
     def evicts(self) -> jax.Array:
         """int32: the buffer index that the next append overwrites, or -1 if it takes a free one.
 
@@ -97,25 +105,40 @@ class DepthCache:
     ) -> "DepthCache":
         """The cache with one more slot: key and value [B, T, K, H], one contiguous write each.
 
+        With a leading axis, [n, B, T, K, H], n slots: still one write each, unless it is a ring.
         `where` (bool scalar, may be traced): False leaves the cache as it is. Raises ValueError on
         a wrong shape, and on a full cache where the length is concrete; where it is traced, an
         append to a full cache that is no ring is dropped.
         """
         for name, x in (("key", key), ("value", value)):
-            if x.shape != self.key.shape[1:]:
-                raise ValueError(f"{name}: expected {self.key.shape[1:]}, got {x.shape}")
+            if x.shape[-4:] != self.key.shape[1:] or x.ndim > 5 or x.shape != key.shape:
+                raise ValueError(
+                    f"{name}: expected {self.key.shape[1:]} (or several slots, with a leading "
+                    f"axis), got {x.shape}"
+                )
+        if key.ndim == 4:
+            key, value = key[None], value[None]
+        count = key.shape[0]
+        if self.ring and count > 1:
+            cache = self
+            for n in range(count):
+                cache = cache.append(key[n], value[n], where=where)
+            return cache
         if not self.ring:
-            fits = self.length < self.capacity
+            fits = self.length + count <= self.capacity
             overflows = ~fits & where
             if not isinstance(overflows, jax.core.Tracer) and overflows:
-                raise ValueError(f"append: expected fewer than the {self.capacity} slots written")
+                raise ValueError(
+                    f"append: expected at most {self.capacity} slots in all, got {count} more "
+                    f"after {self.length}"
+                )
             where = fits & where
         index = self._next_index()
         return dataclasses.replace(
             self,
             key=_write(self.key, key, index, where),
             value=_write(self.value, value, index, where),
-            length=self.length + jnp.int32(where),
+            length=self.length + count * jnp.int32(where),
         )
 
     def attention_kwargs(self) -> dict[str, Any]:
@@ -130,10 +153,10 @@ class DepthCache:
         }
 
 
-def _write(buffer: jax.Array, slot: jax.Array, index: jax.Array, where: jax.Array | bool):
-    """buffer[index] = slot if `where`; touches that slot only, so that it stays in place."""
-    if not buffer.shape[0]:
+def _write(buffer: jax.Array, slots: jax.Array, index: jax.Array, where: jax.Array | bool):
+    """buffer[index : index + n] = slots if `where`; touches nothing else: it stays in place."""
+    if buffer.shape[0] < slots.shape[0]:
         return buffer
-    old = lax.dynamic_index_in_dim(buffer, index, 0, keepdims=False)
-    slot = jnp.where(where, slot.astype(buffer.dtype), old)
-    return lax.dynamic_update_slice_in_dim(buffer, slot[None], index, 0)
+    old = lax.dynamic_slice_in_dim(buffer, index, slots.shape[0], 0)
+    slots = jnp.where(where, slots.astype(buffer.dtype), old)
+    return lax.dynamic_update_slice_in_dim(buffer, slots, index, 0)

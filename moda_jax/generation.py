@@ -5,6 +5,8 @@ between steps is the sequence cache alone, the same bytes per token as a plain t
 """
 
 import functools
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -125,7 +127,7 @@ def generate(
     Raises ValueError on bad values, on an empty prompt, on ids outside the vocabulary.
     """
     _check(prompts, max_new_tokens, temperature, top_k, top_p, model.config.vocab_size)
-    if not prompts or not max_new_tokens:
+    if len(prompts) == 0 or max_new_tokens == 0:
         return [[] for _ in prompts]
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     padded = -(-int(lengths.max()) // BUCKET) * BUCKET
@@ -148,13 +150,18 @@ def _check(prompts, max_new_tokens, temperature, top_k, top_p, vocab_size) -> No
         if not ok:
             raise ValueError(f"{name}: expected {expected}, got {got}")
 
-    require("max_new_tokens", max_new_tokens >= 0, "a number >= 0", max_new_tokens)
-    require("temperature", temperature >= 0, "a number >= 0", temperature)
-    require("top_k", top_k is None or 1 <= top_k <= vocab_size, f"None or 1 … {vocab_size}", top_k)
+    def is_int(x: Any) -> bool:
+        return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+    count_ok = is_int(max_new_tokens) and max_new_tokens >= 0
+    require("max_new_tokens", count_ok, "an int >= 0", max_new_tokens)
+    require("temperature", 0 <= temperature < math.inf, "a finite number >= 0", temperature)
+    top_k_ok = top_k is None or (is_int(top_k) and 1 <= top_k <= vocab_size)
+    require("top_k", top_k_ok, f"None or 1 … {vocab_size}", top_k)
     require("top_p", top_p is None or 0 < top_p <= 1, "None or 0 < top_p <= 1", top_p)
     for n, prompt in enumerate(prompts):
         require(f"prompts[{n}]", len(prompt) > 0, "at least one token", "none")
-        outside = [token for token in prompt if not 0 <= token < vocab_size]
+        outside = [x for x in prompt if not (is_int(x) and 0 <= x < vocab_size)]
         require(f"prompts[{n}]", not outside, f"ids in 0 … {vocab_size - 1}", outside[:1])
 
 
@@ -198,7 +205,10 @@ def sample(
     top_k: int | None,
     top_p: jax.Array | float,
 ) -> jax.Array:
-    """Token ids [B] int32, drawn after `top_k`, then temperature, then `top_p` (1: all)."""
+    """Token ids [B] int32, drawn after `top_k`, then temperature, then `top_p` (1: all).
+
+    Of equally likely tokens the one with the smaller id comes first.
+    """
     return lax.cond(
         jnp.asarray(temperature) > 0,
         lambda: _draw(logits_BxV, key, temperature, top_k, top_p),
@@ -207,14 +217,16 @@ def sample(
 
 
 def _draw(logits_BxV, key, temperature, top_k, top_p) -> jax.Array:
+    # Ranked once, so that equal logits cannot let more than top_k tokens through.
+    order = jnp.argsort(logits_BxV, axis=-1, descending=True, stable=True)
+    ranked = jnp.take_along_axis(logits_BxV, order, axis=-1)
+    # The likeliest at 0 before the division: no temperature is too low for float32.
+    ranked = (ranked - ranked[:, :1]) / temperature
     if top_k is not None:
-        smallest = lax.top_k(logits_BxV, top_k)[0][:, -1:]
-        logits_BxV = jnp.where(logits_BxV < smallest, -jnp.inf, logits_BxV)
-    scaled = logits_BxV / temperature
-    descending = -jnp.sort(-scaled, axis=-1)
-    probability = jax.nn.softmax(descending, axis=-1)
+        ranked = jnp.where(jnp.arange(ranked.shape[-1]) < top_k, ranked, -jnp.inf)
+    probability = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
     # The likeliest token is always kept, and a token while those before it are below top_p.
-    kept = jnp.where((before < top_p).at[:, 0].set(True), descending, jnp.inf)
-    allowed = jnp.where(scaled < kept.min(axis=-1, keepdims=True), -jnp.inf, scaled)
-    return jax.random.categorical(key, allowed).astype(jnp.int32)
+    allowed = (before < top_p).at[:, 0].set(True)
+    rank = jax.random.categorical(key, jnp.where(allowed, ranked, -jnp.inf))
+    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -2,19 +2,26 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moda_jax.model import Transformer, head_logits
-from moda_jax.sharding import per_row_shard
+from moda_jax.model import Transformer
+from moda_jax.sharding import constrain, per_row_shard
 
-CHUNK_BYTES = 256 * 2**20
-"""float32 logits per device that are alive at a time, about. Every chunk reads the head and adds
-to its float32 gradient: a quarter of this is so few tokens, at V = 100K, that memory sets the pace.
-"""
+CHUNK_BYTES = (64 * 2**20, 512 * 2**20)
+"""float32 logits per device that are alive at a time: a 16th of all of them, in these bounds. The
+gradient of the output matrix is read and written once a chunk, so that small chunks cost time."""
+
+
+class _Sums(NamedTuple):
+    """Over target tokens; float32 scalars."""
+
+    cross_entropy: jax.Array
+    z: jax.Array
+    """logsumexp(logits)²"""
 
 
 def next_token_loss(
@@ -23,8 +30,8 @@ def next_token_loss(
     """Sum over target tokens of cross-entropy + z_loss · logsumexp(logits)², float32, in nats.
 
     `batch` holds int32 arrays [B, T]: tokens, targets, segment_ids (0 is padding: no target there)
-    and positions. Logits are computed for a part of each row at a time and again in the backward.
-    The caller divides by the number of targets of the whole optimizer step.
+    and positions. Logits are computed for a part of each row at a time. The first result alone is
+    differentiable. The caller divides by the number of targets of the whole optimizer step.
 
     Returns:
       (total, {"cross_entropy": sum, "z": sum of logsumexp², "targets": count}), float32 scalars.
@@ -32,52 +39,122 @@ def next_token_loss(
     hidden = model.hidden(
         batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"]
     )
-    rows, length = batch["tokens"].shape
-    chunk = chunk_length(rows, length, model.config.vocab_size)
     real = batch["segment_ids"] != 0
+    rows, length = real.shape
+    chunk = chunk_length(rows, length, model.config.vocab_size)
 
-    def sums(weights, *rows_of):
-        parts = tuple(_chunks_first(x, chunk) for x in rows_of)
-        add = functools.partial(_add_chunk, weights)
-        totals, _ = lax.scan(add, (jnp.zeros(1), jnp.zeros(1)), parts)
-        return totals
+    def loss(weights, *arrays):
+        total, sums = _chunked_loss(z_loss, chunk, *weights, *arrays)
+        return jax.tree.map(lambda x: x[None], (total, sums))
 
     # Every device keeps its own sum of the head's gradient while it goes through the chunks of its
     # own rows: left to itself, the compiler gathers the head and reduces that gradient per chunk.
-    totals = per_row_shard(sums)(model.head_weights(), hidden, batch["targets"], real)
-    cross_entropy, z = (total.sum() for total in totals)
-    metrics = {"cross_entropy": cross_entropy, "z": z, "targets": real.sum(dtype=jnp.float32)}
-    return cross_entropy + z_loss * z, metrics
+    parts = per_row_shard(loss)(model.head_weights(), hidden, batch["targets"], real)
+    total, sums = jax.tree.map(jnp.sum, parts)
+    return total, sums._asdict() | {"targets": real.sum(dtype=jnp.float32)}
 
 
-def _add_chunk(weights: Any, sums: Any, chunk: Any) -> tuple[Any, None]:
-    """Adds a chunk's (cross-entropy, logsumexp²) to `sums`; its logits do not outlive it."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked_loss(
+    z_loss: float, chunk: int, table_DxV, bias_V, hidden_BxTxD, targets_BxT, real_BxT
+):
+    """(total, sums). Differentiated, the same pass computes the gradients, by which the backward
+    does not need the logits a second time.
+    """
+    chunks = tuple(_chunks_first(x, chunk) for x in (hidden_BxTxD, targets_BxT, real_BxT))
+    padded = _pad_vocabulary(table_DxV, hidden_BxTxD.dtype)
 
-    @jax.checkpoint
-    def chunk_sums(weights, hidden_BxCxD, targets_BxC, real_BxC):
-        logits = head_logits(weights, hidden_BxCxD)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        # Not take_along_axis: a masked sum needs no gather across a sharded vocabulary.
-        hit = jnp.arange(logits.shape[-1]) == targets_BxC[..., None]
-        correct = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-        return (
-            jnp.sum(jnp.where(real_BxC, lse - correct, 0.0)),
-            jnp.sum(jnp.where(real_BxC, jnp.square(lse), 0.0)),
-        )
+    def body(sums, parts):
+        _, _, new = _logits(padded, bias_V, table_DxV.shape[1], *parts)
+        return jax.tree.map(jnp.add, sums, new), None
 
-    new = chunk_sums(weights, *chunk)
-    return (sums[0] + new[0], sums[1] + new[1]), None
+    sums, _ = lax.scan(body, _Sums(jnp.float32(0), jnp.float32(0)), chunks)
+    return sums.cross_entropy + z_loss * sums.z, sums
+
+
+def _loss_forward(z_loss, chunk, table_DxV, bias_V, hidden_BxTxD, targets_BxT, real_BxT):
+    vocab = table_DxV.shape[1]
+    chunks = tuple(_chunks_first(x, chunk) for x in (hidden_BxTxD, targets_BxT, real_BxT))
+    padded = _pad_vocabulary(table_DxV, hidden_BxTxD.dtype)
+
+    def body(carry, parts):
+        sums, d_table, d_bias = carry
+        hidden_BxCxD, targets_BxC, real_BxC = parts
+        logits, lse, new = _logits(padded, bias_V, vocab, *parts)
+        softmax = jnp.exp(logits - lse[..., None])
+        factor = jnp.where(real_BxC, 1 + 2 * z_loss * lse, 0.0)
+        hit = _hit(logits, targets_BxC) & real_BxC[..., None]
+        d_logits = softmax * factor[..., None] - hit.astype(jnp.float32)
+        if d_bias is not None:
+            d_bias += d_logits.sum(axis=(0, 1))[:vocab]
+        # As any product's: the cotangent in the compute dtype, sums in float32.
+        d_logits = d_logits.astype(hidden_BxCxD.dtype)
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        d_table += product("bcd,bcv->dv", hidden_BxCxD, d_logits)
+        d_hidden = product("bcv,dv->bcd", d_logits, padded).astype(hidden_BxCxD.dtype)
+        return (jax.tree.map(jnp.add, sums, new), d_table, d_bias), d_hidden
+
+    sums = _Sums(jnp.float32(0), jnp.float32(0))
+    d_table = constrain(jnp.zeros(padded.shape, jnp.float32), "embed", "vocab")
+    d_bias = None if bias_V is None else jnp.zeros_like(bias_V)
+    (sums, d_table, d_bias), d_hidden = lax.scan(body, (sums, d_table, d_bias), chunks)
+    batch, length, width = hidden_BxTxD.shape
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(batch, -1, width)
+    grads = d_table[:, :vocab], d_bias, d_hidden[:, :length]
+    return (sums.cross_entropy + z_loss * sums.z, sums), grads
+
+
+def _loss_backward(z_loss, chunk, grads, cotangents):
+    d_total, _ = cotangents
+    scaled = jax.tree.map(lambda g: (d_total * g).astype(g.dtype), grads)
+    return (*scaled, None, None)
+
+
+_chunked_loss.defvjp(_loss_forward, _loss_backward)
+
+
+def _logits(padded_DxV, bias_V, vocab: int, hidden_BxCxD, targets_BxC, real_BxC):
+    """(logits [B, C, V], logsumexp [B, C], sums of the chunk)."""
+    logits = jnp.matmul(hidden_BxCxD, padded_DxV, preferred_element_type=jnp.float32)
+    logits = constrain(logits, "batch", None, "vocab")
+    if bias_V is not None:
+        logits += jnp.pad(bias_V, (0, padded_DxV.shape[1] - vocab))
+    if padded_DxV.shape[1] > vocab:
+        logits = jnp.where(jnp.arange(padded_DxV.shape[1]) < vocab, logits, -jnp.inf)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    correct = jnp.sum(jnp.where(_hit(logits, targets_BxC), logits, 0.0), axis=-1)
+    cross_entropy = jnp.sum(jnp.where(real_BxC, lse - correct, 0.0))
+    return logits, lse, _Sums(cross_entropy, jnp.sum(jnp.where(real_BxC, jnp.square(lse), 0.0)))
+
+
+def _hit(logits_BxCxV: jax.Array, targets_BxC: jax.Array) -> jax.Array:
+    """[B, C, V] bool: each token's target. A mask needs no gather across a sharded vocabulary."""
+    return jnp.arange(logits_BxCxV.shape[-1]) == targets_BxC[..., None]
+
+
+def _pad_vocabulary(table_DxV: jax.Array, dtype) -> jax.Array:
+    """The output matrix in the compute dtype; a large one in whole tiles, once and not per chunk.
+
+    Matrix units want aligned rows, and a padded vocabulary can be split over a mesh.
+    """
+    vocab = table_DxV.shape[1]
+    padding = -vocab % 128 if vocab >= 4096 else 0
+    table = jnp.pad(table_DxV.astype(dtype), ((0, 0), (0, padding)))
+    return constrain(table, None, "vocab")
 
 
 def chunk_length(batch: int, length: int, vocab_size: int) -> int:
-    """Tokens of each row per chunk: the most that keep B·C·V float32 within CHUNK_BYTES a device.
+    """Tokens of each row per chunk: as many as CHUNK_BYTES allows B·C·V float32 logits a device.
 
-    Rows stay whole in the batch axis, so that chunks are sharded as the batch is.
+    Rows stay whole in the batch axis, so that chunks are sharded as the batch is. Chunks are of
+    about one size: the last one's padding costs as much as real tokens.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    devices = max(mesh.size, 1)
-    most = CHUNK_BYTES * devices // (4 * batch * vocab_size)
-    return min(length, max(most, 1))
+    token_bytes = 4 * batch * vocab_size / max(mesh.size, 1)
+    smallest, largest = CHUNK_BYTES
+    size = min(max(length * token_bytes / 16, smallest), largest)
+    chunks = -(-length // max(int(size / token_bytes), 1))
+    return -(-length // chunks)
 
 
 def _chunks_first(x_BxTx: jax.Array, chunk: int) -> jax.Array:

@@ -73,13 +73,18 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BxTxD: jax.Array) -> jax.Array:
         """[B, T, V]: products in the compute dtype, accumulated and returned in float32."""
-        return head_logits(self.head_weights(), hidden_BxTxD)
+        table, bias = self.head_weights()
+        logits = jnp.matmul(
+            hidden_BxTxD, table.astype(hidden_BxTxD.dtype), preferred_element_type=jnp.float32
+        )
+        return constrain(logits if bias is None else logits + bias, "batch", None, "vocab")
 
     def head_weights(self) -> tuple[jax.Array, jax.Array | None]:
-        """([D, V], bias [V] or None) of the head, for `head_logits`."""
+        """The head's matrix [D, V] and bias [V] or None, float32 parameters."""
         if self.head is None:
             return self.embedding[...].T, None
-        return self.head.kernel[...], None if self.head.bias is None else self.head.bias[...]
+        bias = self.head.bias
+        return self.head.kernel[...], None if bias is None else bias[...]
 
     def stack(self) -> tuple[StackSpec, StackParams]:
         """The layers as (static structure, parameters), for `moda_jax.stack`."""
@@ -102,8 +107,8 @@ class Transformer(nnx.Module):
     ) -> jax.Array:
         """[L, 1+S] float32: mean attention mass on the sequence | on each depth slot, by layer.
 
-        Means over heads and real tokens; each row sums to 1 (0 if there is no real token). With
-        bounded slots a column is an index of the ring buffer.
+        Means over heads and real tokens; each row sums to 1 (0 if there is no real token). A slot
+        that a layer does not see has mass 0.
         """
         spec, params = self.stack()
         token_info = _tokens(tokens, segment_ids, positions)
@@ -117,16 +122,8 @@ class Transformer(nnx.Module):
             ).forward()  # fmt: skip
             return out, state, _mass(inputs.query, cache, lse, real)
 
-        return scan_layers(spec, params, self.embed(tokens), token_info, attend)[2]
-
-
-def head_logits(weights: tuple[jax.Array, jax.Array | None], hidden_BxTxD: jax.Array) -> jax.Array:
-    """`Transformer.logits` from `Transformer.head_weights`."""
-    kernel, bias = weights
-    logits = jnp.matmul(
-        hidden_BxTxD, kernel.astype(hidden_BxTxD.dtype), preferred_element_type=jnp.float32
-    )
-    return constrain(logits if bias is None else logits + bias, "batch", None, "vocab")
+        x = self.embed(tokens)
+        return scan_layers(spec, params, x, token_info, attend, keep_slots=True)[2]
 
 
 def _mass(query_BxTxNxH, cache, lse_BxTxN, real_BxT) -> jax.Array:
@@ -143,7 +140,7 @@ def _mass(query_BxTxNxH, cache, lse_BxTxN, real_BxT) -> jax.Array:
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     weight = jnp.exp(scores * head_dim**-0.5 - lse_BxTxN.reshape(grouped))
-    seen = (jnp.arange(cache.capacity) < cache.length)[:, None, None, None, None]
+    seen = cache.visible()[:, None, None, None, None]
     weight = jnp.where(seen & real_BxT[None, :, :, None, None], weight, 0.0)
     depth_S = weight.sum(axis=(1, 2, 3, 4)) / count
     return jnp.concatenate([(total - depth_S.sum())[None], depth_S])

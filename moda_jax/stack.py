@@ -30,11 +30,14 @@ def scan_layers(
     tokens: Tokens,
     attend: Attend,
     state: Any = None,
+    *,
+    keep_slots: bool = False,
 ) -> tuple[jax.Array, Any, Any]:
     """Inference over all layers: (y, final state, what was emitted [L, ...]).
 
     `attend` does the attention, so that prefill, decoding and analysis share this scan. Bounded
-    slots live in a ring buffer, which nobody could differentiate.
+    slots live in a ring buffer, which nobody could differentiate; with `keep_slots` every slot
+    keeps its own index.
     """
     config, rope = spec.config, stack_layer.rope_of(spec, tokens)
 
@@ -45,9 +48,11 @@ def scan_layers(
         inputs = stack_layer.before(spec, rope, layer, weights, x)
         out, state, emitted = attend(layer, inputs, cache, state)
         y, ffn = stack_layer.after(spec, rope, layer, weights, x, out)
-        return (y, stack_layer.write(spec, layer, cache, inputs, ffn), state), emitted
+        cache, y = stack_layer.write(spec, layer, cache, inputs, y, ffn)
+        return (y, cache, state), emitted
 
-    cache = stack_layer.empty_cache(config, x_BxTxD.shape, ring=config.depth_window is not None)
+    ring = config.depth_window is not None and not keep_slots
+    cache = stack_layer.empty_cache(config, x_BxTxD.shape, ring=ring)
     xs = jnp.arange(config.num_layers), params.blocks
     (y, _, state), emitted = lax.scan(body, (x_BxTxD, cache, state), xs)
     return y, state, emitted
@@ -74,7 +79,8 @@ def _forward(spec: StackSpec, params: StackParams, x, tokens: Tokens, *, save: b
         y, inputs, ffn, saved = stack_layer.run(
             spec, rope, layer, weights, x, cache, tokens, save=save
         )
-        return (y, stack_layer.write(spec, layer, cache, inputs, ffn)), saved
+        cache, y = stack_layer.write(spec, layer, cache, inputs, y, ffn)
+        return (y, cache), saved
 
     cache = stack_layer.empty_cache(spec.config, x.shape, ring=False)
     xs = jnp.arange(spec.config.num_layers), params.blocks

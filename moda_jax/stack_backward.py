@@ -50,8 +50,7 @@ def backward(
     context = _Context(spec, params, tokens, rope, saved, cache)
     depth = None
     if cache is not None:
-        zeros = jnp.zeros(cache.key.shape, spec.config.depth_grad_dtype)
-        depth = (stack_layer.constrain_cache(zeros),) * 2
+        depth = stack_layer.two_zeros(cache.key.shape, spec.config.depth_grad_dtype)
     projections = jax.tree.map(jnp.zeros_like, (params.attention_kv, params.ffn_kv))
     carry = _Carry(dy, depth, projections)
     deferred = _deferred(context, dy)
@@ -161,14 +160,13 @@ def _layer(context: _Context, carry: _Carry, layer, block, saved, attend) -> tup
     inputs, out, lse, before, after = stack_layer.restore(
         spec, rope, layer, weights, saved, cache, tokens
     )
-    # The barrier: fused into a later use, after attention has added into the running cache, this
-    # read would make the compiler copy the whole cache in every layer.
-    (d_depth, d_ffn), depth = lax.optimization_barrier(
-        (_written(spec, layer, carry.depth), carry.depth)
+    # Read before anybody adds to the cache: later, the compiler would keep a copy of all of it.
+    running, d_depth, d_ffn = lax.optimization_barrier(
+        (carry.depth, *_written(spec, layer, carry.depth))
     )
     d_weights_after, dx_after, d_out = after((carry.x, d_ffn))
     call = stack_layer.attention_call(spec, layer, inputs, cache, tokens)
-    d, depth = attend(call, out, lse, d_out, depth)
+    d, depth = attend(call, out, lse, d_out, running)
     d_inputs = AttentionInputs(d.query, d.key, d.value)
     if weights.attention_kv is not None:
         d_inputs = d_inputs._replace(depth=d_depth)

@@ -75,9 +75,18 @@ def empty_cache(config: ModelConfig, shape: tuple[int, ...], *, ring: bool) -> D
         compute_dtype(config), window=config.depth_window, reserved=config.depth_reserved,
         ring=ring,
     )  # fmt: skip
-    return dataclasses.replace(
-        cache, key=constrain_cache(cache.key), value=constrain_cache(cache.value)
-    )
+    key, value = two_zeros(cache.key.shape, cache.key.dtype)
+    return dataclasses.replace(cache, key=key, value=value)
+
+
+def two_zeros(shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Zeros of a cache's keys and values, as two arrays to the compiler.
+
+    Equal ones it would make once and copy, which reads and writes more than filling both.
+    """
+    zero = jnp.zeros((), dtype)
+    key, value = (jnp.broadcast_to(x, shape) for x in lax.optimization_barrier((zero, zero)))
+    return constrain_cache(key), constrain_cache(value)
 
 
 def constrain_cache(cache_SxBxTxKxH: jax.Array) -> jax.Array:
@@ -137,14 +146,20 @@ def _project(spec: StackSpec, block: Block, weights: Any, layer, source, rope) -
     return lax.cond(spec.writes(layer), project, nothing, source)
 
 
-def write(spec: StackSpec, layer, cache: DepthCache | None, inputs: AttentionInputs, ffn):
-    """Appends what the layer writes: the attention's keys and values, then its FFN's."""
+def write(spec: StackSpec, layer, cache: DepthCache | None, inputs: AttentionInputs, y, ffn):
+    """Appends what the layer writes, the attention's keys and values, then its FFN's; (cache, y).
+
+    The layer's output `y` holds the writes back until the attention has read the cache: what
+    could come first would make the compiler keep a copy of the whole cache.
+    """
     if cache is None:
-        return None
+        return None, y
+    cache, y = lax.optimization_barrier((cache, y))
     writes = spec.writes(layer)
     depth = (inputs.key, inputs.value) if inputs.depth is None else inputs.depth
-    cache = cache.append(*depth, where=writes)
-    return cache if ffn is None else cache.append(*ffn, where=writes)
+    if ffn is not None:  # both at once: two updates in a row cost a copy of the cache, too
+        depth = jax.tree.map(lambda *slots: jnp.stack(slots), tuple(depth), tuple(ffn))
+    return cache.append(*depth, where=writes), y
 
 
 def run(

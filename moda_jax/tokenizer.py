@@ -13,8 +13,8 @@ import tokenizers
 
 # In order of preference: a BERT-like file has both [SEP] and others, GPT-like ones only the first.
 _END_OF_DOCUMENT_TOKENS = (
-    "<|endoftext|>", "<|end_of_text|>", "<|endofdoc|>", "</s>", "<eos>", "[EOS]", "<EOD>",
-    "<|im_end|>", "[SEP]",
+    "<|endoftext|>", "<|end_of_text|>", "<|endofdoc|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>",
+    "[EOS]", "<EOD>", "<|im_end|>", "[SEP]",
 )  # fmt: skip
 
 
@@ -64,8 +64,8 @@ class JsonTokenizer:
     included. A special token spelled out in a text is read as that token, as the library does.
     """
 
-    def __init__(self, path: str) -> None:
-        """Raises ValueError if `path` is no such file or has no known end-of-document token."""
+    def __init__(self, path: str, eos_token: str | None = None) -> None:
+        """Raises ValueError if `path` is no such file or has no such end-of-document token."""
         try:
             content = pathlib.Path(path).expanduser().read_bytes()
         except OSError as error:
@@ -78,8 +78,9 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        self.eos_id = _find_eos_id(path, self._tokenizer)
-        self.fingerprint = hashlib.blake2b(content, digest_size=8).hexdigest()
+        self.eos_id = _find_eos_id(path, self._tokenizer, eos_token)
+        identity = content + self.eos_id.to_bytes(4, "little")
+        self.fingerprint = hashlib.blake2b(identity, digest_size=8).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of `text`, without any begin or end token.
@@ -113,21 +114,31 @@ def _parse(path: str, content: bytes) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _find_eos_id(path: str, tokenizer: tokenizers.Tokenizer) -> int:
-    """Looks among the added tokens only: an ordinary "</s>" may be text (HTML)."""
+def _find_eos_id(path: str, tokenizer: tokenizers.Tokenizer, eos_token: str | None) -> int:
+    if eos_token is not None:
+        if (eos_id := tokenizer.token_to_id(eos_token)) is None:
+            raise ValueError(
+                f"DataConfig.eos_token: expected a token of {path!r}, got {eos_token!r}; "
+                f"change --data.eos-token"
+            )
+        return eos_id
+    # Among the added tokens only: an ordinary "</s>" may be text (HTML).
     added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
     for name in _END_OF_DOCUMENT_TOKENS:
         if name in added:
             return added[name]
     raise ValueError(
-        f"DataConfig.tokenizer: expected one of {', '.join(_END_OF_DOCUMENT_TOKENS)} among the "
-        f"added tokens of {path!r} to end a document, got {sorted(added)}; add one to the file"
+        f"DataConfig.eos_token: expected one of {', '.join(_END_OF_DOCUMENT_TOKENS)} among the "
+        f"added tokens of {path!r} to end a document, got {sorted(added)}; name one of its tokens "
+        f"with --data.eos-token"
     )
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, eos_token: str | None = None) -> Tokenizer:
     """Returns the tokenizer of `DataConfig.tokenizer`: "bytes" or the path of a tokenizer.json.
+
+    `eos_token` ends a document in a tokenizer.json; None: the first of the usual names it has.
 
     Raises ValueError if the file is missing, is not one, or cannot end a document.
     """
-    return ByteTokenizer() if name == "bytes" else JsonTokenizer(name)
+    return ByteTokenizer() if name == "bytes" else JsonTokenizer(name, eos_token)

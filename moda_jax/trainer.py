@@ -100,6 +100,7 @@ class _Run:
         self.is_main = jax.process_index() == 0
         attention = _describe_attention(config)
         self.functions = make_train_functions(config, mesh)
+        _make_folder(self.directory)
         self.checkpoints = Checkpoints(self.directory / "checkpoints", keep_last=config.keep_last)
         cleanup.callback(self.checkpoints.close)
         self._restore_or_init()
@@ -122,12 +123,15 @@ class _Run:
     def _restore_or_init(self) -> None:
         restored = self.checkpoints.restore(self.functions.abstract_state, self.config)
         self.step = 0
+        self.owes_validation = False
         if restored is None:
             self.state = self.functions.init()
             return
         self.state = restored.state
         self.data.train.set_state(restored.data)
         self.step = int(self.state.step)
+        # A signal comes before validation: a resumed run shows what an uninterrupted one would.
+        self.owes_validation = self._is_validation_due() and not restored.is_validated
 
     def _open_writer(self, cleanup: contextlib.ExitStack) -> MetricsWriter | None:
         if not self.is_main:
@@ -145,6 +149,8 @@ class _Run:
 
     def run(self) -> TrainResult:
         stopped_by = None
+        if self.owes_validation:
+            self._validate()
         if self.step >= self.config.steps:
             self.console.print(
                 f"step {self.step} of {self.config.steps} is already reached; raise --steps to "
@@ -229,16 +235,18 @@ class _Run:
     def _validate_and_save(self) -> None:
         """Validates and saves where they are due, and saves the best state whenever it comes."""
         config, loss = self.config, None
-        is_last = self.step == config.steps
-        if is_last or self.step % config.eval_every == 0:
+        if self._is_validation_due():
             loss = self._validate()
         is_best = loss is not None and loss < self.best_loss
-        if is_last or is_best or self.step % config.checkpoint_every == 0:
+        if self.step == config.steps or is_best or self.step % config.checkpoint_every == 0:
             self._report_pending()  # a diverged state must not become the newest checkpoint
             self._save(validation_loss=loss)
             self.throughput.pause()
         if loss is not None:
             self.best_loss = min(self.best_loss, loss)
+
+    def _is_validation_due(self) -> bool:
+        return self.step == self.config.steps or self.step % self.config.eval_every == 0
 
     def _validate(self) -> float:
         self._report_pending()
@@ -325,6 +333,16 @@ class _Run:
             (self.directory / "sample.txt").write_text(text + "\n", encoding="utf-8")
         self.console.print(f"sample:\n{text}\n")
         return text
+
+
+def _make_folder(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"Config.output_dir: cannot make the folder {str(directory)!r}: {error.strerror}; "
+            f"choose another --output-dir or --name"
+        ) from error
 
 
 def _perplexity(loss: float) -> float:

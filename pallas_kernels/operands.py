@@ -56,6 +56,16 @@ class DepthReaders(NamedTuple):
     delta: jax.Array  # [R, B, T, N], see `row_delta`
 
 
+def layers_as_heads(x: jax.Array, kv_heads: int) -> jax.Array:
+    """An array of `DepthReaders`, [R, B, T, K·G, ...] -> [B, T, K·(R·G), ...].
+
+    To kernels over depth slots the R layers' queries are query heads of the same token.
+    """
+    layers, batch, length, heads = x.shape[:4]
+    grouped = x.reshape(layers, batch, length, kv_heads, heads // kv_heads, *x.shape[4:])
+    return jnp.moveaxis(grouped, 0, 3).reshape(batch, length, layers * heads, *x.shape[4:])
+
+
 class Tokens(NamedTuple):
     """What a mask needs to know of the query or key tokens."""
 

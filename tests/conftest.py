@@ -1,7 +1,8 @@
 """Runs before any test module imports JAX: the devices that the tests see.
 
 Tests run on the CPU unless JAX_PLATFORMS says otherwise, and there on 8 virtual devices, so that
-every mesh is tested without hardware. What is not sharded runs on one of them as usual.
+every mesh is tested without hardware. What is not sharded runs on one of them as usual. Triton's
+kernels run in Triton's interpreter there.
 """
 
 import os
@@ -14,8 +15,9 @@ if "xla_backend_optimization_level" not in _flags:
     # Tests compile much and run little, and machine code that is not optimised takes half the time.
     _flags += " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = _flags.strip()
-
 if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
+
     # libtpu, as a compiler for chips that are not here: it asks no metadata server which chip this
     # is, lets several processes load it at once (pytest-xdist), and writes no log files.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -10,6 +10,7 @@ from benchmarks import tune
 from benchmarks.shapes import SHAPES, Shape
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import tuned
+from pallas_kernels.tuned import Table, table_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,8 @@ def test_search_goes_on_until_nothing_is_a_percent_faster():
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuned, "TABLE", tmp_path / "tuned.json")
-    tuned.read_table.cache_clear()
-    yield
-    tuned.read_table.cache_clear()
+    monkeypatch.setattr(tuned, "TABLE", Table(tmp_path / "tuned.json"))
+    return tuned.TABLE
 
 
 @pytest.fixture
@@ -66,19 +65,19 @@ CALL = {"head_dim": 64, "group": 8, "is_causal": True}
 
 def test_tuned_sizes_are_read_back(table, gpu):
     assert tuned.tuned("forward", Tiles(), **CALL) == Tiles()
-    key = tuned.table_key("forward", 64, 8, True, "NVIDIA H200")
-    tuned.write_entries({key: {"config": {"block": 128}, "ms": 1.0, "default_ms": 2.0}})
+    key = table_key("forward", 64, 8, True, "NVIDIA H200")
+    table.write({key: {"config": {"block": 128}, "ms": 1.0, "default_ms": 2.0}})
     assert tuned.tuned("forward", Tiles(stages=3), **CALL) == Tiles(128, 3)
     assert tuned.tuned("forward", Tiles(), **CALL | {"group": 4}) == Tiles()
     assert tuned.tuned("backward", Tiles(), **CALL) == Tiles()
-    tuned.write_entries({key: {"config": {"width": 1}}})
+    table.write({key: {"config": {"width": 1}}})
     with pytest.raises(ValueError, match="has width, Tiles does not; run benchmarks/tune.py"):
         tuned.tuned("forward", Tiles(), **CALL)
 
 
 def test_the_table_counts_on_its_own_device_only(table):
-    key = tuned.table_key("forward", 64, 8, True, jax.devices()[0].device_kind)
-    tuned.write_entries({key: {"config": {"block": 128}}})
+    key = table_key("forward", 64, 8, True, jax.devices()[0].device_kind)
+    table.write({key: {"config": {"block": 128}}})
     if jax.default_backend() != "gpu":  # tracing for a GPU elsewhere knows no device
         assert tuned.tuned("forward", Tiles(), **CALL) == Tiles()
 
@@ -105,7 +104,7 @@ def test_command_tunes_what_it_can_and_writes_the_table(table, gpu, monkeypatch,
     assert "broken at T16K: ValueError: the kernel's own choice does not work" in captured.err
     assert "stages=4): RuntimeError: no such kernel" in captured.out
     assert "good at T16K: 2.000 -> 1.000 ms" in captured.out
-    (entry,) = tuned.read_table().values()
+    (entry,) = table.read().values()
     assert entry["config"] == {"block": 64, "stages": 3}
 
 
@@ -127,7 +126,7 @@ def test_the_kernels_take_their_configs(name):
     """Traced for a GPU, so that names and signatures are those of the kernels."""
     kernel = tune.kernels()[name]
     shape = Shape("small", 128, 2, 8, kv_heads=1, head_dim=64)
-    default = kernel.default(64)
+    default = kernel.default(shape)
     with platforms.compiling_for("gpu"):
         function, arguments = kernel.run(shape, default)
         assert jax.tree.leaves(jax.eval_shape(function, *arguments))

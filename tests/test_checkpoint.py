@@ -92,7 +92,9 @@ def test_saved_state_may_be_donated_at_once(tmp_path, functions):
 def test_another_model_is_one_line_that_names_the_fields(tmp_path, functions, state):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     save(checkpoints, 1, state)
-    model = dataclasses.replace(CONFIG.model, num_layers=3, norm_placement="pre", remat="none")
+    model = dataclasses.replace(
+        CONFIG.model, num_layers=3, norm_placement="pre", remat="none", depth_grad_block=2
+    )
     other = dataclasses.replace(CONFIG, model=model)
     with pytest.raises(ValueError, match="checkpoint of another model") as caught:
         checkpoints.restore(functions.abstract_state, other)
@@ -100,9 +102,24 @@ def test_another_model_is_one_line_that_names_the_fields(tmp_path, functions, st
     message = str(caught.value)
     assert "model.num_layers 2 there, 3 here" in message
     assert "model.norm_placement 'reordered' there, 'pre' here" in message
-    assert "remat" not in message  # the same function, computed in another way
+    for name in ("remat", "depth_grad_block"):  # the same function, computed in another way
+        assert name not in message
     assert "--name" in message
     assert "\n" not in message
+
+
+def test_a_checkpoint_older_than_a_setting_has_its_default(tmp_path, functions, state, monkeypatch):
+    older = dataclasses.asdict(CONFIG)
+    del older["model"]["depth_window"]
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("moda_jax.checkpoint.dataclasses.asdict", lambda _: older)
+        save(checkpoints, 1, state)
+    assert checkpoints.restore(functions.abstract_state, CONFIG) is not None
+    bounded = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, depth_window=1))
+    with pytest.raises(ValueError, match="model.depth_window None there, 1 here"):
+        checkpoints.restore(functions.abstract_state, bounded)
+    checkpoints.close()
 
 
 def test_another_number_of_processes(tmp_path, functions, state, monkeypatch):

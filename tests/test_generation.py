@@ -10,6 +10,7 @@ from flax import nnx
 
 from moda_jax import generation
 from tests.models import SMALL, VARIANTS, random_model
+from tests.tolerances import SAME_MODEL
 
 
 def build(**changes):
@@ -31,7 +32,8 @@ def test_decode_equals_the_full_forward_at_every_position(variant):
     logits, cache = nnx.jit(generation.prefill, static_argnums=3)(model, tokens[:, :5], lengths, 16)
     rows = np.arange(3)
     for _ in range(7):
-        np.testing.assert_allclose(logits, full[rows, cache.length - 1], rtol=2e-4, atol=2e-5)
+        expected = full[rows, cache.length - 1]
+        assert jnp.abs(logits - expected).max() < SAME_MODEL * jnp.abs(expected).max()
         logits, cache = step(model, cache, tokens[rows, cache.length])
 
 
@@ -100,15 +102,47 @@ def test_sampling_follows_the_distribution():
     np.testing.assert_allclose(frequencies(logits, temperature=0.0), [1, 0, 0, 0])
 
 
+def test_limits_hold_for_equal_logits():
+    """Ties go to the smaller id: top_k keeps k tokens and top_p as few as it can."""
+    flat = [0.0, 0.0, 0.0, 0.0]
+    np.testing.assert_allclose(frequencies(flat), 0.25, atol=0.03)
+    np.testing.assert_allclose(frequencies(flat, top_k=1), [1, 0, 0, 0])
+    np.testing.assert_allclose(frequencies(flat, top_k=2), [0.5, 0.5, 0, 0], atol=0.03)
+    np.testing.assert_allclose(frequencies(flat, top_p=1e-6), [1, 0, 0, 0])
+    np.testing.assert_allclose(frequencies(flat, top_p=0.5), [0.5, 0.5, 0, 0], atol=0.03)
+    np.testing.assert_allclose(frequencies(flat, top_k=4, top_p=1.0), 0.25, atol=0.03)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e30])
+def test_extreme_temperatures(temperature):
+    expected = [0, 1, 0] if temperature < 1 else [1 / 3] * 3
+    got = frequencies([80.0, 90.0, -90.0], temperature=temperature)
+    np.testing.assert_allclose(got, expected, atol=0.03)
+
+
+def test_prompts_as_an_array(model):
+    prompts = [[1, 2], [3, 4]]
+    expected = generation.generate(model, prompts, max_new_tokens=3)
+    assert generation.generate(model, np.array(prompts), max_new_tokens=3) == expected
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"prompts": [[]]}, r"prompts\[0\]: expected at least one token"),
         ({"prompts": [[1], [37]]}, r"prompts\[1\]: expected ids in 0 … 36, got \[37\]"),
-        ({"max_new_tokens": -1}, "max_new_tokens: expected a number >= 0, got -1"),
+        ({"prompts": [[1.5]]}, r"prompts\[0\]: expected ids in 0 … 36, got \[1.5\]"),
+        ({"prompts": [[-1]]}, r"prompts\[0\]: expected ids in 0 … 36, got \[-1\]"),
+        ({"max_new_tokens": -1}, "max_new_tokens: expected an int >= 0, got -1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: expected an int >= 0, got 2.5"),
         ({"temperature": -0.5}, "temperature: expected"),
+        ({"temperature": float("nan")}, "temperature: expected"),
+        ({"temperature": float("inf")}, "temperature: expected"),
         ({"top_k": 0}, "top_k: expected None or 1 … 37, got 0"),
+        ({"top_k": 38}, "top_k: expected None or 1 … 37, got 38"),
+        ({"top_k": 2.0}, "top_k: expected None or 1 … 37, got 2.0"),
         ({"top_p": 1.5}, "top_p: expected"),
+        ({"top_p": 0.0}, "top_p: expected"),
     ],
 )
 def test_bad_input(model, kwargs, message):

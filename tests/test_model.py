@@ -15,6 +15,7 @@ from moda_jax.layers import RMSNorm, rope_table, rotate
 from moda_jax.losses import next_token_loss
 from moda_jax.model import Transformer
 from tests import models
+from tests.tolerances import SAME_MODEL
 
 SMALL = dataclasses.replace(models.SMALL, num_layers=3)
 
@@ -121,6 +122,15 @@ def test_logits_and_mass_have_their_shapes():
     assert (np.asarray(mass[2, 1:]) > 0).all()
 
 
+def test_mass_with_bounded_slots_keeps_every_slots_place():
+    config = dataclasses.replace(SMALL, num_layers=5, depth_window=3, depth_reserved=1)
+    mass = np.asarray(build(config).attention_mass(batch(config)["tokens"]))
+    assert mass.shape == (5, 1 + 8)
+    np.testing.assert_allclose(mass.sum(axis=1), 1.0, atol=1e-5)
+    seen = [[], [0, 1], [0, 1, 2, 3], [0, 3, 4, 5], [0, 5, 6, 7]]
+    assert [np.flatnonzero(row[1:]).tolist() for row in mass] == seen
+
+
 def test_mass_without_a_real_token_is_zero():
     tokens = jnp.zeros((1, 4), jnp.int32)
     mass = build(SMALL).attention_mass(tokens, segment_ids=tokens)
@@ -156,16 +166,34 @@ def plain_loss(model, inputs, z_loss):
     return jnp.sum(jnp.where(segments != 0, lse - correct + z_loss * lse**2, 0.0))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_chunked_loss_equals_the_plain_one(monkeypatch, tied):
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 2 * 37 * 3)  # three tokens of each row at a time
-    config = dataclasses.replace(SMALL, tie_embeddings=tied)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"use_bias": True},
+        {"vocab_size": 4100},  # padded to whole tiles
+    ],
+)
+def test_chunked_loss_equals_the_plain_one(monkeypatch, changes):
+    config = dataclasses.replace(SMALL, **changes)
+    three_tokens = 4 * 2 * config.vocab_size * 3
+    monkeypatch.setattr(losses, "CHUNK_BYTES", (three_tokens, three_tokens))
     model, inputs = build(config), batch(SMALL)
-    assert losses.chunk_length(2, 7, 37) == 3
+    assert losses.chunk_length(2, 7, config.vocab_size) == 3
     chunked = nnx.value_and_grad(lambda m: next_token_loss(m, inputs, z_loss=0.1)[0])(model)
     plain = nnx.value_and_grad(lambda m: plain_loss(m, inputs, 0.1))(model)
     for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+        assert np.abs(a - b).max() <= SAME_MODEL * max(np.abs(b).max(), 1e-6)
+
+
+def test_chunks_of_the_loss():
+    """A 16th of the tokens, unless that is little or much; equal ones."""
+    million = 2**20
+    assert losses.chunk_length(2, 7, 37) == 7
+    assert losses.chunk_length(1, 16 * million, 17) == million
+    assert losses.chunk_length(8, 4096, 100_278) == 164  # 25 chunks of at most 512 MiB
+    assert losses.chunk_length(2, 2048, 50_000) == 158
 
 
 def test_loss_without_targets_is_zero():

@@ -12,14 +12,13 @@ from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.forward import attend
 from pallas_kernels.mosaic_gpu.forward_tiles import ForwardConfig, forward_config, tile_heads
-from pallas_kernels.mosaic_gpu.wgmma import segment_bounds
+from pallas_kernels.mosaic_gpu.wgmma import Walk
+from pallas_kernels.segments import segment_bounds
 
 needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Pallas Mosaic GPU needs JAX >= 0.11"
 )
 SMALL = ForwardConfig(block_kv=64, stages=2, warpgroups=2)  # the ring is reused early
-PAIRS = ForwardConfig(depth_pairs=True)
-TWO_PAIRS = ForwardConfig(block_kv=64, stages=3, warpgroups=2, depth_pairs=True)
 
 
 def slow(*values):
@@ -123,11 +122,12 @@ def test_groups(capfd, group):
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("config", "group"), [(PAIRS, 8), (TWO_PAIRS, 4), slow(TWO_PAIRS, 1)])
-def test_two_stages_per_depth_step(capfd, config, group):
-    """Pairs of blocks at 8 tokens, an odd one last; halves of the tokens at more."""
+@pytest.mark.parametrize("group", [8, slow(2)])
+def test_blocks_of_slots_and_keys(capfd, group):
+    """Several of both kinds, more than the ring has stages."""
     slots = (1, 11, 14, 20)
-    check(capfd, make(72, 72, group, 64, 20, slots), slots, config=config)
+    config = ForwardConfig(block_kv=64, stages=2)
+    check(capfd, make(200, 200, group, 64, 20, slots), slots, config=config)
 
 
 @needs_mosaic
@@ -218,15 +218,34 @@ def test_tile_heads():
 
 
 def test_segment_bounds_are_never_too_narrow():
-    """Any ids, sorted or not: every pair that may meet lies within the bounds."""
+    """Any ids, sorted or not: every pair that may meet is within the bounds; no other is whole."""
     rng = np.random.default_rng(0)
-    tiles, others = rng.integers(0, 5, (2, 6, 4)), rng.integers(0, 5, (2, 30))
+    tiles, others = rng.integers(0, 3, (2, 12, 2)), rng.integers(0, 3, (2, 30))
+    others[:, 8:16], others[0, 20:24] = 2, 1
     bounds = np.asarray(segment_bounds(jnp.asarray(tiles), jnp.asarray(others), 4))
-    for batch, tile in np.ndindex(2, 6):
+    wholes = 0
+    for batch, tile in np.ndindex(2, 12):
         ids = tiles[batch, tile]
         meets = np.isin(others[batch], ids[ids != 0])
         blocks = np.nonzero(meets)[0] // 4
-        first, stop = bounds[batch, tile]
+        first, stop, whole_first, whole_stop = bounds[batch, tile]
         assert all(first <= block < stop for block in blocks)
-    alone = segment_bounds(jnp.array([[[7]], [[0]]]), jnp.array([[1, 7, 7, 9]] * 2), 2)
-    assert alone.tolist() == [[[0, 2]], [[0, 0]]]
+        whole = others[batch, 4 * whole_first : 4 * whole_stop]
+        assert (whole[:, None] == ids).all()
+        assert (whole != 0).all()
+        wholes += len(whole)
+    assert wholes
+    alone = segment_bounds(jnp.array([[[7]], [[0]]]), jnp.array([[1, 7, 7, 7, 7, 9]] * 2), 2)
+    assert alone.tolist() == [[[0, 3, 1, 2]], [[0, 0, 0, 0]]]
+
+
+def test_walk_meets_every_block_once():
+    for start, stop, first, last in [(0, 5, 0, 5), (0, 5, 2, 4), (1, 7, 0, 3), (2, 4, 7, 9)]:
+        for bounds in (None, (2, 4, 2, 3), (0, 9, 3, 9), (5, 5, 0, 0)):
+            walk = Walk.of(start, stop, first, last, bounds)
+            blocks = [int(walk.nth(i)) for i in range(int(walk.count))]
+            low, high = (start, stop) if bounds is None else bounds[:2]
+            assert sorted(blocks) == list(range(max(start, low), min(stop, high)))
+            plain = blocks[: int(walk.plain)]
+            assert all(first <= block < last for block in plain)
+            assert bounds is None or all(bounds[2] <= block < bounds[3] for block in plain)

@@ -9,7 +9,7 @@ from tolerances import RELATIVE
 
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.sequence_backward import sequence_backward
+from pallas_kernels.mosaic_gpu.sequence_backward import Depth, fuses, sequence_backward
 from pallas_kernels.mosaic_gpu.sequence_tiles import (
     SequenceBackwardConfig,
     sequence_backward_config,
@@ -69,7 +69,8 @@ def check(capfd, made, segments=None, *, is_causal=True, config=None):
     operands, delta = made
     mask = visible(operands[0].shape[1], operands[1].shape[1], is_causal, segments)
     lse, wanted = reference(operands, delta, mask, 0.5)
-    got = run(operands, lse, delta, segments, is_causal, config)
+    *got, slots = run(operands, lse, delta, segments, is_causal, config)
+    assert slots is None
     assert [x.dtype for x in got] == [jnp.float32, *[operands[0].dtype] * 2]
     for gradient, want in zip(got, wanted, strict=True):
         close(gradient, want, RELATIVE[operands[0].dtype.name])
@@ -109,7 +110,7 @@ def test_packed_documents(capfd):
     check(capfd, made, segments, config=SMALL)
     operands, delta = made
     lse, _ = reference(operands, delta, visible(136, 136, True, segments), 0.5)
-    dq, dk, dv = run(operands, lse, delta, segments, True, SMALL)
+    dq, dk, dv, _ = run(operands, lse, delta, segments, True, SMALL)
     for gradient in (dq, dk, dv):
         assert not np.asarray(gradient, np.float32)[segments == 0].any()
 
@@ -118,10 +119,89 @@ def test_packed_documents(capfd):
 def test_float16_and_the_querys_dtype():
     operands, delta = make(40, 40, 2, 64, dtype=jnp.float16)
     lse, wanted = reference(operands, delta, visible(40, 40, True, None), 0.5)
-    got = run(operands, lse, delta, None, True, None, dq_dtype=jnp.float16)
+    *got, _ = run(operands, lse, delta, None, True, None, dq_dtype=jnp.float16)
     assert [x.dtype for x in got] == [jnp.float16] * 3
     for gradient, want in zip(got, wanted, strict=True):
         close(gradient, want, RELATIVE["float16"])
+
+
+def with_depth(made, num_slots, slots, running, segments=None):
+    """Reference of dq, dkd and dvd with slots; lse covers the slots alone, whatever it does."""
+    (query, key, value, d_out), delta = made
+    rng = np.random.default_rng(1)
+    shape = (num_slots, *query.shape[:2], 1, query.shape[-1])
+    arrays = [rng.normal(size=shape).astype(np.float32) for _ in range(2)]
+    index = np.arange(num_slots)
+    shown = sum((index >= a) & (index < b) for a, b in (slots[:2], slots[2:])) > 0
+    kd, vd = (jnp.asarray(np.where(shown[:, None, None, None, None], x, np.nan), query.dtype)
+              for x in arrays)  # fmt: skip
+    q, do, k, v = (np.asarray(x, np.float32)[shown, :, :, 0] if x.ndim == 5
+                   else np.asarray(x, np.float32) for x in (query, d_out, kd, vd))  # fmt: skip
+    mask = visible(query.shape[1], key.shape[1], True, segments)
+    lse, (dq, dk, dv) = reference((query, key, value, d_out), delta, mask, 0.5)
+    scale = query.shape[-1] ** -0.5
+    weights = np.exp(scale * np.einsum("btgh,sbth->btgs", q, k) - np.asarray(lse)[..., None])
+    weights = np.where(np.isneginf(np.asarray(lse))[..., None], 0, weights)
+    ds = weights * (np.einsum("btgh,sbth->btgs", do, v) - np.asarray(delta)[..., None])
+    new = np.zeros((2, *shape), np.float32)
+    new[0, shown] = scale * np.einsum("btgs,btgh->sbth", ds, q)[..., None, :]
+    new[1, shown] = np.einsum("btgs,btgh->sbth", weights, do)[..., None, :]
+    if running is not None:
+        running = tuple(jnp.asarray(rng.normal(size=shape), running) for _ in range(2))
+        new += np.stack([np.asarray(x, np.float32) for x in running])
+    dq = dq + scale * np.einsum("btgs,sbth->btgh", ds, k)
+    return Depth(kd, vd, jnp.asarray(slots, jnp.int32), running), lse, (dq, dk, dv, *new)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("group", "num_slots", "slots", "running", "documents"),
+    [
+        (8, 11, (0, 9, 9, 9), None, 0),  # nine slots: a whole block and one slot of another
+        (2, 7, (0, 2, 4, 7), "float32", 3),
+        slow(1, 3, (0, 3, 3, 3), "bfloat16", 0),
+        slow(4, 9, (0, 1, 6, 9), None, 4),
+        slow(2, 5, (0, 0, 0, 0), "float32", 0),
+    ],
+)
+def test_slots_go_along(capfd, group, num_slots, slots, running, documents):
+    """The slots' gradients and their part of dq; nothing else of the cache is touched."""
+    length = 200 if documents == 0 else 75  # several blocks of keys, too
+    made = make(length, length, group, 64, batch=2)
+    segments = packed(2, length, documents) if documents else None
+    depth, lse, wanted = with_depth(made, num_slots, slots, running, segments)
+    *got, grads = run(*made[:1], lse, made[1], segments, True, None, depth=depth)
+    tolerance = RELATIVE["bfloat16"]
+    for gradient, want in zip((*got, *grads), wanted, strict=True):
+        close(gradient, want, tolerance)
+    index = np.arange(num_slots)
+    hidden = ~(
+        ((index >= slots[0]) & (index < slots[1])) | ((index >= slots[2]) & (index < slots[3]))
+    )
+    for gradient, before in zip(grads, (running and depth.running) or (0, 0), strict=True):
+        assert gradient.dtype == (running or "bfloat16")
+        untouched = np.asarray(before)[hidden] if running else 0
+        np.testing.assert_array_equal(np.asarray(gradient)[hidden], untouched)
+    *alone, nothing = run(*made[:1], lse, made[1], segments, True, None,
+                          depth=depth._replace(want_slots=False))  # fmt: skip
+    assert nothing is None
+    np.testing.assert_array_equal(alone[0], got[0])
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@needs_mosaic
+def test_which_calls_are_fused():
+    def fused(group, head_dim=64, want=True, running=None):
+        query, key = (jax.ShapeDtypeStruct((1, 64, n, head_dim), jnp.bfloat16) for n in (group, 1))
+        slots = jax.ShapeDtypeStruct((4, 1, 64, 1, head_dim), jnp.bfloat16)
+        if running is not None:
+            running = (jax.ShapeDtypeStruct(slots.shape, running),) * 2
+        return fuses(query, key, Depth(slots, slots, None, running, want), is_causal=True)
+
+    assert [g for g in (1, 2, 3, 4, 6, 8, 16) if fused(g)] == [1, 2, 4, 8]
+    assert fused(16, want=False)
+    assert fused(8, running=jnp.float32)
+    assert not fused(8, head_dim=128, running=jnp.float32)  # no memory is left for its gradients
 
 
 @needs_mosaic
@@ -139,10 +219,10 @@ def test_lowers_for_gpus(head_dim):
 
 def test_config_is_checked():
     with pytest.raises(ValueError, match="dk, dv: the tile needs"):
-        SequenceBackwardConfig(dq_block_kv=64, dkv_stages=4).check(128, jnp.bfloat16)
+        SequenceBackwardConfig(dq_block_kv=64, dkv_stages=4).check(128)
     with pytest.raises(ValueError, match="blocks of 64"):
-        SequenceBackwardConfig(dq_block_kv=96).check(64, jnp.float32)
+        SequenceBackwardConfig(dq_block_kv=96).check(64)
     with pytest.raises(ValueError, match="2 stages"):
-        SequenceBackwardConfig(dq_stages=1).check(64, jnp.float32)
+        SequenceBackwardConfig(dq_stages=1).check(64)
     for head_dim in (64, 128):
-        sequence_backward_config(head_dim).check(head_dim, jnp.float32)
+        sequence_backward_config(head_dim).check(head_dim)

@@ -33,8 +33,8 @@ not_on_gpu = pytest.mark.skipif(
 FAST = ("window_static", "chunk_whole_sequence", "decode", "packed")
 # Several blocks each way, the last ones ragged, and two spans of queries for dq.
 SMALL_TILES = {
-    "q_block": 128, "k_block": 128, "q_span": 256, "depth_block": 128, "depth_heads": 1,
-    "depth_grad_block": 128, "depth_grad_heads": 1, "k_step": 128,
+    "q_block": 128, "k_block": 128, "q_grad_block": 128, "k_grad_block": 128, "q_span": 256,
+    "depth_block": 128, "depth_heads": 1, "depth_grad_block": 128, "depth_grad_heads": 1,
 }  # fmt: skip
 MANY_BLOCKS = (
     Case("blocks_causal", q_len=300, batch=1, slots=3, depth_lengths=(2,)),
@@ -216,7 +216,7 @@ def test_tiles_fit(kv_heads, group, head_dim, itemsize):
         assert max(schedule.vmem_need(shape, tiles).values()) <= schedule.VMEM_BYTES
         spans = schedule.query_spans(length, tiles)
         assert [stop for _, stop in spans[:-1]] == [start for start, _ in spans[1:]]
-        assert spans[-1][1] * tiles.q_block >= length
+        assert spans[-1][1] * tiles.q_grad_block >= length
 
 
 def test_tiles_that_do_not_fit_are_named():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from moda_jax.layers import rope_table
 from moda_jax.model import Transformer
 from moda_jax.stack import Tokens, run_stack
 from tests.models import SMALL, VARIANTS, random_model
+from tests.tolerances import SHIFTED_POSITIONS, STACK, STACK_BFLOAT16
 
 # The stack has no embedding to tie.
 STACKS = {name: changes for name, changes in VARIANTS.items() if name != "tied"} | {
@@ -89,11 +91,11 @@ def unrolled(spec, params, x, tokens):
 
 
 def assert_trees_close(actual, expected):
-    """Within 2e-4 of each leaf's largest entry: float32 through four layers."""
+    """Relative to each leaf's largest entry."""
 
     def check(path, a, b):
         worst = float(jnp.abs(a - b).max()) / max(float(jnp.abs(b).max()), 1e-6)
-        assert worst < 2e-4, f"{jax.tree_util.keystr(path)}: {worst}"
+        assert worst < STACK, f"{jax.tree_util.keystr(path)}: {worst}"
 
     jax.tree_util.tree_map_with_path(check, actual, expected)
 
@@ -147,11 +149,10 @@ def test_bfloat16_gradients_stay_near_float32():
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads[-1]))
     for exact, rounded in zip(*map(jax.tree.leaves, grads), strict=True):
         error = jnp.linalg.norm(rounded - exact) / jnp.maximum(jnp.linalg.norm(exact), 1e-6)
-        assert error < 0.06  # 8 bits of mantissa through four layers
+        assert error < STACK_BFLOAT16
 
 
-def gradient_temp_bytes(**changes):
-    """Temporary bytes of the compiled gradient, by the compiler's own account."""
+def compiled_gradient(**changes):
     config = dataclasses.replace(SMALL, embed_dim=32, head_dim=8, mlp_dim=64, **changes)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     spec, params = model.stack()
@@ -161,15 +162,47 @@ def gradient_temp_bytes(**changes):
     def loss(params, x, tokens):
         return jnp.sum(run_stack(spec, params, x, tokens).astype(jnp.float32) ** 2)
 
-    compiled = jax.jit(jax.grad(loss)).lower(params, x, tokens).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return config, jax.jit(jax.grad(loss)).lower(params, x, tokens).compile()
 
 
-@pytest.mark.parametrize(
-    "remat", [slow_unless(remat == "full", remat) for remat in ("full", "save_attention", "none")]
+def gradient_temp_bytes(**changes):
+    """Temporary bytes of the compiled gradient, by the compiler's own account."""
+    return compiled_gradient(**changes)[1].memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="its XLA drops barriers before it decides on copies"
 )
-def test_memory_grows_linearly_with_depth(remat):
-    sizes = [gradient_temp_bytes(num_layers=n, remat=remat) for n in (8, 16, 32, 64)]
+@pytest.mark.parametrize("depth_ffn_kv", ["none", "project"])
+def test_no_layer_copies_the_cache(depth_ffn_kv):
+    """Every layer writes and adds in place: a copy of the cache per layer is O(L^2) traffic."""
+    config, compiled = compiled_gradient(num_layers=6, depth_ffn_kv=depth_ffn_kv)
+    cache = f"f32[{config.depth_slots},4,256,"
+    inside, copies, seen = "", [], 0
+    text = compiled.as_text()
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    for line in text.splitlines():
+        if start := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            inside = start[1]
+        elif f"= {cache}" in line and inside in bodies:
+            seen += 1
+            copies += [line.strip()] if " copy(" in line else []
+    assert seen  # the text is what it is taken for
+    assert not copies
+
+
+MEMORY = [
+    slow_unless((remat, dtype) == ("full", "float32"), remat, dtype)
+    for dtype in ("float32", "bfloat16")
+    for remat in ("full", "save_attention", "none")
+]
+
+
+@pytest.mark.parametrize(("remat", "dtype"), MEMORY)
+def test_memory_grows_linearly_with_depth(remat, dtype):
+    sizes = [
+        gradient_temp_bytes(num_layers=n, remat=remat, compute_dtype=dtype) for n in (8, 16, 32, 64)
+    ]
     for smaller, larger in itertools.pairwise(sizes):
         assert larger <= 2.2 * smaller, sizes
 
@@ -180,7 +213,8 @@ def test_memory_grows_linearly_with_depth(remat):
 def test_extra_memory_over_the_plain_transformer(variant):
     """At L = 64, under 3.5 times one full depth cache: the cache and its gradients.
 
-    In float32: XLA's CPU backend widens bfloat16 buffers to float32 copies, which no GPU does.
+    In float32: XLA's CPU backend widens bfloat16 caches to float32 copies, which no accelerator
+    does, and so takes as many bytes as in float32.
     """
     changes = {"num_layers": 64} | STACKS[variant]
     moda = gradient_temp_bytes(**changes)
@@ -225,7 +259,7 @@ def test_documents_of_a_row_are_as_if_alone():
     alone = run_stack(
         spec, params, x[:, 3:], Tokens(tokens.positions[:, 3:], jnp.ones((1, 5), jnp.int32))
     )
-    np.testing.assert_allclose(together[:, 3:], alone, rtol=1e-4, atol=1e-5)
+    assert_trees_close(together[:, 3:], alone)
 
 
 @pytest.mark.parametrize("variant", ["row4", "row5", "pre-head-bias"])
@@ -236,7 +270,8 @@ def test_shifted_positions_change_nothing(variant):
     positions = jnp.broadcast_to(jnp.arange(7, dtype=jnp.int32), (2, 7))
     mass = model.attention_mass(tokens, positions=positions)
     shifted = model.attention_mass(tokens, positions=positions + 1000)
-    np.testing.assert_allclose(mass, shifted, rtol=2e-3, atol=2e-5)
-    np.testing.assert_allclose(
-        model(tokens, positions=positions), model(tokens, positions=positions + 1000), atol=5e-3
-    )
+    np.testing.assert_allclose(mass, shifted, rtol=0, atol=SHIFTED_POSITIONS)
+    logits, of_shifted = (model(tokens, positions=positions + n) for n in (0, 1000))
+    worst = jnp.abs(logits - of_shifted).max() / jnp.abs(logits).max()
+    assert worst < SHIFTED_POSITIONS
+    assert (np.asarray(mass[2:, 1:]) > 0.01).any()  # the slots do matter

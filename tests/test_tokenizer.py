@@ -6,6 +6,7 @@ import pathlib
 import pytest
 import tokenizers
 
+from moda_jax.config import DataConfig
 from moda_jax.tokenizer import ByteTokenizer, load_tokenizer
 
 TEXT = "def f(x):\n\treturn x  # naïve, 東京 🙂\r\n"
@@ -79,8 +80,22 @@ def test_end_of_document_is_found_by_its_usual_names(save_tokenizer, special_tok
 
 
 def test_end_of_document_missing(save_tokenizer):
-    with pytest.raises(ValueError, match=r"one of <\|endoftext\|>.*got \['<pad>'\]; add one"):
+    with pytest.raises(ValueError, match=r"one of <\|endoftext\|>.*got \['<pad>'\]; name one"):
         load_tokenizer(save_tokenizer("<pad>"))
+
+
+def test_end_of_document_by_name(save_tokenizer):
+    path = save_tokenizer("<pad>", "<end>", "</s>")
+    named = load_tokenizer(path, "<end>")
+    assert (named.eos_id, load_tokenizer(path).eos_id) == (1, 2)
+    assert named.fingerprint != load_tokenizer(path).fingerprint
+    assert load_tokenizer(path, "x").decode([load_tokenizer(path, "x").eos_id]) == "x"  # any token
+    with pytest.raises(
+        ValueError, match=r"eos_token: expected a token of .*got '<none>'; change --"
+    ):
+        load_tokenizer(path, "<none>")
+    with pytest.raises(ValueError, match="DataConfig.eos_token: expected None with the byte"):
+        DataConfig(eos_token="<end>")
 
 
 def test_settings_of_the_file_that_would_change_documents_are_off(save_tokenizer):

@@ -13,6 +13,31 @@ RELATIVE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2.5e-3}
 # lse is float32 whatever the inputs are: products of 16-bit numbers are exact in float32.
 LSE_RELATIVE = 2e-5
 
+# A whole stack in float32 against an unrolled one with plain autodiff, per leaf, relative to its
+# largest entry: the operator's rounding, carried through four layers; 4.2e-6 measured.
+STACK = 5e-5
+
+# The same gradients in bfloat16 against float32, norm of the difference over the norm: 8 bits of
+# mantissa (4e-3 a rounding) through four layers; 4.1e-2 measured.
+STACK_BFLOAT16 = 6e-2
+
+# Logits (and loss gradients) of the same model computed in another order: a token at a time, in
+# chunks of the loss, documents apart. Relative to the largest; 6.6e-7 measured.
+SAME_MODEL = 2e-5
+
+# All positions shifted by 1000: the angles of RoPE are float32 products of up to 1e3, so rotated
+# keys move by up to 1e3 * 2^-24 = 6e-5; logits 1.6e-6, attention mass 6e-8 measured.
+SHIFTED_POSITIONS = 1e-4
+
+# Optimizer steps in float32 whose sums run in another order (meshes, accumulation): each loss is a
+# mean over about 100 terms of size 4, and Adam turns a gradient's last bits into a step of full
+# size where it is close to 0. Losses move by less than 1e-6; the gradient norm of the fourth step
+# by 2.1e-5 measured.
+REORDERED_STEPS = 5e-5
+
+# As REORDERED_STEPS after six steps with a larger learning rate.
+REORDERED_RUN = 1e-4
+
 # A running gradient cache in bfloat16 (`depth_grad_dtype`) against one in float32, per parameter,
 # norm of the difference over the norm: each of a slot's up to 2L additions rounds the sum to 8
 # bits (2^-9 = 2e-3), in either direction; 2.0e-3 measured with 5 layers.

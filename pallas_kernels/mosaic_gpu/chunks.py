@@ -89,7 +89,7 @@ def backward(
 
     def body(slot, carry):
         total, grads = carry
-        dq, *new = sequence_backward(
+        dq, *new, _ = sequence_backward(
             query, depth_key[slot], depth_value[slot], d_out, lse, delta, scale=options.scale,
             is_causal=True, query_segments=names, key_segments=names,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import platforms
 
@@ -82,12 +83,16 @@ def launch(
     scratch: Mapping[str, Any],
     threads: int | None = None,
 ) -> Callable[..., Any]:
-    """`plgpu.kernel`, compiled or interpreted; `threads` warpgroups, or one without a name."""
+    """`plgpu.kernel`, compiled or interpreted; `threads` warpgroups, or one without a name.
+
+    The results are held behind a barrier: where one goes straight into a stacked array (a scan that
+    keeps lse), XLA would fuse a second copy of the kernel with the update, and run both.
+    """
     plgpu = mosaic()
     interpret = None
     if platforms.interpreted():
         interpret = plgpu.InterpretGPUParams(detect_races=_detect_races.get())
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=dict(scratch),
@@ -99,6 +104,7 @@ def launch(
         interpret=interpret,
         kernel_name=name,
     )
+    return lambda *operands: lax.optimization_barrier(kernel(*operands))
 
 
 def next_power_of_two(n: int) -> int:
@@ -180,10 +186,12 @@ def untile_rows(
     return x.reshape(batch, -1, kv_heads * group)[:, :length]
 
 
-def store(source: Any, target: Any, *, add: bool) -> None:
+def store(source: Any, target: Any, *, add: bool, old: tuple[Any, Any] | None = None) -> None:
     """target = source, or target += source, asynchronous and not yet in a group.
 
-    It is the memory system that adds: nothing is read back.
+    It is the memory system that adds: nothing is read back. The interpreter, which knows no such
+    copy, reads back to `old` (memory and a barrier), or to memory of its own in a kernel of a
+    single warpgroup.
     """
     plgpu = mosaic()
     if not (add and platforms.interpreted()):
@@ -191,15 +199,21 @@ def store(source: Any, target: Any, *, add: bool) -> None:
         plgpu.copy_smem_to_gmem(source, target, reduction_op=reduction, commit_group=False)
         return
 
-    def read_and_add(old, loaded):  # the interpreter knows no reduction
-        plgpu.copy_gmem_to_smem(target, old, loaded.at[0])
-        plgpu.barrier_wait(loaded.at[0])
+    def read_and_add(old, loaded):
+        plgpu.copy_gmem_to_smem(target, old, loaded)
+        plgpu.barrier_wait(loaded)
         old[...] = old[...] + source[...]
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(old, target)
         plgpu.wait_smem_to_gmem(0)
 
-    pallas().run_scoped(read_and_add, smem(source.shape, source.dtype), barrier(1, 1))
+    if old is not None:
+        read_and_add(*old)
+        return
+    pallas().run_scoped(
+        lambda old, loaded: read_and_add(old, loaded.at[0]),
+        smem(source.shape, source.dtype), barrier(1, 1),
+    )  # fmt: skip
 
 
 def zeros(shape: tuple[int, int]) -> jax.Array:

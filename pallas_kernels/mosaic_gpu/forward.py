@@ -17,15 +17,20 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.forward_kernel import Refs, attend_tiles, load_tiles, scratch
-from pallas_kernels.mosaic_gpu.forward_tiles import ForwardConfig, Plan, forward_config
+from pallas_kernels.mosaic_gpu.forward_kernel import attend_tiles, load_tiles, scratch
+from pallas_kernels.mosaic_gpu.forward_tiles import (
+    ForwardConfig,
+    Plan,
+    forward_config,
+    rows_by_token,
+    segment_ranges,
+    segment_rows,
+)
+from pallas_kernels.mosaic_gpu.ring import Refs, split_unions
 from pallas_kernels.mosaic_gpu.tuned import tuned
 from pallas_kernels.mosaic_gpu.wgmma import (
-    NO_SEGMENT,
     ROWS,
-    cdiv,
     pad_tokens,
-    segment_bounds,
     split_roles,
 )
 
@@ -93,27 +98,23 @@ def attend(
         inputs |= {"depth_key": pad_tokens(depth_key, 2), "depth_value": pad_tokens(depth_value, 2)}
         inputs["slots"] = slots
     if query_segments is not None:
-        inputs["query_segments"] = _segment_rows(plan, query_segments)
+        inputs["query_segments"] = segment_rows(plan, query_segments)
         if key is not None:
             assert key_segments is not None
             inputs["key_segments"] = pad_tokens(key_segments, 1)
-            inputs["ranges"] = _segment_ranges(plan, query_segments, key_segments)
+            inputs["ranges"] = segment_ranges(plan, query_segments, key_segments)
     out, lse = _run(plan, inputs)
-    return out[:, :q_len], _lse_by_token(plan, lse)
+    return out[:, :q_len], rows_by_token(plan, lse)
 
 
 def _run(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     config = plan.config
     blocks = min(plan.tiles, _multiprocessors()) if config.persistent else plan.tiles
-    arrays = Refs._fields[: Refs._fields.index("out")]
 
     def body(*operands, **memory):
-        *given, out, lse = operands
-        if plan.boxes:
-            for name in ("k_smem", "v_smem"):
-                memory[name], memory[name + "_boxes"] = memory[name]
-        views = dict.fromkeys(arrays) | dict(zip(inputs, given, strict=True))
-        refs = Refs(**views, out=out, lse=lse, **memory)
+        names = (*inputs, "out", "lse")
+        views = dict(zip(names, operands, strict=True))
+        refs = Refs(**views, **split_unions(plan, memory))
         split_roles(
             config.warpgroups,
             lambda warpgroup: attend_tiles(plan, refs, blocks, warpgroup),
@@ -138,33 +139,3 @@ def _run(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array
 def _multiprocessors() -> int:
     """Of the default device; an H100's or H200's 132 when compiling without one."""
     return getattr(jax.devices()[0], "core_count", None) or 132
-
-
-def _token_tiles(plan: Plan, segments: jax.Array) -> jax.Array:
-    """[B, token tiles, tokens], of all tiles that the thread blocks have, padding included."""
-    tiles = cdiv(plan.steps_per_head * plan.config.warpgroups, plan.subgroups)
-    ids = jnp.pad(segments, ((0, 0), (0, tiles * plan.tokens - segments.shape[1])))
-    return ids.reshape(plan.batch, tiles, plan.tokens)
-
-
-def _segment_rows(plan: Plan, segments: jax.Array) -> jax.Array:
-    """[B, token tiles, 64]: the segment of every row of a tile, padding made unequal to all."""
-    ids = _token_tiles(plan, segments)
-    return jnp.tile(jnp.where(ids == 0, NO_SEGMENT, ids), (1, 1, plan.heads))
-
-
-def _segment_ranges(plan: Plan, segments: jax.Array, key_segments: jax.Array) -> jax.Array:
-    """[B, thread-block tiles, 2]: the blocks of keys that a thread block's tiles may see."""
-    units = jnp.arange(plan.steps_per_head * plan.config.warpgroups) // plan.subgroups
-    ids = _token_tiles(plan, segments)[:, units].reshape(plan.batch, plan.steps_per_head, -1)
-    return segment_bounds(ids, key_segments, plan.config.block_kv)
-
-
-def _lse_by_token(plan: Plan, lse: jax.Array) -> jax.Array:
-    """[B, K, units, 64] as the tiles lie to [B, Tq, N]."""
-    tiles = cdiv(plan.q_len, plan.tokens)
-    lse = lse[:, :, : tiles * plan.subgroups].reshape(
-        plan.batch, plan.kv_heads, tiles, plan.subgroups, plan.heads, plan.tokens
-    )
-    lse = lse.transpose(0, 2, 5, 1, 3, 4).reshape(plan.batch, tiles * plan.tokens, -1)
-    return lse[:, : plan.q_len]

@@ -1,11 +1,7 @@
-"""The two roles of the fused forward's warpgroups: one loads, the others attend.
-
-The ring has a buffer of keys and one of values per stage. A sequence block fills a stage for all
-warpgroups; a depth block gives each its own 64 (slot, token) rows, as their tokens differ.
-"""
+"""The two roles of the fused forward's warpgroups: one loads, the others attend."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,16 +10,23 @@ from jax import lax
 
 from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, locate, rounds, slot_block, unit
+from pallas_kernels.mosaic_gpu.ring import (
+    Block,
+    Refs,
+    depth_mask,
+    key_mask,
+    load_blocks,
+    load_rows,
+    ring_memory,
+    row_segments,
+    visit,
+)
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
-    NO_SEGMENT,
     ROWS,
     accumulate,
-    div,
     drain,
     i32,
-    iota,
-    load_columns,
     rem,
     spread,
     wait_free,
@@ -34,81 +37,19 @@ from pallas_kernels.mosaic_gpu.wgmma import (
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
-class Refs(NamedTuple):
-    """What the kernel sees: global arrays, then shared memory and barriers."""
-
-    query: Any
-    key: Any
-    value: Any
-    depth_key: Any
-    depth_value: Any
-    slots: Any
-    query_segments: Any
-    key_segments: Any
-    ranges: Any
-    out: Any
-    lse: Any
-    q_smem: Any = None
-    k_smem: Any = None
-    v_smem: Any = None
-    k_smem_boxes: Any = None  # the same memory as [stages, warpgroups, slots, tokens, H]
-    v_smem_boxes: Any = None
-    segment_smem: Any = None
-    lse_smem: Any = None
-    q_full: Any = None
-    q_free: Any = None
-    k_full: Any = None
-    v_full: Any = None
-    kd_full: Any = None  # of depth blocks that come slot by slot
-    vd_full: Any = None
-    kd_box_full: Any = None  # of depth blocks that come in one piece
-    vd_box_full: Any = None
-    k_free: Any = None
-    v_free: Any = None
-    turn: Any = None
-
-
 def scratch(plan: Plan) -> dict[str, Any]:
     """Shared memory and barriers, by the names of `Refs`."""
     plgpu = common.mosaic()
-    config, dtype = plan.config, plan.dtype
-    ring = common.smem((config.stages, config.stage_keys, plan.head_dim), dtype)
-    ring_barrier = functools.partial(common.barrier, count=config.stages)
-    slot_copies = config.warpgroups * plan.block_slots
-    memory = {
-        "q_smem": common.smem((2, config.warpgroups, ROWS, plan.head_dim), dtype),
-        "k_smem": ring,
-        "v_smem": ring,
+    config = plan.config
+    memory = ring_memory(plan) | {
+        "q_smem": common.smem((2, config.warpgroups, ROWS, plan.head_dim), plan.dtype),
         "lse_smem": plgpu.SMEM((config.warpgroups, ROWS), jnp.float32),
         "q_full": common.barrier(config.warpgroups * plan.heads, 2),
         "q_free": common.barrier(config.warpgroups, 2),
-        "k_free": ring_barrier(config.warpgroups),
-        "v_free": ring_barrier(config.warpgroups),
     }
-    if plan.kv_len:
-        memory |= {"k_full": ring_barrier(2 if plan.segments else 1), "v_full": ring_barrier(1)}
-    if plan.slots:
-        memory |= {"kd_full": ring_barrier(slot_copies), "vd_full": ring_barrier(slot_copies)}
-    if plan.boxes:
-        shape = (config.stages, config.warpgroups, plan.block_slots, plan.half_tokens)
-        both = plgpu.RefUnion(ring, common.smem((*shape, plan.head_dim), dtype))
-        memory |= {"k_smem": both, "v_smem": both}
-        box = ring_barrier(config.warpgroups)
-        memory |= {"kd_box_full": box, "vd_box_full": box}
-    if plan.kv_len and plan.segments:
-        memory["segment_smem"] = plgpu.SMEM((config.stages, config.block_kv), jnp.int32)
     if config.turns:
         memory["turn"] = common.barrier(1, config.warpgroups)
     return memory
-
-
-def _either(plan: Plan, slots_left: jax.Array, whole: Callable, part: Callable) -> None:
-    """`whole` for a depth block that is loaded in one piece, `part` for one slot by slot."""
-    if not plan.boxes:
-        part()
-        return
-    common.when(slots_left >= plan.block_slots, whole)
-    common.when(slots_left < plan.block_slots, part)
 
 
 # the warpgroup that loads
@@ -122,31 +63,12 @@ def load_tiles(plan: Plan, refs: Refs, blocks: int) -> None:
     if config.turns:
         plgpu.barrier_arrive(refs.turn.at[0])  # the first warpgroup starts
 
-    def load_kv(block, step, tile):
-        stage = rem(step, stages)
-        keys = common.ds(block * config.block_kv, config.block_kv)
-        where, rows = (tile.batch, keys, tile.kv_head), common.ds(0, config.block_kv)
-        wait_free(refs.k_free, step, stages)
-        k_ref, v_ref = refs.k_smem.at[stage, rows], refs.v_smem.at[stage, rows]
-        plgpu.copy_gmem_to_smem(refs.key.at[where], k_ref, refs.k_full.at[stage])
-        if plan.segments:
-            ids = refs.key_segments.at[tile.batch, keys]
-            plgpu.copy_gmem_to_smem(ids, refs.segment_smem.at[stage], refs.k_full.at[stage])
-        wait_free(refs.v_free, step, stages)
-        plgpu.copy_gmem_to_smem(refs.value.at[where], v_ref, refs.v_full.at[stage])
-        return step + 1
-
     def load_tile(r, step):
         tile = locate(plan, refs.slots, refs.ranges, nth(r))
         wait_free(refs.q_free, r, 2)
-        _load_query(plan, refs, tile, rem(r, 2))
-        if plan.slots:
-            load = functools.partial(_load_depth, plan, refs, tile)
-            step = lax.fori_loop(0, tile.depth_blocks, load, step)
-        if plan.kv_len:
-            load = functools.partial(load_kv, tile=tile)
-            step = lax.fori_loop(tile.kv_start, tile.kv_stop, load, step)
-        return step
+        buffer = rem(r, 2)
+        load_rows(plan, tile, [(refs.query, refs.q_smem.at[buffer])], refs.q_full.at[buffer])
+        return load_blocks(plan, refs, tile, step)
 
     steps = lax.fori_loop(0, count, load_tile, i32(0))
     drain(refs.k_free, steps, stages)
@@ -154,80 +76,7 @@ def load_tiles(plan: Plan, refs: Refs, blocks: int) -> None:
     drain(refs.q_free, count, 2)
 
 
-def _load_query(plan: Plan, refs: Refs, tile: Tile, buffer: jax.Array) -> None:
-    plgpu = common.mosaic()
-    for warpgroup in range(plan.config.warpgroups):
-        token, head = unit(plan, tile, warpgroup)
-        for i in range(plan.heads):
-            plgpu.copy_gmem_to_smem(
-                refs.query.at[tile.batch, common.ds(token, plan.tokens), head + i],
-                refs.q_smem.at[buffer, warpgroup, common.ds(i * plan.tokens, plan.tokens)],
-                refs.q_full.at[buffer],
-            )
-
-
-def _load_depth(plan: Plan, refs: Refs, tile: Tile, block: jax.Array, step: jax.Array):
-    """A depth block of all warpgroups: one ring stage, or one for each half of the tokens."""
-    stages = plan.config.stages
-    first, stop = slot_block(plan, refs.slots, tile, block)
-    rings = (
-        (refs.depth_key, refs.k_smem, refs.k_smem_boxes, refs.kd_full, refs.kd_box_full),
-        (refs.depth_value, refs.v_smem, refs.v_smem_boxes, refs.vd_full, refs.vd_box_full),
-    )
-    for half in range(plan.halves):
-        stage = rem(step, stages)
-        tokens = [
-            common.ds(unit(plan, tile, w)[0] + half * plan.half_tokens, plan.half_tokens)
-            for w in range(plan.config.warpgroups)
-        ]
-        for ring, free in zip(rings, (refs.k_free, refs.v_free), strict=True):
-            wait_free(free, step, stages)
-            box = functools.partial(_load_box, plan, tile, tokens, ring, stage, first)
-            slots = functools.partial(_load_slots, plan, tile, tokens, ring, stage, first, stop)
-            _either(plan, stop - first, box, slots)
-        step += 1
-    return step
-
-
-def _load_box(plan: Plan, tile: Tile, tokens: list, ring: tuple, stage, first) -> None:
-    plgpu = common.mosaic()
-    source, _, boxes, _, full = ring
-    slots = common.ds(first, plan.block_slots)
-    for warpgroup, where in enumerate(tokens):
-        plgpu.copy_gmem_to_smem(
-            source.at[slots, tile.batch, where, tile.kv_head],
-            boxes.at[stage, warpgroup],
-            full.at[stage],
-        )
-
-
-def _load_slots(plan: Plan, tile: Tile, tokens: list, ring: tuple, stage, first, stop) -> None:
-    plgpu = common.mosaic()
-    source, rows, _, full, _ = ring
-    for warpgroup, where in enumerate(tokens):
-        for i in range(plan.block_slots):
-            # Past the range the last visible slot again: what nobody wrote may be NaN.
-            slot = jnp.minimum(first + i, stop - 1)
-            row = warpgroup * plan.depth_keys + i * plan.half_tokens
-            plgpu.copy_gmem_to_smem(
-                source.at[slot, tile.batch, where, tile.kv_head],
-                rows.at[stage, common.ds(row, plan.half_tokens)],
-                full.at[stage],
-            )
-
-
 # the warpgroups that attend
-
-
-class _Block(NamedTuple):
-    """One stage of the ring, as a warpgroup reads it."""
-
-    key: Any
-    value: Any
-    wait_key: Callable[[], None]
-    wait_value: Callable[[], None]
-    key_free: Any
-    value_free: Any
 
 
 class _Worker(NamedTuple):
@@ -260,20 +109,14 @@ def attend_tiles(plan: Plan, refs: Refs, blocks: int, warpgroup: jax.Array) -> N
         tile = locate(plan, refs.slots, refs.ranges, nth(r))
         buffer = rem(r, 2)
         token, _ = unit(plan, tile, warpgroup)
-        row_segment = None
-        if plan.segments:
-            ids = refs.query_segments.at[tile.batch, div(token, plan.tokens)]
-            rows = plgpu.Layout.WGMMA.reduce(1)
-            row_segment = plgpu.load(ids, layout=rows, optimized=False)
+        row_segment = row_segments(plan, refs, tile, token)
         query = refs.q_smem.at[buffer, warpgroup]
         worker = _Worker(plan, refs, warpgroup, tile, query, token, row_segment)
         plgpu.barrier_wait(refs.q_full.at[buffer])
         worker.take_turn()
-        carry = (step, _empty_state(plan.head_dim))
-        if plan.slots:
-            carry = _depth_phase(worker, carry)
-        if plan.kv_len:
-            carry = _sequence_phase(worker, carry)
+        plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
+        depth = functools.partial(_depth_step, worker)
+        carry = visit(plan, tile, depth, plain, edge, (step, _empty_state(plan.head_dim)))
         worker.pass_turn()
         step, state = carry
         _store(worker, state)
@@ -295,165 +138,65 @@ def _empty_state(head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     return common.zeros((ROWS, head_dim)), rows(_LOWEST), rows(0)
 
 
-def _stage(worker: _Worker, step: jax.Array, slots_left: jax.Array | None = None) -> _Block:
-    """The ring stage of a sequence block or, with `slots_left`, of a depth block."""
-    plgpu = common.mosaic()
-    plan, refs = worker.plan, worker.refs
-    stage = rem(step, plan.config.stages)
-    rows = common.ds(0, plan.config.block_kv)
-    if slots_left is not None:
-        rows = common.ds(worker.warpgroup * plan.depth_keys, plan.depth_keys)
-
-    def waiter(full, slot_full, box_full):
-        def wait(barriers):
-            plgpu.barrier_wait(barriers.at[stage])
-
-        if slots_left is None:
-            return functools.partial(wait, full)
-        box, slots = functools.partial(wait, box_full), functools.partial(wait, slot_full)
-        return functools.partial(_either, plan, slots_left, box, slots)
-
-    return _Block(
-        refs.k_smem.at[stage, rows],
-        refs.v_smem.at[stage, rows],
-        waiter(refs.k_full, refs.kd_full, refs.kd_box_full),
-        waiter(refs.v_full, refs.vd_full, refs.vd_box_full),
-        refs.k_free.at[stage],
-        refs.v_free.at[stage],
-    )
-
-
-def _depth_phase(worker: _Worker, carry):
-    """Depth blocks, two ring stages at a time: fewer, longer steps keep the tensor cores busier.
-
-    With 8 tokens a tile takes two blocks at once. With more, a block's stages hold the slots of one
-    half of the tokens each: a row needs the scores of one of them only, so that half as many
-    exponentials are computed.
-    """
-    plan, slots = worker.plan, worker.refs.slots
-    blocks = worker.tile.depth_blocks
-
-    def one(block, carry):
-        step, state = carry
-        first, stop = slot_block(plan, slots, worker.tile, block)
-        stages = [_stage(worker, step + half, stop - first) for half in range(plan.halves)]
-        masks = [functools.partial(_depth_mask, worker, stop - first)]
-        return step + plan.halves, _attend(worker, stages, masks, state)
-
-    def two(pair, carry):
-        step, state = carry
-        stages, masks = [], []
-        for i in range(2):
-            first, stop = slot_block(plan, slots, worker.tile, 2 * pair + i)
-            stages.append(_stage(worker, step + i, stop - first))
-            masks.append(functools.partial(_depth_mask, worker, stop - first))
-        return step + 2, _attend(worker, stages, masks, state)
-
-    if plan.halves == 2 or not plan.config.depth_pairs:
-        return lax.fori_loop(0, blocks, one, carry)
-    pairs = div(blocks, 2)
-    carry = lax.fori_loop(0, pairs, two, carry)
-    return lax.fori_loop(2 * pairs, blocks, one, carry)
-
-
-def _sequence_phase(worker: _Worker, carry):
-    plan, tile, config = worker.plan, worker.tile, worker.plan.config
-
-    def attend(block, carry, masked: bool):
-        step, state = carry
-        segments = worker.refs.segment_smem
-        if segments is not None:
-            segments = segments.at[rem(step, config.stages)]
-        mask = functools.partial(_kv_mask, worker, block * config.block_kv, segments)
-        return step + 1, _attend(worker, [_stage(worker, step)], [mask] if masked else [], state)
-
-    if not plan.segments:
-        plain = functools.partial(attend, masked=False)
-        carry = lax.fori_loop(tile.kv_start, tile.kv_masked, plain, carry)
-    edge = functools.partial(attend, masked=True)
-    return lax.fori_loop(tile.kv_masked, tile.kv_stop, edge, carry)
-
-
-def _depth_mask(worker: _Worker, slots_left: jax.Array) -> jax.Array:
-    """A row sees the slots of its own token, unless it is padding."""
+def _depth_step(worker: _Worker, i: jax.Array, carry):
     plan = worker.plan
-    shape = (ROWS, plan.depth_keys)
-    row, column = iota(shape, 0), iota(shape, 1)
-    last = plan.half_tokens - 1  # the number of tokens is a power of two
-    mask = ((row & last) == (column & last)) & (column < slots_left * plan.half_tokens)
-    if worker.row_segment is not None:
-        mask &= spread(worker.row_segment, shape, 0) != NO_SEGMENT
-    return mask
+    step, state = carry
+    first, stop = slot_block(plan, worker.refs.slots, worker.tile, i)
+    block = Block.at(plan, worker.refs, worker.warpgroup, step, stop - first)
+    mask = functools.partial(depth_mask, plan, worker.row_segment, stop - first)
+    return step + 1, _attend(worker, block, mask, state)
 
 
-def _kv_mask(worker: _Worker, start: jax.Array, segments: Any) -> jax.Array:
-    plan = worker.plan
-    shape = (ROWS, plan.config.block_kv)
-    column = iota(shape, 1) + start
-    mask = column < plan.kv_len
-    if plan.causal:
-        mask &= column <= (iota(shape, 0) & (plan.tokens - 1)) + worker.token
-    if worker.row_segment is not None:
-        ids = load_columns(segments)
-        mask &= spread(worker.row_segment, shape, 0) == spread(ids, shape, 1)
-    return mask
+def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
+    plan, segments = worker.plan, worker.refs.segment_smem
+    step, state = carry
+    if segments is not None:
+        segments = segments.at[rem(step, plan.config.stages)]
+    start = worker.tile.kv.nth(i) * plan.config.block_kv
+    mask = functools.partial(
+        key_mask, plan, worker.token, worker.row_segment, start, segments
+    )  # fmt: skip
+    block = Block.at(plan, worker.refs, worker.warpgroup, step)
+    return step + 1, _attend(worker, block, mask if masked else None, state)
 
 
-def _attend(worker: _Worker, blocks: list[_Block], masks: Sequence[Callable[[], jax.Array]], state):
-    """Scores, softmax, weighted values of the blocks. This warpgroup's turn: taken before, after.
-
-    One mask for two blocks means that a row needs the scores of one of them, by its token.
-    """
+def _attend(worker: _Worker, block: Block, mask: Callable[[], jax.Array] | None, state):
+    """Scores, softmax, weighted values of a block. This warpgroup's turn: taken before, after."""
     plgpu = common.mosaic()
-    scores = _scores(worker, blocks)
-    merged = len(blocks) == 2 and len(masks) == 1
-    if merged:
-        early = (iota(scores[0].shape, 0) & worker.plan.half_tokens) == 0
-        scores = [jnp.where(early, scores[0], scores[1])]
-    if masks:
-        visible = [mask() for mask in masks]
-        scores = [jnp.where(m, s, -jnp.inf) for m, s in zip(visible, scores, strict=True)]
-    for block in blocks:
-        plgpu.barrier_arrive(block.key_free)
+    scores = _scores(worker, block)
+    if mask is not None:
+        scores = jnp.where(mask(), scores, -jnp.inf)
+    plgpu.barrier_arrive(block.key_free)
     weights, (acc, row_max, row_sum) = _softmax(scores, worker.plan.scale * LOG2E, state)
-    if merged:
-        weights = [jnp.where(early, weights[0], 0.0), jnp.where(early, 0.0, weights[0])]
-    weights = [w.astype(worker.plan.dtype) for w in weights]
+    weights = weights.astype(worker.plan.dtype)
     acc, row_max, row_sum, weights = lax.optimization_barrier((acc, row_max, row_sum, weights))
-    for block in blocks:
-        block.wait_value()
+    block.wait_value()
     worker.take_turn()
-    values = [block.value for block in blocks]
-    acc = accumulate(acc, *zip(weights, values, strict=True))
-    for block in blocks:
-        plgpu.barrier_arrive(block.value_free)
+    acc = accumulate(acc, (weights, block.value))
+    plgpu.barrier_arrive(block.value_free)
     return acc, row_max, row_sum
 
 
-def _scores(worker: _Worker, blocks: list[_Block]) -> list[jax.Array]:
+def _scores(worker: _Worker, block: Block) -> jax.Array:
     pl, plgpu = common.pallas(), common.mosaic()
-    for block in blocks:
-        block.wait_key()
+    block.wait_key()
 
-    def products(*accs):
-        for acc, block in zip(accs, blocks, strict=True):
-            plgpu.wgmma(acc, worker.query, block.key.transpose((1, 0)))
+    def product(acc):
+        plgpu.wgmma(acc, worker.query, block.key.transpose((1, 0)))
         worker.pass_turn()
-        return [acc[...] for acc in accs]
+        return acc[...]
 
-    shapes = [plgpu.ACC((ROWS, block.key.shape[0]), jnp.float32) for block in blocks]
-    return pl.run_scoped(products, *shapes)
+    return pl.run_scoped(product, plgpu.ACC((ROWS, block.key.shape[0]), jnp.float32))
 
 
-def _softmax(scores: list[jax.Array], scale: float, state):
-    """Online softmax in base 2: the weights of these blocks, and the state rescaled to them."""
+def _softmax(scores: jax.Array, scale: float, state):
+    """Online softmax in base 2: the weights of these keys, and the state rescaled to them."""
     acc, row_max, row_sum = state
-    largest = functools.reduce(jnp.maximum, scores).max(axis=1)
-    new_max = jnp.maximum(row_max, largest * scale)
+    new_max = jnp.maximum(row_max, scores.max(axis=1) * scale)
     rescale = jnp.exp2(row_max - new_max)
-    weights = [jnp.exp2(s * scale - spread(new_max, s.shape, 0)) for s in scores]
+    weights = jnp.exp2(scores * scale - spread(new_max, scores.shape, 0))
     acc *= spread(rescale, acc.shape, 0)
-    row_sum = row_sum * rescale + functools.reduce(jnp.add, weights).sum(axis=1)
+    row_sum = row_sum * rescale + weights.sum(axis=1)
     return weights, (acc, new_max, row_sum)
 
 

@@ -1,4 +1,4 @@
-"""Tile sizes of the fused forward, and which tiles and blocks a thread block works on."""
+"""Tiles of query rows: sizes, which blocks a thread block works on, how rows lie in memory."""
 
 import dataclasses
 import math
@@ -12,7 +12,9 @@ from jax import lax
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.wgmma import (
+    NO_SEGMENT,
     ROWS,
+    Walk,
     cdiv,
     div,
     divmod_i32,
@@ -21,6 +23,7 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     place,
     rem,
 )
+from pallas_kernels.segments import segment_bounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,6 @@ class ForwardConfig:
     warpgroups: int = 3  # compute warpgroups, a tile each
     persistent: bool = True  # one thread block per multiprocessor, looping over tiles
     turns: bool = True  # warpgroups take turns on the tensor cores
-    depth_pairs: bool = False  # two ring stages per step of the depth phase
     slot_boxes: bool = True  # one TMA load for all slots of a depth block, where layouts allow it
 
     @property
@@ -115,22 +117,18 @@ class Plan(NamedTuple):
         return self.batch * self.kv_heads * self.steps_per_head
 
     @property
-    def halves(self) -> int:
-        """Ring stages of a depth block: 2 if each holds the slots of one half of the tokens."""
-        return 2 if self.config.depth_pairs and self.tokens > 8 else 1
-
-    @property
-    def half_tokens(self) -> int:
-        return self.tokens // self.halves
+    def stage_keys(self) -> int:
+        """Rows of a ring stage."""
+        return self.config.stage_keys if self.slots else self.config.block_kv
 
     @property
     def depth_keys(self) -> int:
         """(slot, token) pairs that a ring stage holds for one warpgroup."""
-        return self.config.stage_keys // self.config.warpgroups // ROWS * ROWS
+        return self.stage_keys // self.config.warpgroups // ROWS * ROWS
 
     @property
     def block_slots(self) -> int:
-        return self.depth_keys // self.half_tokens
+        return self.depth_keys // self.tokens
 
     @property
     def boxes(self) -> bool:
@@ -139,7 +137,7 @@ class Plan(NamedTuple):
         The interpreter cannot see one memory as two arrays.
         """
         config = self.config
-        fits = self.head_dim == 64 and self.depth_keys * config.warpgroups == config.stage_keys
+        fits = self.head_dim == 64 and self.depth_keys * config.warpgroups == self.stage_keys
         return fits and config.slot_boxes and self.slots > 0 and not platforms.interpreted()
 
 
@@ -151,9 +149,7 @@ class Tile(NamedTuple):
     place: jax.Array  # among the tiles of its KV head
     depth_first: jax.Array  # blocks of the first range of slots
     depth_blocks: jax.Array
-    kv_start: jax.Array  # sequence blocks [kv_start, kv_stop), masked from kv_masked on
-    kv_masked: jax.Array
-    kv_stop: jax.Array
+    kv: Walk | None  # sequence blocks
 
 
 def unit(plan: Plan, tile: Tile, warpgroup: Any) -> tuple[jax.Array, jax.Array]:
@@ -188,31 +184,27 @@ def locate(plan: Plan, slots: Any, ranges: Any, number: jax.Array) -> Tile:
         index = plan.steps_per_head - 1 - index
     batch, kv_head = divmod_i32(head, plan.kv_heads)
     zero = i32(0)
-    tile = Tile(batch, kv_head, index, zero, zero, zero, zero, zero)
+    tile = Tile(batch, kv_head, index, zero, zero, None)
     if plan.slots:
         size = plan.block_slots
         first = div(slots[1] - slots[0] + (size - 1), size)
         second = div(slots[3] - slots[2] + (size - 1), size)
         tile = tile._replace(depth_first=first, depth_blocks=first + second)
     if plan.kv_len:
-        tile = tile._replace(**_kv_blocks(plan, ranges, tile))
+        tile = tile._replace(kv=_kv_blocks(plan, ranges, tile))
     return tile
 
 
-def _kv_blocks(plan: Plan, ranges: Any, tile: Tile) -> dict[str, jax.Array]:
+def _kv_blocks(plan: Plan, ranges: Any, tile: Tile) -> Walk:
     block_kv = plan.config.block_kv
     to_all = to_any = i32(plan.kv_len)  # keys that every row sees, keys that some row sees
     if plan.causal:
         first = unit(plan, tile, 0)[0]
         last = unit(plan, tile, plan.config.warpgroups - 1)[0] + (plan.tokens - 1)
         to_all, to_any = jnp.minimum(first + 1, to_all), jnp.minimum(last + 1, to_any)
-    start, masked = i32(0), div(to_all, block_kv)
     stop = div(to_any + (block_kv - 1), block_kv)
-    if plan.segments:
-        start = jnp.minimum(ranges[tile.batch, tile.place, 0], stop)
-        stop = jnp.minimum(ranges[tile.batch, tile.place, 1], stop)
-        masked = start  # any block may hold a foreign key
-    return {"kv_start": start, "kv_masked": masked, "kv_stop": stop}
+    bounds = ranges.at[tile.batch, tile.place] if plan.segments else None
+    return Walk.of(i32(0), stop, i32(0), div(to_all, block_kv), bounds)
 
 
 def slot_block(plan: Plan, slots: Any, tile: Tile, block: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -221,3 +213,45 @@ def slot_block(plan: Plan, slots: Any, tile: Tile, block: jax.Array) -> tuple[ja
     offset = jnp.where(second, block - tile.depth_first, block) * plan.block_slots
     first = jnp.where(second, slots[2], slots[0]) + offset
     return first, jnp.where(second, slots[3], slots[1])
+
+
+# rows as they lie in tiles
+
+
+def _token_tiles(plan: Plan, segments: jax.Array) -> jax.Array:
+    """[B, token tiles, tokens], of all tiles that the thread blocks have, padding included."""
+    tiles = cdiv(plan.steps_per_head * plan.config.warpgroups, plan.subgroups)
+    ids = jnp.pad(segments, ((0, 0), (0, tiles * plan.tokens - segments.shape[1])))
+    return ids.reshape(plan.batch, tiles, plan.tokens)
+
+
+def segment_rows(plan: Plan, segments: jax.Array) -> jax.Array:
+    """[B, token tiles, 64]: the segment of every row of a tile, padding made unequal to all."""
+    ids = _token_tiles(plan, segments)
+    return jnp.tile(jnp.where(ids == 0, NO_SEGMENT, ids), (1, 1, plan.heads))
+
+
+def segment_ranges(plan: Plan, segments: jax.Array, key_segments: jax.Array) -> jax.Array:
+    """[B, thread-block tiles, 2]: the blocks of keys that a thread block's tiles may see."""
+    units = jnp.arange(plan.steps_per_head * plan.config.warpgroups) // plan.subgroups
+    ids = _token_tiles(plan, segments)[:, units].reshape(plan.batch, plan.steps_per_head, -1)
+    return segment_bounds(ids, key_segments, plan.config.block_kv)
+
+
+def rows_by_token(plan: Plan, x: jax.Array) -> jax.Array:
+    """[B, K, units, 64] as the tiles lie to [B, Tq, N]."""
+    tiles = cdiv(plan.q_len, plan.tokens)
+    x = x[:, :, : tiles * plan.subgroups].reshape(
+        plan.batch, plan.kv_heads, tiles, plan.subgroups, plan.heads, plan.tokens
+    )
+    x = x.transpose(0, 2, 5, 1, 3, 4).reshape(plan.batch, tiles * plan.tokens, -1)
+    return x[:, : plan.q_len]
+
+
+def rows_by_tile(plan: Plan, x: jax.Array, fill: float) -> jax.Array:
+    """The inverse of `rows_by_token`, for all tiles that the thread blocks have."""
+    tiles = cdiv(plan.steps_per_head * plan.config.warpgroups, plan.subgroups)
+    missing = tiles * plan.tokens - x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
+    x = x.reshape(plan.batch, tiles, plan.tokens, plan.kv_heads, plan.subgroups, plan.heads)
+    return x.transpose(0, 3, 1, 4, 5, 2).reshape(plan.batch, plan.kv_heads, -1, ROWS)

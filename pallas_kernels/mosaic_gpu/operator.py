@@ -15,12 +15,13 @@ from pallas_kernels.mosaic_gpu import chunks, cudnn
 from pallas_kernels.mosaic_gpu.depth_backward import depth_backward
 from pallas_kernels.mosaic_gpu.depth_forward import depth_forward
 from pallas_kernels.mosaic_gpu.forward import attend
-from pallas_kernels.mosaic_gpu.sequence_backward import sequence_backward
+from pallas_kernels.mosaic_gpu.sequence_backward import Depth, fuses, sequence_backward
 from pallas_kernels.operands import (
     DepthReaders,
     Gradients,
     Operands,
     Options,
+    layers_as_heads,
     row_delta,
     visible_slots,
 )
@@ -140,31 +141,33 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
     head_dim = operands.query.shape[-1]
     delta = row_delta(out, lse, d_out, d_lse)
     operands = _pad_head_dim(operands)
-    out, d_out = (_pad_last(x, operands.query.shape[-1]) for x in (out, d_out))
+    width = operands.query.shape[-1]
+    out, d_out = (_pad_last(x, width) for x in (out, d_out))
     query, key, _, depth_key, depth_value = operands[:5]
-    d_query = d_key = d_value = None
+    running = None
+    if depth_grads is not None:
+        running = _pad_last(depth_grads[0], width), _pad_last(depth_grads[1], width)
+    depth = None
+    if depth_key is not None and depth_key.shape[0] and options.depth_chunk is None:
+        slots = _slots(operands, options)
+        depth = Depth(depth_key, depth_value, slots, running, want_depth)
+    d_query = d_key = d_value = new = None
+    rest = depth  # what the sequence part does not take along
     if key is not None:
-        d_query, d_key, d_value = _sequence(operands, options, out, lse, d_out, delta, d_lse)
-    new = None
-    if depth_key is not None and depth_key.shape[0] == 0:
-        new = depth_grads or (depth_key, depth_value)
-    elif depth_key is not None:
-        padded = None
-        if depth_grads is not None:
-            padded = (
-                _pad_last(depth_grads[0], query.shape[-1]),
-                _pad_last(depth_grads[1], query.shape[-1]),
-            )
-        if options.depth_chunk is not None:
-            d_query, new = chunks.backward(
-                operands, options, d_out, lse, delta, d_query, padded, want_depth=want_depth
-            )
-        else:
-            d_query, new = depth_backward(
-                query, d_out, lse, delta, depth_key, depth_value, _slots(operands, options),
-                scale=options.scale, is_prefix=options.depth_window is None, d_query=d_query,
-                depth_grads=padded, want_depth=want_depth,
-            )  # fmt: skip
+        rows = out, lse, d_out, delta, d_lse
+        rest, (d_query, d_key, d_value, new) = _sequence(operands, options, rows, depth)
+    if depth_key is not None and not depth_key.shape[0]:
+        new = running or (depth_key, depth_value)
+    elif depth_key is not None and options.depth_chunk is not None:
+        d_query, new = chunks.backward(
+            operands, options, d_out, lse, delta, d_query, running, want_depth=want_depth
+        )
+    elif rest is not None:
+        d_query, new = depth_backward(
+            query, d_out, lse, delta, depth_key, depth_value, rest.slots,
+            scale=options.scale, is_prefix=options.depth_window is None, d_query=d_query,
+            depth_grads=running, want_depth=want_depth,
+        )  # fmt: skip
     grads = [d_query, d_key, d_value, *(new if new is not None and want_depth else (None, None))]
     return Gradients(*(None if x is None else x[..., :head_dim] for x in grads))
 
@@ -185,7 +188,7 @@ def add_depth_grads(
     """
     kv_heads, head_dim = depth_key.shape[-2:]
     width = _padded_size(head_dim)
-    rows = [_layers_as_heads(x, kv_heads) for x in readers]
+    rows = [layers_as_heads(x, kv_heads) for x in readers]
     query, d_out = (_pad_last(x, width) for x in rows[:2])
     key, value, *padded = (_pad_last(x, width) for x in (depth_key, depth_value, *depth_grads))
     is_prefix = isinstance(first, int) and first == 0
@@ -198,22 +201,19 @@ def add_depth_grads(
     return grads[0][..., :head_dim], grads[1][..., :head_dim]
 
 
-def _layers_as_heads(x: jax.Array, kv_heads: int) -> jax.Array:
-    """[R, B, T, K·G, ...] -> [B, T, K·(R·G), ...]."""
-    layers, batch, length, heads = x.shape[:4]
-    grouped = x.reshape(layers, batch, length, kv_heads, heads // kv_heads, *x.shape[4:])
-    return jnp.moveaxis(grouped, 0, 3).reshape(batch, length, layers * heads, *x.shape[4:])
-
-
-def _sequence(operands: Operands, options: Options, out, lse, d_out, delta, d_lse):
-    """(dq, dk, dv) of the sequence part."""
+def _sequence(operands: Operands, options: Options, rows: tuple, depth: Depth | None):
+    """What is left of `depth`, and the gradients of the sequence part and what it took along."""
     query, key, value = operands[:3]
+    out, lse, d_out, delta, d_lse = rows
     settings: dict[str, Any] = {"scale": options.scale, "is_causal": options.is_causal}
     if _nondeterministic.get() and _takes_cudnn(operands) and d_lse is None:
-        return cudnn.backward(query, key, value, out, lse, d_out, **settings)
-    return sequence_backward(
+        return depth, (*cudnn.backward(query, key, value, out, lse, d_out, **settings), None)
+    taken = None
+    if depth is not None and fuses(query, key, depth, is_causal=options.is_causal):
+        taken, depth = depth, None
+    return depth, sequence_backward(
         query, key, value, d_out, lse, delta, query_segments=operands.query_segments,
-        key_segments=operands.key_segments, dq_dtype=query.dtype, **settings,
+        key_segments=operands.key_segments, depth=taken, dq_dtype=query.dtype, **settings,
     )  # fmt: skip
 
 

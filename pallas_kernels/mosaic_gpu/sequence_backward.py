@@ -1,42 +1,99 @@
-"""Backward of the sequence part for Hopper: dq, dk and dv from the unified lse and delta.
+"""Backward of the sequence part for Hopper, with the depth part's fused into it.
 
 Two kernels, so that every gradient is summed by one thread block in a fixed order: one for dq,
-which walks over the keys of a tile of queries, and one for dk and dv, which walks over the queries
-of all heads of a KV head. Scores are computed in both. In each, one warpgroup issues the TMA loads
-into a ring and two or three compute; the products of one block are issued together, so that the
-exponentials of the scores run beside the product with the values.
+which walks over the slots and keys of a tile of queries, and one for dk and dv, which walks over
+the queries of all heads of a KV head. Scores are computed in both. In each, one warpgroup issues
+the TMA loads into a ring and two or three compute; the products of one block are issued together,
+so that the exponentials of the scores run beside the product with the values.
 
 With z the scores, p = e^(z - lse): dv = p^T do, ds = p (do v^T - delta), dq = scale ds k,
 dk = scale ds^T q (Zhu et al., arXiv 2603.15619; Dao, arXiv 2307.08691, algorithm 2).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mosaic_gpu import common, forward_tiles, sequence_dq
 from pallas_kernels.mosaic_gpu.sequence_dkv import dkv_kernel
-from pallas_kernels.mosaic_gpu.sequence_dq import dq_kernel
+from pallas_kernels.mosaic_gpu.sequence_dq import Results, dq_kernel
 from pallas_kernels.mosaic_gpu.sequence_tiles import (
     Plan,
     SequenceBackwardConfig,
     sequence_backward_config,
 )
 from pallas_kernels.mosaic_gpu.tuned import tuned
-from pallas_kernels.mosaic_gpu.wgmma import LOG2E, NO_SEGMENT, ROWS, pad_tokens, segment_bounds
+from pallas_kernels.mosaic_gpu.wgmma import LOG2E, NO_SEGMENT, pad_tokens
+from pallas_kernels.segments import segment_bounds
 
 
-def _ranges(plan: Plan, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Per tile of the dq kernel the blocks of keys, per tile of the other the blocks of queries."""
-    config = plan.config
-    units = jnp.arange(plan.dq_steps * config.dq_warpgroups) // plan.group
-    q_tiles = queries.reshape(plan.batch, -1, ROWS)[:, units]
-    q_tiles = q_tiles.reshape(plan.batch, plan.dq_steps, -1)
-    k_tiles = keys.reshape(plan.batch, plan.dkv_steps, -1)
-    return (
-        segment_bounds(q_tiles, keys, config.dq_block_kv),
-        segment_bounds(k_tiles, queries, config.dkv_block_q),
-    )
+class Depth(NamedTuple):
+    """The depth part, for the dq kernel to take along."""
+
+    key: jax.Array  # [S, B, Tq, K, H]
+    value: jax.Array
+    slots: Any  # [4] int32, two half-open ranges of visible slots; no other slot is touched
+    running: tuple[jax.Array, jax.Array] | None = None
+    """Gradients to add to, [S, B, Tq, K, H], float32 or bfloat16; None: new ones in the keys'
+    dtype, 0 for slots that are not visible."""
+    want_slots: bool = True
+    """Whether to compute the slots' gradients, or only their part of dq."""
+
+    @property
+    def slots_dtype(self) -> Any:
+        if not self.want_slots:
+            return None
+        return self.key.dtype if self.running is None else self.running[0].dtype
+
+
+class Grads(NamedTuple):
+    """dq [B, Tq, N, H], dk and dv [B, Tk, K, H], and the slots' [S, B, Tq, K, H] or None."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    slots: tuple[jax.Array, jax.Array] | None
+
+
+def backward_config(
+    head_dim: int, group: int, is_causal: bool, config: SequenceBackwardConfig | None = None
+) -> SequenceBackwardConfig:
+    """`config`, or the measured or else the heuristic one."""
+    if config is not None:
+        return config
+    default = sequence_backward_config(head_dim)
+    return tuned("sequence_backward", default, head_dim=head_dim, group=group, is_causal=is_causal)
+
+
+def fuses(
+    query: jax.Array,
+    key: jax.Array,
+    depth: Depth,
+    *,
+    is_causal: bool,
+    config: SequenceBackwardConfig | None = None,
+) -> bool:
+    """Whether the dq kernel is to take the depth part along.
+
+    For the slots' gradients, a tile must have all query heads of its tokens, and memory for them.
+    """
+    num_heads, head_dim = query.shape[2:]
+    config = backward_config(head_dim, num_heads // key.shape[2], is_causal, config)
+    plan = _query_plan(config, query, key, 1.0, is_causal, True, depth.key.shape[0])
+    if not config.fuse_depth or (depth.want_slots and plan.subgroups > 1):
+        return False
+    results = Results(query.dtype, depth.slots_dtype)
+    return sequence_dq.shared_memory(plan, results) <= common.SMEM_LIMIT
+
+
+def _query_plan(config, query, key, scale, is_causal, segments, slots) -> forward_tiles.Plan:
+    batch, q_len, num_heads, head_dim = query.shape
+    kv_len, kv_heads = key.shape[1:3]
+    return forward_tiles.Plan(
+        config.dq_tiles, batch, q_len, kv_len, kv_heads, num_heads // kv_heads, head_dim,
+        query.dtype, scale, is_causal, segments, slots,
+    )  # fmt: skip
 
 
 def _by_head(x: jax.Array, length: int, fill: float) -> jax.Array:
@@ -57,10 +114,11 @@ def sequence_backward(
     is_causal: bool,
     query_segments: jax.Array | None = None,
     key_segments: jax.Array | None = None,
+    depth: Depth | None = None,
     dq_dtype: Any = jnp.float32,
     config: SequenceBackwardConfig | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of the sequence part of Mixture-of-Depths Attention.
+) -> Grads:
+    """Gradients of the sequence part of Mixture-of-Depths Attention, and of `depth` if it is given.
 
     Args:
         query, d_out: [B, Tq, N, H], bfloat16 or float16, H 64 or 128.
@@ -71,45 +129,77 @@ def sequence_backward(
         scale: factor of the scores.
         is_causal: whether query i sees only keys j <= i.
         query_segments, key_segments: [B, Tq], [B, Tk] int32; 0 is padding.
+        depth: the depth part, if `fuses` allows it; None: dq is the sequence's part alone.
         dq_dtype: float32, or the query's.
-        config: tile sizes; None takes `sequence_backward_config`'s.
+        config: tile sizes; None takes the measured or the heuristic ones.
 
     Returns:
-        dq [B, Tq, N, H] in `dq_dtype`, dk and dv [B, Tk, K, H] in the key's dtype, summed over the
-        heads of a group in a fixed order.
+        dq in `dq_dtype`, dk and dv in the key's dtype, summed over the heads of a group in a fixed
+        order, and the slots' gradients or None.
 
     Raises:
         ValueError: the config does not fit the head size or the shared memory.
     """
-    batch, q_len, num_heads, head_dim = query.shape
-    kv_len, kv_heads = key.shape[1:3]
-    if config is None:
-        config = tuned(
-            "sequence_backward", sequence_backward_config(head_dim), head_dim=head_dim,
-            group=num_heads // kv_heads, is_causal=is_causal,
-        )  # fmt: skip
-    config.check(head_dim, dq_dtype)
-    plan = Plan(
-        config, batch, q_len, kv_len, kv_heads, num_heads // kv_heads, head_dim, query.dtype,
-        dq_dtype, scale, is_causal, query_segments is not None,
-    )  # fmt: skip
+    num_heads, head_dim = query.shape[2:]
+    config = backward_config(head_dim, num_heads // key.shape[2], is_causal, config)
+    config.check(head_dim)
     # A query that sees nothing: e^(z - inf) is 0, where e^(z + inf) would not be.
     base2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
-    inputs = {name: pad_tokens(x, 1) for name, x in (
-        ("query", query), ("key", key), ("value", value), ("d_out", d_out))}  # fmt: skip
-    inputs["lse"] = _by_head(base2, plan.q_rows, jnp.inf)
-    inputs["delta"] = _by_head(delta, plan.q_rows, 0)
-    dq_inputs = dkv_inputs = inputs
+    arrays = {name: pad_tokens(x, 1) for name, x in (
+        ("query", query), ("d_out", d_out), ("key", key), ("value", value))}  # fmt: skip
+    segments = None
     if query_segments is not None:
         assert key_segments is not None
-        queries = jnp.pad(query_segments, ((0, 0), (0, plan.q_rows - q_len)))
-        keys = jnp.pad(key_segments, ((0, 0), (0, plan.kv_rows - kv_len)))
-        kv_ranges, q_ranges = _ranges(plan, queries, keys)
+        segments = query_segments, key_segments
+    settings = config, query, key, scale, is_causal, segments is not None
+    plan = _query_plan(*settings, 0 if depth is None else depth.key.shape[0])
+    dq, slots = _dq(plan, arrays, base2, delta, segments, depth, dq_dtype)
+    dk, dv = _dkv(_key_plan(*settings), arrays, base2, delta, segments)
+    length, kv_len = query.shape[1], key.shape[1]
+    if slots is not None:
+        slots = slots[0][:, :, :length], slots[1][:, :, :length]
+    return Grads(dq[:, :length], dk[:, :kv_len], dv[:, :kv_len], slots)
+
+
+def _dq(plan, arrays, base2, delta, segments, depth, dq_dtype):
+    inputs = dict(arrays)
+    inputs["lse"] = forward_tiles.rows_by_tile(plan, base2, jnp.inf)
+    inputs["delta"] = forward_tiles.rows_by_tile(plan, delta, 0)
+    if segments is not None:
+        inputs["query_segments"] = forward_tiles.segment_rows(plan, segments[0])
+        inputs["key_segments"] = pad_tokens(segments[1], 1)
+        inputs["ranges"] = forward_tiles.segment_ranges(plan, *segments)
+    results = Results(dq_dtype)
+    running: tuple = ()
+    if depth is not None:
+        inputs["depth_key"], inputs["depth_value"] = (pad_tokens(x, 2) for x in depth[:2])
+        inputs["slots"] = jnp.asarray(depth.slots)
+        running = tuple(pad_tokens(x, 2) for x in depth.running or ())
+        results = Results(dq_dtype, depth.slots_dtype, depth.running is not None)
+    common.check_smem(sequence_dq.shared_memory(plan, results), "sequence backward, dq")
+    return dq_kernel(plan, inputs, results, running if results.slots_dtype is not None else ())
+
+
+def _key_plan(config, query, key, scale, is_causal, segments) -> Plan:
+    batch, q_len, num_heads, head_dim = query.shape
+    kv_len, kv_heads = key.shape[1:3]
+    return Plan(
+        config, batch, q_len, kv_len, kv_heads, num_heads // kv_heads, head_dim, query.dtype,
+        scale, is_causal, segments,
+    )  # fmt: skip
+
+
+def _dkv(plan: Plan, arrays, base2, delta, segments):
+    inputs = dict(arrays)
+    inputs["lse"] = _by_head(base2, plan.q_rows, jnp.inf)
+    inputs["delta"] = _by_head(delta, plan.q_rows, 0)
+    if segments is not None:
+        queries, keys = segments
+        queries = jnp.pad(queries, ((0, 0), (0, plan.q_rows - queries.shape[1])))
+        keys = jnp.pad(keys, ((0, 0), (0, plan.kv_rows - keys.shape[1])))
         # Padding on one side is renamed, so that it does not equal padding on the other.
-        ids = {"query_segments": jnp.where(queries == 0, NO_SEGMENT, queries)}
-        ids["key_segments"] = keys
-        dq_inputs = inputs | ids | {"ranges": kv_ranges}
-        dkv_inputs = inputs | ids | {"ranges": q_ranges}
-    dq = dq_kernel(plan, dq_inputs)
-    dk, dv = dkv_kernel(plan, dkv_inputs)
-    return dq[:, :q_len], dk[:, :kv_len], dv[:, :kv_len]
+        inputs["query_segments"] = jnp.where(queries == 0, NO_SEGMENT, queries)
+        inputs["key_segments"] = keys
+        tiles = keys.reshape(plan.batch, plan.dkv_steps, -1)
+        inputs["ranges"] = segment_bounds(tiles, queries, plan.config.dkv_block_q)
+    return dkv_kernel(plan, inputs)

@@ -12,6 +12,7 @@ from pallas_kernels.mosaic_gpu.sequence_tiles import Plan, Refs, same_segment, t
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
     ROWS,
+    Walk,
     accumulate,
     cdiv,
     div,
@@ -26,25 +27,23 @@ from pallas_kernels.mosaic_gpu.wgmma import (
 )
 
 
-def _q_blocks(plan: Plan, refs: Refs, batch, index) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Query blocks [start, stop) that see a tile of keys, masked before the second number."""
+def _q_blocks(plan: Plan, refs: Refs, batch, index) -> Walk:
+    """Query blocks that see a tile of keys."""
     block_q = plan.config.dkv_block_q
-    start, full, stop = i32(0), i32(0), i32(cdiv(plan.q_len, block_q))
+    start, plain, stop = i32(0), i32(0), i32(cdiv(plan.q_len, block_q))
     if plan.causal:
         keys = ROWS * plan.config.dkv_warpgroups
         first = index * keys
         start = jnp.minimum(div(first, block_q), stop)
-        full = jnp.minimum(div(first + (keys - 1 + block_q - 1), block_q), stop)
-    if plan.segments:
-        start = jnp.maximum(refs.ranges[batch, index, 0], start)
-        stop = full = jnp.maximum(refs.ranges[batch, index, 1], start)
-    return start, full, stop
+        plain = div(first + (keys - 1 + block_q - 1), block_q)
+    bounds = refs.ranges.at[batch, index] if plan.segments else None
+    return Walk.of(start, stop, plain, stop, bounds)
 
 
 def _dkv_loads(plan: Plan, refs: Refs, scratch) -> None:
     plgpu = common.mosaic()
     config = plan.config
-    batch, kv_head, index = tile(plan, plan.dkv_steps, False)
+    batch, kv_head, index = tile(plan)
     for warpgroup in range(config.dkv_warpgroups):
         keys = common.ds((index * config.dkv_warpgroups + warpgroup) * ROWS, ROWS)
         for source, name in ((refs.key, "k_smem"), (refs.value, "v_smem")):
@@ -54,10 +53,13 @@ def _dkv_loads(plan: Plan, refs: Refs, scratch) -> None:
                 scratch["tile_full"].at[0],
             )
 
-    def load(step, first):
+    walk = _q_blocks(plan, refs, batch, index)
+
+    def load(step, _):
         stage = rem(step, config.dkv_stages)
         wait_free(scratch["free"], step, config.dkv_stages)
-        block, head = first + div(step, plan.group), kv_head * plan.group + rem(step, plan.group)
+        block = walk.nth(div(step, plan.group))
+        head = kv_head * plan.group + rem(step, plan.group)
         rows, full = common.ds(block * config.dkv_block_q, config.dkv_block_q), scratch["full"]
         for source, name in (
             (refs.query.at[batch, rows, head], "q_smem"),
@@ -70,11 +72,9 @@ def _dkv_loads(plan: Plan, refs: Refs, scratch) -> None:
             plgpu.copy_gmem_to_smem(
                 refs.query_segments.at[batch, rows], scratch["segments"].at[stage], full.at[stage]
             )
-        return first
 
-    start, _, stop = _q_blocks(plan, refs, batch, index)
-    steps = (stop - start) * plan.group
-    lax.fori_loop(0, steps, load, start)
+    steps = walk.count * plan.group
+    lax.fori_loop(0, steps, load, None)
     drain(scratch["free"], steps, config.dkv_stages)
 
 
@@ -126,7 +126,7 @@ def _dkv_products(plan: Plan, tiles, weights, delta, dk, dv):
 def _dkv_compute(plan: Plan, refs: Refs, dk_ref, dv_ref, scratch, warpgroup) -> None:
     plgpu = common.mosaic()
     config = plan.config
-    batch, kv_head, index = tile(plan, plan.dkv_steps, False)
+    batch, kv_head, index = tile(plan)
     first_key = (index * config.dkv_warpgroups + warpgroup) * ROWS
     keys, by_row, _by_column = (
         common.ds(first_key, ROWS), plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -137,7 +137,7 @@ def _dkv_compute(plan: Plan, refs: Refs, dk_ref, dv_ref, scratch, warpgroup) -> 
         row_segment = plgpu.load(ids, layout=by_row, optimized=False)
     k_ref, v_ref = scratch["k_smem"].at[warpgroup], scratch["v_smem"].at[warpgroup]
     shape = (ROWS, config.dkv_block_q)
-    start, full, stop = _q_blocks(plan, refs, batch, index)
+    walk = _q_blocks(plan, refs, batch, index)
 
     def block_step(step, carry, masked: bool):
         stage = rem(step, config.dkv_stages)
@@ -147,12 +147,13 @@ def _dkv_compute(plan: Plan, refs: Refs, dk_ref, dv_ref, scratch, warpgroup) -> 
             return spread(load_columns(scratch[name].at[stage]), shape, 1)
 
         def weights(scores):
+            scores *= plan.scale * LOG2E
             if masked:
                 ids = scratch["segments"].at[stage] if plan.segments else None
-                token = (start + div(step, plan.group)) * config.dkv_block_q
+                token = walk.nth(div(step, plan.group)) * config.dkv_block_q
                 mask = _dkv_mask(plan, first_key, token, row_segment, ids)
                 scores = jnp.where(mask, scores, -jnp.inf)
-            return jnp.exp2(scores * (plan.scale * LOG2E) - columns("lse"))
+            return jnp.exp2(scores - columns("lse"))
 
         tiles = (k_ref, v_ref, scratch["q_smem"].at[stage], scratch["do_smem"].at[stage])
         carry = _dkv_products(plan, tiles, weights, lambda: columns("delta"), *carry)
@@ -161,12 +162,11 @@ def _dkv_compute(plan: Plan, refs: Refs, dk_ref, dv_ref, scratch, warpgroup) -> 
 
     plgpu.barrier_wait(scratch["tile_full"].at[0])
     zeros = common.zeros((ROWS, plan.head_dim))
-    carry, edge = (zeros, zeros), (full - start) * plan.group
+    plain, steps = walk.plain * plan.group, walk.count * plan.group
+    carry = (zeros, zeros)
+    carry = lax.fori_loop(0, plain, functools.partial(block_step, masked=False), carry)
     if plan.causal or plan.segments:
-        carry = lax.fori_loop(0, edge, functools.partial(block_step, masked=True), carry)
-    if not plan.segments:
-        steps = (stop - start) * plan.group
-        carry = lax.fori_loop(edge, steps, functools.partial(block_step, masked=False), carry)
+        carry = lax.fori_loop(plain, steps, functools.partial(block_step, masked=True), carry)
     dk, dv = carry
     k_ref[...] = (dk * plan.scale).astype(plan.dtype)
     v_ref[...] = dv.astype(plan.dtype)

@@ -1,180 +1,369 @@
-"""The kernel for dq: a thread block walks over the keys of its tile of queries."""
+"""The kernel for dq, of the sequence and, fused, of the depth slots; it can do the slots' as well.
+
+Tiles are those of the forward: 64 rows, a KV head's query heads times a few tokens. A thread block
+walks over the slots of its own tokens, then over the keys. Where a tile has all heads of its
+tokens, nobody else has anything to add to the gradients of their slots: they are products of the
+same weights, while the slots' traffic hides under other thread blocks' sequence products.
+"""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.sequence_tiles import Plan, Refs, same_segment, tile, two_products
+from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, locate, slot_block, unit
+from pallas_kernels.mosaic_gpu.ring import (
+    Block,
+    Refs,
+    depth_mask,
+    either,
+    key_mask,
+    load_blocks,
+    load_rows,
+    ring_memory,
+    row_segments,
+    split_unions,
+    visit,
+)
+from pallas_kernels.mosaic_gpu.sequence_tiles import two_products
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
     ROWS,
     accumulate,
-    div,
     drain,
     i32,
-    iota,
-    load_columns,
     rem,
     split_roles,
     spread,
-    wait_free,
 )
 
 
-def _kv_blocks(plan: Plan, refs: Refs, batch, index) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sequence blocks [start, stop) of a tile of queries, masked from the second number on."""
-    config = plan.config
-    first_unit = index * config.dq_warpgroups
-    first = div(first_unit, plan.group) * ROWS
-    last = div(first_unit + (config.dq_warpgroups - 1), plan.group) * ROWS + (ROWS - 1)
-    to_all = to_any = i32(plan.kv_len)
-    if plan.causal:
-        to_all, to_any = jnp.minimum(first + 1, to_all), jnp.minimum(last + 1, to_any)
-    start, masked = i32(0), div(to_all, config.dq_block_kv)
-    stop = div(to_any + (config.dq_block_kv - 1), config.dq_block_kv)
-    if plan.segments:
-        start = masked = jnp.minimum(refs.ranges[batch, index, 0], stop)
-        stop = jnp.minimum(refs.ranges[batch, index, 1], stop)
-    return start, masked, stop
+class Results(NamedTuple):
+    """What the kernel is to compute besides dq."""
+
+    dq_dtype: Any
+    slots_dtype: Any = None
+    """Of the slots' gradients; None: they are not computed."""
+    add: bool = False
+    """Whether they are added to running ones, and other slots left alone."""
 
 
-def _unit(plan: Plan, kv_head, index, warpgroup) -> tuple[jax.Array, jax.Array]:
-    """First token and query head of a warpgroup's tile of queries."""
-    unit = index * plan.config.dq_warpgroups + warpgroup
-    return div(unit, plan.group) * ROWS, kv_head * plan.group + rem(unit, plan.group)
+def dq_kernel(
+    plan: Plan, inputs: dict[str, jax.Array], results: Results, running: tuple = ()
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """(dq [B, Tq, N, H], gradients of the depth keys and values or None).
+
+    inputs: arrays by the names of `Refs`; lse (base 2; +inf: sees nothing) and delta as
+    `rows_by_tile`. running: the gradients to add to, if `results.add`.
+    """
+    memory = scratch(plan, results)
+    query = inputs["query"]
+    outputs = [jax.ShapeDtypeStruct(query.shape, results.dq_dtype)]
+    slots = ("d_depth_key", "d_depth_value") if results.slots_dtype is not None else ()
+    if slots and not results.add:
+        num_slots, batch, length = inputs["depth_key"].shape[:3]
+        length += -length % plan.tokens
+        flat = (num_slots, batch * length, plan.kv_heads * plan.head_dim)
+        outputs += [jax.ShapeDtypeStruct(flat, results.slots_dtype)] * 2
+    names = (*inputs, *slots, "out") if results.add else (*inputs, "out", *slots)
+
+    def body(*operands, **memory):
+        views = dict(zip(names, operands, strict=True))
+        refs = Refs(**views, **split_unions(plan, memory))
+        split_roles(
+            plan.config.warpgroups,
+            lambda warpgroup: _compute(plan, refs, results, warpgroup),
+            lambda: _load(plan, refs),
+        )
+
+    refs = [jax.new_ref(_flat(plan, x)) for x in running]
+    new = common.launch(
+        body,
+        name="moda_sequence_dq",
+        grid={"block": plan.tiles},
+        out_type=outputs,
+        scratch=memory,
+        threads=plan.config.warpgroups + 1,
+    )(*inputs.values(), *refs)
+    if not slots:
+        return new[0], None
+    grads = [jax.freeze(ref) for ref in refs] or new[1:]
+    shape = (plan.slots, plan.batch, -1, plan.kv_heads, plan.head_dim)
+    return new[0], (grads[0].reshape(shape), grads[1].reshape(shape))
 
 
-def _dq_loads(plan: Plan, refs: Refs, scratch) -> None:
-    plgpu = common.mosaic()
-    config = plan.config
-    batch, kv_head, index = tile(plan, plan.dq_steps, plan.causal)
-    for warpgroup in range(config.dq_warpgroups):
-        token, head = _unit(plan, kv_head, index, warpgroup)
-        for source, name in ((refs.query, "q_smem"), (refs.d_out, "do_smem")):
-            plgpu.copy_gmem_to_smem(
-                source.at[batch, common.ds(token, ROWS), head],
-                scratch[name].at[warpgroup],
-                scratch["tile_full"].at[0],
-            )
-
-    def load(block, step):
-        stage = rem(step, config.dq_stages)
-        wait_free(scratch["free"], step, config.dq_stages)
-        keys, full = common.ds(block * config.dq_block_kv, config.dq_block_kv), scratch["full"]
-        for source, name in ((refs.key, "k_smem"), (refs.value, "v_smem")):
-            plgpu.copy_gmem_to_smem(
-                source.at[batch, keys, kv_head], scratch[name].at[stage], full.at[stage]
-            )
-        if plan.segments:
-            plgpu.copy_gmem_to_smem(
-                refs.key_segments.at[batch, keys], scratch["segments"].at[stage], full.at[stage]
-            )
-        return step + 1
-
-    start, _, stop = _kv_blocks(plan, refs, batch, index)
-    steps = lax.fori_loop(start, stop, load, i32(0))
-    drain(scratch["free"], steps, config.dq_stages)
+def _flat(plan: Plan, x: jax.Array) -> jax.Array:
+    """[S, B, T, K, H] -> [S, B·T, K·H], which TMA's five dimensions can tile; T in whole tiles."""
+    x = common.pad_tokens(x, 2, plan.tokens)
+    return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4])
 
 
-def _dq_mask(plan: Plan, token, start, row_segment, segment_ref):
-    common.mosaic()
-    shape = (ROWS, plan.config.dq_block_kv)
-    column = iota(shape, 1) + start
-    mask = column < plan.kv_len
-    if plan.causal:
-        mask &= column <= iota(shape, 0) + token
-    if row_segment is not None:
-        columns = load_columns(segment_ref)
-        mask &= same_segment(row_segment, columns, shape)
-    return mask
+def scratch(plan: Plan, results: Results) -> dict[str, Any]:
+    """Shared memory and barriers, by the names of `Refs`."""
+    count = plan.config.warpgroups
+    rows = common.smem((count, ROWS, plan.head_dim), plan.dtype)
+    memory = ring_memory(plan) | {
+        "q_smem": rows,
+        "do_smem": rows,
+        "q_full": common.barrier(2 * count * plan.heads, 1),
+    }
+    if jnp.dtype(results.dq_dtype).itemsize == 4:
+        memory["dq_smem"] = common.smem((count, ROWS, plan.head_dim), results.dq_dtype)
+    if results.slots_dtype is not None:
+        shape: tuple[int, ...] = (plan.depth_keys, plan.head_dim)
+        if plan.boxes:
+            shape = (plan.block_slots, plan.tokens, plan.head_dim)
+        memory["weight_smem"] = common.smem((count, 2, ROWS, plan.depth_keys), plan.dtype)
+        memory["d_slot_smem"] = common.smem(
+            (count, 2, *shape), results.slots_dtype, foldable=plan.boxes
+        )
+        if results.add and platforms.interpreted():
+            memory["old_smem"] = common.smem((count, *shape), results.slots_dtype)
+            memory["old_full"] = common.barrier(1, count)
+    return memory
 
 
-def _dq_compute(plan: Plan, refs: Refs, dq_ref, scratch, warpgroup) -> None:
-    plgpu = common.mosaic()
-    config = plan.config
-    batch, kv_head, index = tile(plan, plan.dq_steps, plan.causal)
-    token, head = _unit(plan, kv_head, index, warpgroup)
-    rows, layout = common.ds(token, ROWS), plgpu.Layout.WGMMA.reduce(1)
-    lse, delta = (
-        plgpu.load(x.at[batch, head, rows], layout=layout, optimized=False)
-        for x in (refs.lse, refs.delta)
-    )
-    row_segment = None
-    if plan.segments:
-        ids = refs.query_segments.at[batch, rows]
-        row_segment = plgpu.load(ids, layout=layout, optimized=False)
-    q_ref, do_ref = scratch["q_smem"].at[warpgroup], scratch["do_smem"].at[warpgroup]
-    shape = (ROWS, config.dq_block_kv)
+def shared_memory(plan: Plan, results: Results) -> int:
+    """Bytes that a thread block needs, barriers rounded up."""
+    config, dim = plan.config, plan.head_dim
+    rows = 2 * config.warpgroups * ROWS * dim * 2
+    ring = 2 * config.stages * plan.stage_keys * dim * 2 + config.stages * config.block_kv * 4
+    out = config.warpgroups * ROWS * dim * 4 * (jnp.dtype(results.dq_dtype).itemsize == 4)
+    slots = 0
+    if results.slots_dtype is not None:
+        size = jnp.dtype(results.slots_dtype).itemsize
+        slots = 2 * config.warpgroups * plan.depth_keys * (ROWS * 2 + dim * size)
+    return rows + ring + out + slots + 2048
 
-    def block_step(block, carry, masked: bool):
-        step, dq = carry
-        stage = rem(step, config.dq_stages)
-        k_ref, v_ref = scratch["k_smem"].at[stage], scratch["v_smem"].at[stage]
-        plgpu.barrier_wait(scratch["full"].at[stage])
+
+def _load(plan: Plan, refs: Refs) -> None:
+    stages = plan.config.stages
+    tile = locate(plan, refs.slots, refs.ranges, lax.axis_index("block"))
+    pairs = (refs.query, refs.q_smem), (refs.d_out, refs.do_smem)
+    load_rows(plan, tile, pairs, refs.q_full.at[0])
+    step = load_blocks(plan, refs, tile, i32(0))
+    drain(refs.k_free, step, stages)
+    drain(refs.v_free, step, stages)
+
+
+class _Worker(NamedTuple):
+    """A warpgroup's tile."""
+
+    plan: Plan
+    refs: Refs
+    warpgroup: jax.Array
+    tile: Tile
+    token: jax.Array
+    row_segment: jax.Array | None
+    lse: jax.Array
+    delta: jax.Array
+
+    @classmethod
+    def of(cls, plan: Plan, refs: Refs, warpgroup: jax.Array) -> "_Worker":
+        plgpu = common.mosaic()
+        tile = locate(plan, refs.slots, refs.ranges, lax.axis_index("block"))
+        token, _ = unit(plan, tile, warpgroup)
+        number = tile.place * plan.config.warpgroups + warpgroup
+        layout = plgpu.Layout.WGMMA.reduce(1)
+        lse, delta = (
+            plgpu.load(x.at[tile.batch, tile.kv_head, number], layout=layout, optimized=False)
+            for x in (refs.lse, refs.delta)
+        )
+        segment = row_segments(plan, refs, tile, token)
+        return cls(plan, refs, warpgroup, tile, token, segment, lse, delta)
+
+    def has_tokens(self) -> jax.Array:
+        """False for a tile that only fills up the last thread block."""
+        return self.token < self.plan.q_len
+
+    def place_of_slots(self) -> tuple[Any, Any]:
+        """The tile's tokens and its KV head on the axes B·T and K·H of the slots' gradients."""
+        plan, tile = self.plan, self.tile
+        length = plan.q_len + -plan.q_len % plan.tokens
+        tokens = common.ds(tile.batch * length + self.token, plan.tokens)
+        return tokens, common.ds(tile.kv_head * plan.head_dim, plan.head_dim)
+
+    def weigh(self, block: Block, shape: tuple[int, int], mask: Any) -> tuple[Any, Any]:
+        """p and ds of a block; mask() says what is visible, None: everything."""
+        plan, refs = self.plan, self.refs
+        plgpu = common.mosaic()
 
         def weights(scores):
-            if masked:
-                ids = scratch["segments"].at[stage] if plan.segments else None
-                mask = _dq_mask(plan, token, block * config.dq_block_kv, row_segment, ids)
-                scores = jnp.where(mask, scores, -jnp.inf)
-            return jnp.exp2(scores * (plan.scale * LOG2E) - spread(lse, shape, 0))
+            scores *= plan.scale * LOG2E
+            if mask is not None:
+                scores = jnp.where(mask(), scores, -jnp.inf)
+            return jnp.exp2(scores - spread(self.lse, shape, 0))
 
-        p, dp = two_products(
-            (q_ref, k_ref.transpose((1, 0))), (do_ref, v_ref.transpose((1, 0))), shape, weights
-        )
-        ds = p * (dp - spread(delta, shape, 0))
-        dq = accumulate(dq, (ds.astype(plan.dtype), k_ref))
-        plgpu.barrier_arrive(scratch["free"].at[stage])
-        return step + 1, dq
+        block.wait_key()
+        block.wait_value()
+        q_ref, do_ref = refs.q_smem.at[self.warpgroup], refs.do_smem.at[self.warpgroup]
+        first = q_ref, block.key.transpose((1, 0))
+        p, dp = two_products(first, (do_ref, block.value.transpose((1, 0))), shape, weights)
+        plgpu.barrier_arrive(block.value_free)
+        return p, p * (dp - spread(self.delta, shape, 0))
 
-    start, masked, stop = _kv_blocks(plan, refs, batch, index)
-    plgpu.barrier_wait(scratch["tile_full"].at[0])
+
+def _compute(plan: Plan, refs: Refs, results: Results, warpgroup: jax.Array) -> None:
+    plgpu = common.mosaic()
+    worker = _Worker.of(plan, refs, warpgroup)
+    plgpu.barrier_wait(refs.q_full.at[0])
+    depth = functools.partial(_depth_step, worker, results)
+    plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
     carry = (i32(0), common.zeros((ROWS, plan.head_dim)))
-    if not plan.segments:
-        carry = lax.fori_loop(start, masked, functools.partial(block_step, masked=False), carry)
-    _, dq = lax.fori_loop(masked, stop, functools.partial(block_step, masked=True), carry)
-    out_ref = scratch["dq_smem"].at[warpgroup]
-    out_ref[...] = (dq * plan.scale).astype(plan.dq_dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_ref, dq_ref.at[batch, rows, head])
+    _, dq = visit(plan, worker.tile, depth, plain, edge, carry)
+    _store_dq(worker, dq)
+    if results.slots_dtype is not None and not results.add:
+        _store_zeros(worker)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def dq_kernel(plan: Plan, inputs: dict[str, jax.Array]) -> jax.Array:
+def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
+    """One sequence block."""
     plgpu = common.mosaic()
-    config, dim = plan.config, plan.head_dim
-    count, stages, block = config.dq_warpgroups, config.dq_stages, config.dq_block_kv
-    scratch = {
-        "q_smem": common.smem((count, ROWS, dim), plan.dtype),
-        "do_smem": common.smem((count, ROWS, dim), plan.dtype),
-        "dq_smem": common.smem((count, ROWS, dim), plan.dq_dtype),
-        "k_smem": common.smem((stages, block, dim), plan.dtype),
-        "v_smem": common.smem((stages, block, dim), plan.dtype),
-        "tile_full": common.barrier(2 * count, 1),
-        "full": common.barrier(3 if plan.segments else 2, stages),
-        "free": common.barrier(count, stages),
-    }
-    if plan.segments:
-        scratch["segments"] = plgpu.SMEM((stages, block), jnp.int32)
-    query = inputs["query"]
+    plan, refs = worker.plan, worker.refs
+    step, dq = carry
+    block = Block.at(plan, refs, worker.warpgroup, step)
 
-    def body(*operands, **scratch):
-        *arrays, dq_ref = operands
-        refs = Refs(**dict(zip(inputs, arrays, strict=True)))
-        split_roles(
-            count,
-            lambda warpgroup: _dq_compute(plan, refs, dq_ref, scratch, warpgroup),
-            lambda: _dq_loads(plan, refs, scratch),
+    def mask():
+        segments = refs.segment_smem
+        if segments is not None:
+            segments = segments.at[rem(step, plan.config.stages)]
+        start = worker.tile.kv.nth(i) * plan.config.block_kv
+        return key_mask(plan, worker.token, worker.row_segment, start, segments)
+
+    shape = (ROWS, plan.config.block_kv)
+    _, ds = worker.weigh(block, shape, mask if masked else None)
+    dq = accumulate(dq, (ds.astype(plan.dtype), block.key))
+    plgpu.barrier_arrive(block.key_free)
+    return step + 1, dq
+
+
+def _depth_step(worker: _Worker, results: Results, i: jax.Array, carry):
+    """One depth block: dq, and the gradients of its slots."""
+    plgpu = common.mosaic()
+    plan, refs = worker.plan, worker.refs
+    step, dq = carry
+    first, stop = slot_block(plan, refs.slots, worker.tile, i)
+    block = Block.at(plan, refs, worker.warpgroup, step, stop - first)
+    mask = functools.partial(depth_mask, plan, worker.row_segment, stop - first)
+    p, ds = (x.astype(plan.dtype) for x in worker.weigh(block, (ROWS, plan.depth_keys), mask))
+    if results.slots_dtype is not None:
+        weights = refs.weight_smem.at[worker.warpgroup]
+        weights[0] = p
+        weights[1] = ds
+        plgpu.commit_smem()
+    dq = accumulate(dq, (ds, block.key))
+    plgpu.barrier_arrive(block.key_free)
+    if results.slots_dtype is not None:
+        _multiply_slots(worker)
+        _store_slots(worker, results, first, stop)
+    return step + 1, dq
+
+
+def _multiply_slots(worker: _Worker) -> None:
+    """dkd = scale dsᵀ q and dvd = pᵀ do of a block, to shared memory."""
+    plgpu = common.mosaic()
+    plan, refs = worker.plan, worker.refs
+    p, ds = (refs.weight_smem.at[worker.warpgroup, i].transpose((1, 0)) for i in (0, 1))
+    q_ref, do_ref = refs.q_smem.at[worker.warpgroup], refs.do_smem.at[worker.warpgroup]
+    shape = (plan.depth_keys, plan.head_dim)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last block's are out
+    products = two_products((ds, q_ref), (p, do_ref), shape, lambda x: x * plan.scale)
+    for i, product in enumerate(products):
+        target = refs.d_slot_smem.at[worker.warpgroup, i]
+        target = target.reshape(shape) if plan.boxes else target
+        target[...] = product.astype(target.dtype)
+    plgpu.commit_smem()
+
+
+def _store_slots(worker: _Worker, results: Results, first, stop) -> None:
+    """Starts writing a block's gradients, or adding them, to its visible slots."""
+    plan, refs = worker.plan, worker.refs
+    tokens, heads = worker.place_of_slots()
+    pairs = [
+        (refs.d_slot_smem.at[worker.warpgroup, i], target)
+        for i, target in enumerate((refs.d_depth_key, refs.d_depth_value))
+    ]
+
+    def whole():
+        slots = common.ds(first, plan.block_slots)
+        for source, target in pairs:
+            common.store(source, target.at[slots, tokens, heads], add=results.add)
+
+    def part():
+        for i in range(plan.block_slots):
+
+            def one(i=i):
+                rows, slot = _slot_piece(plan, i, first + i)
+                old = None
+                if refs.old_smem is not None:
+                    old = (
+                        refs.old_smem.at[worker.warpgroup, rows],
+                        refs.old_full.at[worker.warpgroup],
+                    )
+                for source, target in pairs:
+                    where = target.at[slot, tokens, heads]
+                    common.store(source.at[rows], where, add=results.add, old=old)
+
+            common.when(first + i < stop, one)
+
+    # What lies behind the row's last tile belongs to the next row.
+    common.when(worker.has_tokens(), lambda: either(plan, stop - first, whole, part))
+    common.mosaic().commit_smem_to_gmem_group()
+
+
+def _slot_piece(plan: Plan, index: int, slot: Any) -> tuple[Any, Any]:
+    """Where a block's `index`-th slot lies in memory, and the slot as its target's index."""
+    if plan.boxes:
+        return common.ds(index, 1), common.ds(slot, 1)
+    return common.ds(index * plan.tokens, plan.tokens), slot
+
+
+def _store_zeros(worker: _Worker) -> None:
+    """Zeros to the slots that are not visible."""
+    plgpu = common.mosaic()
+    plan, refs = worker.plan, worker.refs
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    source = refs.d_slot_smem.at[worker.warpgroup, 0]
+    shape = (plan.depth_keys, plan.head_dim)
+    matrix = source.reshape(shape) if plan.boxes else source
+    matrix[...] = common.zeros(shape).astype(source.dtype)
+    plgpu.commit_smem()
+    tokens, heads = worker.place_of_slots()
+    start0, stop0, start1, stop1 = (refs.slots[i] for i in range(4))
+
+    def store_one(slot, _):
+        def store():
+            rows, index = _slot_piece(plan, 0, slot)
+            for target in (refs.d_depth_key, refs.d_depth_value):
+                common.store(source.at[rows], target.at[index, tokens, heads], add=False)
+
+        visible = ((slot >= start0) & (slot < stop0)) | ((slot >= start1) & (slot < stop1))
+        common.when(jnp.logical_not(visible), store)
+
+    count = jnp.where(worker.has_tokens(), plan.slots, 0)
+    lax.fori_loop(0, count, store_one, None)
+    plgpu.commit_smem_to_gmem_group()
+
+
+def _store_dq(worker: _Worker, dq: jax.Array) -> None:
+    """Over the queries, which nobody reads any more, if the types allow it."""
+    plgpu = common.mosaic()
+    plan, refs, tile = worker.plan, worker.refs, worker.tile
+    memory = (refs.q_smem if refs.dq_smem is None else refs.dq_smem).at[worker.warpgroup]
+    if refs.dq_smem is None:
+        plgpu.commit_smem()  # every warp has finished its products with the queries
+    memory[...] = (dq * plan.scale).astype(memory.dtype)
+    plgpu.commit_smem()
+    token, head = unit(plan, tile, worker.warpgroup)
+    for i in range(plan.heads):
+        plgpu.copy_smem_to_gmem(
+            memory.at[common.ds(i * plan.tokens, plan.tokens)],
+            refs.out.at[tile.batch, common.ds(token, plan.tokens), head + i],
+            commit_group=False,
         )
-
-    return common.launch(
-        body,
-        name="moda_sequence_dq",
-        grid={"block": plan.batch * plan.kv_heads * plan.dq_steps},
-        out_type=jax.ShapeDtypeStruct(query.shape, plan.dq_dtype),
-        scratch=scratch,
-        threads=count + 1,
-    )(*inputs.values())
+    plgpu.commit_smem_to_gmem_group()

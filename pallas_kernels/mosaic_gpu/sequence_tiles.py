@@ -1,4 +1,4 @@
-"""Tile sizes of the sequence backward's two kernels, and what both of them do."""
+"""Tile sizes of the sequence backward's two kernels, and the plan of the one for dk and dv."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu import common
+from pallas_kernels.mosaic_gpu.forward_tiles import ForwardConfig
 from pallas_kernels.mosaic_gpu.wgmma import ROWS, cdiv, divmod_i32, heads_together, place, spread
 
 
@@ -20,18 +21,23 @@ class SequenceBackwardConfig:
     dkv_block_q: int = 128  # queries of a ring stage
     dkv_stages: int = 2
     dkv_warpgroups: int = 2
+    fuse_depth: bool = True  # the slots' gradients in the dq kernel, where a tile has all heads
 
-    def shared_memory(self, head_dim: int, dq_dtype: Any = jnp.float32) -> tuple[int, int]:
-        """Bytes of shared memory of the dq and the dk, dv kernel, barriers rounded up."""
+    @property
+    def dq_tiles(self) -> ForwardConfig:
+        """The dq kernel's tiles, which are those of a forward."""
+        return ForwardConfig(
+            block_kv=self.dq_block_kv, stages=self.dq_stages, warpgroups=self.dq_warpgroups,
+            persistent=False, turns=False,
+        )  # fmt: skip
+
+    def shared_memory(self, head_dim: int) -> int:
+        """Bytes of shared memory of the dk, dv kernel, barriers rounded up."""
         row = head_dim * 2
-        out = ROWS * head_dim * jnp.dtype(dq_dtype).itemsize
-        tile = self.dq_warpgroups * (2 * ROWS * row + out)
-        dq = tile + self.dq_stages * self.dq_block_kv * (2 * row + 4)
         keys = self.dkv_warpgroups * ROWS * 2 * row
-        dkv = keys + self.dkv_stages * self.dkv_block_q * (2 * row + 12)
-        return dq + 2048, dkv + 2048
+        return keys + self.dkv_stages * self.dkv_block_q * (2 * row + 12) + 2048
 
-    def check(self, head_dim: int, dq_dtype: Any) -> None:
+    def check(self, head_dim: int) -> None:
         """Raises ValueError for a config that the kernels or the chip cannot run."""
         blocks = (self.dq_block_kv, self.dkv_block_q)
         counts = (self.dq_warpgroups, self.dkv_warpgroups)
@@ -41,9 +47,7 @@ class SequenceBackwardConfig:
             )
         if min(self.dq_stages, self.dkv_stages) < 2:
             raise ValueError(f"config needs at least 2 stages, got {self}")
-        needs = self.shared_memory(head_dim, dq_dtype)
-        for need, name in zip(needs, ("dq", "dk, dv"), strict=True):
-            common.check_smem(need, f"sequence backward, {name}")
+        common.check_smem(self.shared_memory(head_dim), "sequence backward, dk, dv")
 
 
 def sequence_backward_config(head_dim: int) -> SequenceBackwardConfig:
@@ -64,15 +68,9 @@ class Plan(NamedTuple):
     group: int
     head_dim: int
     dtype: Any
-    dq_dtype: Any
     scale: float
     causal: bool
     segments: bool
-
-    @property
-    def dq_steps(self) -> int:
-        """Thread blocks of a KV head in the dq kernel; a unit is a token tile of one head."""
-        return cdiv(cdiv(self.q_len, ROWS) * self.group, self.config.dq_warpgroups)
 
     @property
     def dkv_steps(self) -> int:
@@ -80,8 +78,8 @@ class Plan(NamedTuple):
 
     @property
     def q_rows(self) -> int:
-        """Length of the arrays of rows: all that a warpgroup may read without TMA's clipping."""
-        return cdiv(self.dq_steps * self.config.dq_warpgroups, self.group) * ROWS
+        """Length of the arrays of rows: whole tiles."""
+        return cdiv(self.q_len, ROWS) * ROWS
 
     @property
     def kv_rows(self) -> int:
@@ -102,13 +100,11 @@ class Refs(NamedTuple):
     ranges: Any = None
 
 
-def tile(plan: Plan, per_head: int, heavy_last: bool):
-    """Batch, KV head and place of this thread block's tile; those with the most work come first."""
+def tile(plan: Plan):
+    """Batch, KV head and place of this thread block's tile of keys; the first have most work."""
     length = max(plan.q_len * plan.group, plan.kv_len)
     together = heads_together(plan.batch * plan.kv_heads, length, plan.head_dim)
-    head, index = place(lax.axis_index("block"), together, per_head)
-    if heavy_last:
-        index = per_head - 1 - index
+    head, index = place(lax.axis_index("block"), together, plan.dkv_steps)
     return *divmod_i32(head, plan.kv_heads), index
 
 

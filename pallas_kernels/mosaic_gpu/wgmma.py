@@ -1,7 +1,7 @@
 """What the sequence kernels share: tiles of 64 rows, scalar arithmetic, work per thread block."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,23 +134,38 @@ def pad_tokens(x: jax.Array, axis: int) -> jax.Array:
     return common.pad_tokens(x, axis, TOKEN_ALIGNMENT)
 
 
-def segment_bounds(tiles: jax.Array, others: jax.Array, block: int) -> jax.Array:
-    """[B, tiles, 2]: first and last + 1 block of `others` that a tile may meet.
+class Walk(NamedTuple):
+    """The blocks that a tile meets, [start, stop): those that need no mask, then the others."""
 
-    Segments of rows in tiles [B, tiles, rows] against those of [B, length] in blocks, 0 being
-    padding. By the smallest and largest segment on both sides: exact for packed documents, and
-    never too narrow for any ids.
-    """
-    low, high = jnp.iinfo(jnp.int32).max, jnp.iinfo(jnp.int32).min
+    start: Any
+    stop: Any
+    plain_start: Any
+    plain_stop: Any
 
-    def extremes(x):
-        return jnp.where(x == 0, low, x).min(-1), jnp.where(x == 0, high, x).max(-1)
+    @classmethod
+    def of(cls, start, stop, plain_start, plain_stop, bounds=None) -> "Walk":
+        """Narrowed by `bounds`, a reference to a tile's row of `segment_bounds`, if given."""
+        if bounds is not None:
+            start = jnp.maximum(start, jnp.minimum(bounds[0], stop))
+            stop = jnp.maximum(start, jnp.minimum(bounds[1], stop))
+            plain_start = jnp.maximum(plain_start, bounds[2])
+            plain_stop = jnp.minimum(plain_stop, bounds[3])
+        plain_start = jnp.clip(plain_start, start, stop)
+        return cls(start, stop, plain_start, jnp.clip(plain_stop, plain_start, stop))
 
-    others = jnp.pad(others, ((0, 0), (0, -others.shape[1] % block)))
-    others = others.reshape(others.shape[0], -1, block)
-    (t_min, t_max), (o_min, o_max) = extremes(tiles), extremes(others)
-    meet = (t_min[:, :, None] <= o_max[:, None]) & (o_min[:, None] <= t_max[:, :, None])
-    some = meet.any(-1)
-    first = jnp.where(some, meet.argmax(-1), 0)
-    stop = jnp.where(some, others.shape[1] - meet[..., ::-1].argmax(-1), 0)
-    return jnp.stack([first, stop], -1).astype(jnp.int32)
+    @property
+    def plain(self) -> Any:
+        """How many need no mask."""
+        return self.plain_stop - self.plain_start
+
+    @property
+    def count(self) -> Any:
+        return self.stop - self.start
+
+    def nth(self, i: Any) -> Any:
+        """The i-th block of the walk."""
+        masked = i - self.plain
+        before = self.plain_start - self.start
+        after = self.plain_stop + (masked - before)
+        masked = jnp.where(masked < before, self.start + masked, after)
+        return jnp.where(i < self.plain, self.plain_start + i, masked)

@@ -53,7 +53,9 @@ def tokens_backward(
     """
     (_, size), *rest = schedule.query_spans(shape.q_len, tiles)
     spans = 1 + len(rest)
-    plan = blocks.make_plan(shape, tiles, sides, causal=causal, chunk=chunk)
+    plan = blocks.make_plan(
+        shape, (tiles.q_grad_block, tiles.k_grad_block), sides, causal=causal, chunk=chunk
+    )
     plan = dataclasses.replace(plan, q_count=size)
     call = functools.partial(
         _launch, plan, (query, key, value, d_out, lse, delta), slots, sides, shape=shape,

@@ -55,13 +55,18 @@ class Plan:
         return self.q_len % self.q_block != 0
 
 
-def make_plan(shape: schedule.Shape, tiles: schedule.Tiles, sides: Sides, **mask: Any) -> Plan:
+def make_plan(
+    shape: schedule.Shape, blocks: tuple[int, int], sides: Sides, *, causal: bool,
+    chunk: int | None, k_step: int = 0,
+) -> Plan:  # fmt: skip
+    """blocks: tokens of a query and of a key block. k_step: 0 where there is none."""
+    q_block, k_block = blocks
     return Plan(
-        shape.q_len, shape.k_len, tiles.q_block, tiles.k_block, min(tiles.k_step, tiles.k_block),
-        q_count=schedule.num_blocks(shape.q_len, tiles.q_block),
-        k_count=schedule.num_blocks(shape.k_len, tiles.k_block),
+        shape.q_len, shape.k_len, q_block, k_block, min(k_step, k_block),
+        q_count=schedule.num_blocks(shape.q_len, q_block),
+        k_count=schedule.num_blocks(shape.k_len, k_block), causal=causal, chunk=chunk,
         has_offsets=sides.q_offset is not None or sides.k_base is not None,
-        has_lengths=sides.k_stop is not None, has_segments=sides.q_segments is not None, **mask,
+        has_lengths=sides.k_stop is not None, has_segments=sides.q_segments is not None,
     )  # fmt: skip
 
 

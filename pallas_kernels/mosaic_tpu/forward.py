@@ -45,7 +45,10 @@ def attend(
     Returns:
       o in `out_dtype` and lse, float32, shaped as those of `initial`.
     """
-    plan = blocks.make_plan(shape, tiles, sides, causal=causal, chunk=chunk)
+    plan = blocks.make_plan(
+        shape, (tiles.q_block, tiles.k_block), sides, causal=causal, chunk=chunk,
+        k_step=tiles.k_step,
+    )  # fmt: skip
     sources = key.shape[0]
     scalars = {"slots": slots} | blocks.block_scalars(plan, sides, shape.batch, by_key=False)
 

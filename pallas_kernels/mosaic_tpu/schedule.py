@@ -114,18 +114,14 @@ def block_bounds(count: int, block: int, length: Any, xp: Any = np) -> tuple[Any
 
 
 def block_pairs(
-    shape: Shape, tiles: Tiles, *, causal: bool, chunk: int | None = None
+    shape: Shape, q_block: int, k_block: int, *, causal: bool, chunk: int | None = None
 ) -> np.ndarray:
-    """[query blocks, key blocks] bool: pairs that the tokens kernels compute for each head.
+    """[query blocks, key blocks] bool: pairs that a tokens kernel computes for each head.
 
     Without query offsets, lengths and segments, which can only leave more out.
     """
-    q_count, k_count = (
-        num_blocks(shape.q_len, tiles.q_block),
-        num_blocks(shape.k_len, tiles.k_block),
-    )
-    q_start, q_stop = block_bounds(q_count, tiles.q_block, shape.q_len)
-    k_start, k_stop = block_bounds(k_count, tiles.k_block, shape.k_len)
+    q_start, q_stop = block_bounds(num_blocks(shape.q_len, q_block), q_block, shape.q_len)
+    k_start, k_stop = block_bounds(num_blocks(shape.k_len, k_block), k_block, shape.k_len)
     q_start, q_stop = q_start[:, None], q_stop[:, None]
     lowest = None if chunk is None else q_start // chunk * chunk
     return needed(q_start, q_stop, k_start, k_stop, causal=causal, lowest=lowest)
@@ -149,7 +145,7 @@ def fetches(pairs: np.ndarray, sources: int = 1, *, same_source: bool) -> int:
 
 def query_spans(q_len: int, tiles: Tiles) -> list[tuple[int, int]]:
     """[start, stop) of the query blocks of each launch of the tokens backward."""
-    count, most = num_blocks(q_len, tiles.q_block), tiles.q_span // tiles.q_block
+    count, most = num_blocks(q_len, tiles.q_grad_block), tiles.q_span // tiles.q_grad_block
     size = num_blocks(count, num_blocks(count, most))
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -162,7 +158,7 @@ def tokens_forward_work(
     continues: bool = False,
 ) -> Work:  # fmt: skip
     """`continues`: starts from the (o, lse) of another kernel."""
-    pairs = block_pairs(shape, tiles, causal=causal, chunk=chunk)
+    pairs = block_pairs(shape, tiles.q_block, tiles.k_block, causal=causal, chunk=chunk)
     heads, group, width = shape.batch * shape.kv_heads, shape.group, shape.head_dim
     visited = int(pairs.sum()) * heads * sources
     entries = visited * group * tiles.q_block * tiles.k_block
@@ -199,19 +195,20 @@ def tokens_backward_work(
             for part in spans
         ]  # fmt: skip
         return Work(*map(sum, zip(*map(dataclasses.astuple, parts), strict=True)))
-    pairs = block_pairs(shape, tiles, causal=causal, chunk=chunk)[slice(*span)]
+    q_block, k_block = tiles.q_grad_block, tiles.k_grad_block
+    pairs = block_pairs(shape, q_block, k_block, causal=causal, chunk=chunk)[slice(*span)]
     seen = int(pairs.any(axis=0).sum())
     heads, group, width = shape.batch * shape.kv_heads, shape.group, shape.head_dim
     visited = int(pairs.sum()) * heads * sources
-    entries = visited * group * tiles.q_block * tiles.k_block
-    keys = 2 * heads * sources * min(seen * tiles.k_block, shape.k_len) * width
+    entries = visited * group * q_block * k_block
+    keys = 2 * heads * sources * min(seen * k_block, shape.k_len) * width
     adds = running or len(spans) > 1
     own = shape.itemsize if len(spans) == 1 else 4
     grads = keys * (grads_itemsize if running else own)
-    queries = heads * group * (span[1] - span[0]) * tiles.q_block
+    queries = heads * group * (span[1] - span[0]) * q_block
     return Work(
         steps=pairs.shape[0] * seen * heads * sources, pairs=visited,
-        bytes_read=heads * fetches(pairs.T, sources, same_source=True) * group * tiles.q_block
+        bytes_read=heads * fetches(pairs.T, sources, same_source=True) * group * q_block
         * (2 * width * shape.itemsize + 2 * 4)
         + keys * shape.itemsize + grads * adds,
         bytes_written=queries * width * 4 + grads,

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,12 +17,15 @@ class Tiles:
     """Tile sizes in tokens (multiples of 128) and heads; `choose_tiles` picks them from shapes."""
 
     q_block: int
-    """Query tokens of a block of the tokens kernels."""
+    """Query tokens of a block of the tokens forward."""
     k_block: int
     """Key tokens of such a block."""
+    q_grad_block: int
+    """As `q_block`, of the tokens backward."""
+    k_grad_block: int
     q_span: int
-    """Query tokens whose dq the tokens backward keeps in VMEM: a multiple of q_block. Longer
-    sequences take several passes, which add to dk and dv."""
+    """Query tokens whose dq the tokens backward keeps in VMEM: a multiple of q_grad_block. Longer
+    sequences take several launches, which add to dk and dv."""
     depth_block: int
     """Tokens of a block of the depth forward."""
     depth_heads: int
@@ -31,8 +35,9 @@ class Tiles:
     depth_grad_heads: int
     k_step: int = 128
     """Keys of a softmax update in the tokens forward. Divides k_block; several steps a block let
-    the compiler run the products of one under the exponentials of another: on v5e, a pair of 512
-    x 512 tokens at H = 64 takes 934 instruction bundles a head, and 1126 as one step."""
+    the compiler run the products of one under the exponentials of another: on v5e at H = 64 in 932
+    instruction bundles, and 1126 as one step (`python -m benchmarks.tpu_bundles --chips v5e:2x2
+    --head-dims 64 --tiles k_step=512`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,22 +126,28 @@ def choose_tiles(shape: Shape, chunk: int | None = None, *, vmem_bytes: int = VM
         fit.
     """
     most = 512 if chunk is None else min(512, _whole_lanes(chunk))
-    q_most, k_most = (min(most, _whole_lanes(n)) for n in (shape.q_len, shape.k_len))
-    half = vmem_bytes // 2  # the rest of the backward's share goes to its span
+    q_all = _whole_lanes(shape.q_len)
+    q_most, k_most = min(most, q_all), min(most, _whole_lanes(shape.k_len))
+    pairs = [
+        (q, k) for q in (512, 256, 128) for k in (512, 256, 128) if q <= q_most and k <= k_most
+    ]
+    forward = _largest(pairs, lambda q, k: tokens_forward_vmem(shape, q, k) <= vmem_bytes)
+    # Two query blocks at least to a span: each span reads the keys again.
     q_block, k_block = _largest(
-        [(q, min(k, k_most)) for q in (512, 256, 128) for k in (512, 256, 128) if q <= q_most],
-        lambda q, k: (tokens_forward_vmem(shape, q, k) <= vmem_bytes
-                      and tokens_backward_vmem(shape, q, k, q) <= max(half, vmem_bytes - 2**22)),
-    )  # fmt: skip
-    spans = range(q_block, _whole_lanes(shape.q_len) + q_block, q_block)
-    fitting = [n for n in spans if tokens_backward_vmem(shape, q_block, k_block, n) <= vmem_bytes]
+        pairs, lambda q, k: tokens_backward_vmem(shape, q, k, min(2 * q, q_all)) <= vmem_bytes
+    )
+    fitting = [
+        n for n in range(q_block, q_all + q_block, q_block)
+        if tokens_backward_vmem(shape, q_block, k_block, n) <= vmem_bytes
+    ]  # fmt: skip
+    backward = q_block, k_block, max(fitting, default=q_block)
     heads = [n for n in range(shape.kv_heads, 0, -1) if shape.kv_heads % n == 0]
-    depth = [(n, m) for n in (512, 256, 128) if n <= _whole_lanes(shape.q_len) for m in heads]
-    forward, backward = (
+    depth = [(n, m) for n in (512, 256, 128) if n <= q_all for m in heads]
+    depth_tiles = (
         _largest(depth, lambda *tile, fits=fits: fits(shape, *tile) <= vmem_bytes)
         for fits in (depth_forward_vmem, depth_backward_vmem)
     )
-    tiles = Tiles(q_block, k_block, max(fitting, default=q_block), *forward, *backward)
+    tiles = Tiles(*forward, *backward, *itertools.chain(*depth_tiles))
     tiles = dataclasses.replace(tiles, **(_override.get() or {}))
     check_tiles(shape, tiles, vmem_bytes)
     return tiles
@@ -161,8 +172,8 @@ def check_tiles(shape: Shape, tiles: Tiles, vmem_bytes: int = VMEM_BYTES) -> Non
                 f"mosaic_tpu {kernel}: expected blocks of at most {vmem_bytes} bytes of VMEM, got "
                 f"{size} with {tiles} and {shape}"
             )
-    if tiles.q_span % tiles.q_block:
-        raise ValueError(f"q_span: expected a multiple of q_block, got {tiles}")
+    if tiles.q_span % tiles.q_grad_block:
+        raise ValueError(f"q_span: expected a multiple of q_grad_block, got {tiles}")
     for heads in (tiles.depth_heads, tiles.depth_grad_heads):
         if shape.kv_heads % heads:
             raise ValueError(f"depth heads: expected a divisor of {shape.kv_heads}, got {heads}")
@@ -173,7 +184,7 @@ def vmem_need(shape: Shape, tiles: Tiles) -> dict[str, int]:
     return {
         "tokens_forward": tokens_forward_vmem(shape, tiles.q_block, tiles.k_block),
         "tokens_backward": tokens_backward_vmem(
-            shape, tiles.q_block, tiles.k_block, min(tiles.q_span, _span_of(shape, tiles))
+            shape, tiles.q_grad_block, tiles.k_grad_block, min(tiles.q_span, _span_of(shape, tiles))
         ),
         "depth_forward": depth_forward_vmem(shape, tiles.depth_block, tiles.depth_heads),
         "depth_backward": depth_backward_vmem(
@@ -183,4 +194,4 @@ def vmem_need(shape: Shape, tiles: Tiles) -> dict[str, int]:
 
 
 def _span_of(shape: Shape, tiles: Tiles) -> int:
-    return num_blocks(shape.q_len, tiles.q_block) * tiles.q_block
+    return num_blocks(shape.q_len, tiles.q_grad_block) * tiles.q_grad_block

@@ -30,8 +30,7 @@ class XlaConfig:
 def choose_config(num_rows: int, q_len: int, k_len: int, chunk: int | None = None) -> XlaConfig:
     """Largest tile whose float32 scores fit the budget. num_rows is B·N.
 
-    A CPU wants the scores in its cache (the gradient at configs/tiny.py's shape: 1.2 to 1.3 times
-    as fast with 64 x 64 tiles as with one); an accelerator wants few and large products.
+    A CPU wants the scores in its cache; an accelerator wants few and large products.
 
     With `chunk` only tiles on the diagonal are needed: a tile is then a few chunks, so that little
     of it is masked.

@@ -1,0 +1,291 @@
+"""The ring of stages in kernels whose tiles are query rows: the forward and the one for dq.
+
+The ring has a buffer of keys and one of values per stage. A sequence block fills a stage for all
+warpgroups; a depth block gives each its own (slot, token) rows, as their tokens differ.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic_gpu import common
+from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, slot_block, unit
+from pallas_kernels.mosaic_gpu.wgmma import (
+    NO_SEGMENT,
+    ROWS,
+    iota,
+    load_columns,
+    rem,
+    spread,
+    wait_free,
+)
+
+
+class Refs(NamedTuple):
+    """What a kernel sees: global arrays, then shared memory and barriers; what it lacks is None."""
+
+    query: Any
+    d_out: Any = None
+    key: Any = None
+    value: Any = None
+    depth_key: Any = None
+    depth_value: Any = None
+    slots: Any = None
+    query_segments: Any = None
+    key_segments: Any = None
+    ranges: Any = None
+    out: Any = None
+    lse: Any = None
+    delta: Any = None
+    d_depth_key: Any = None
+    d_depth_value: Any = None
+    q_smem: Any = None
+    do_smem: Any = None
+    k_smem: Any = None
+    v_smem: Any = None
+    k_smem_boxes: Any = None  # the same memory as [stages, warpgroups, slots, tokens, H]
+    v_smem_boxes: Any = None
+    segment_smem: Any = None
+    lse_smem: Any = None
+    dq_smem: Any = None
+    weight_smem: Any = None
+    d_slot_smem: Any = None
+    old_smem: Any = None  # for the interpreter; see `common.store`
+    old_full: Any = None
+    q_full: Any = None
+    q_free: Any = None
+    k_full: Any = None
+    v_full: Any = None
+    kd_full: Any = None  # of depth blocks that come slot by slot
+    vd_full: Any = None
+    kd_box_full: Any = None  # of depth blocks that come in one piece
+    vd_box_full: Any = None
+    k_free: Any = None
+    v_free: Any = None
+    turn: Any = None
+
+
+def ring_memory(plan: Plan) -> dict[str, Any]:
+    """Shared memory and barriers of the ring, by the names of `Refs`; see `split_unions`."""
+    plgpu = common.mosaic()
+    config = plan.config
+    ring = common.smem((config.stages, plan.stage_keys, plan.head_dim), plan.dtype)
+    barrier = functools.partial(common.barrier, count=config.stages)
+    slot_copies = config.warpgroups * plan.block_slots
+    memory = {
+        "k_smem": ring,
+        "v_smem": ring,
+        "k_free": barrier(config.warpgroups),
+        "v_free": barrier(config.warpgroups),
+    }
+    if plan.kv_len:
+        memory |= {"k_full": barrier(2 if plan.segments else 1), "v_full": barrier(1)}
+    if plan.slots:
+        memory |= {"kd_full": barrier(slot_copies), "vd_full": barrier(slot_copies)}
+    if plan.boxes:
+        shape = (config.stages, config.warpgroups, plan.block_slots, plan.tokens)
+        boxes = common.smem((*shape, plan.head_dim), plan.dtype)
+        both = plgpu.RefUnion(ring, boxes)
+        memory |= {"k_smem": both, "v_smem": both}
+        memory |= dict.fromkeys(("kd_box_full", "vd_box_full"), barrier(config.warpgroups))
+    if plan.kv_len and plan.segments:
+        memory["segment_smem"] = plgpu.SMEM((config.stages, config.block_kv), jnp.int32)
+    return memory
+
+
+def split_unions(plan: Plan, memory: dict[str, Any]) -> dict[str, Any]:
+    """The two views of the ring under their own names."""
+    if plan.boxes:
+        for name in ("k_smem", "v_smem"):
+            memory[name], memory[name + "_boxes"] = memory[name]
+    return memory
+
+
+def either(plan: Plan, slots_left: jax.Array, whole: Callable, part: Callable) -> None:
+    """`whole` for a depth block that moves in one piece, `part` for one slot by slot."""
+    if not plan.boxes:
+        part()
+        return
+    common.when(slots_left >= plan.block_slots, whole)
+    common.when(slots_left < plan.block_slots, part)
+
+
+def visit(plan: Plan, tile: Tile, depth: Callable, plain: Callable, edge: Callable, carry: Any):
+    """Calls (block, carry) -> carry for every block of a tile, in the order of the ring.
+
+    Depth blocks first: in turn with sequence blocks they would not be faster (measured).
+    """
+    if plan.slots:
+        carry = lax.fori_loop(0, tile.depth_blocks, depth, carry)
+    if tile.kv is not None:
+        carry = lax.fori_loop(0, tile.kv.plain, plain, carry)
+        carry = lax.fori_loop(tile.kv.plain, tile.kv.count, edge, carry)
+    return carry
+
+
+# loads
+
+
+def load_blocks(plan: Plan, refs: Refs, tile: Tile, step: jax.Array) -> jax.Array:
+    """Every block of a tile; returns the next step of the ring."""
+    depth = functools.partial(_load_depth, plan, refs, tile)
+    keys = functools.partial(_load_keys, plan, refs, tile)
+    return visit(plan, tile, depth, keys, keys, step)
+
+
+def load_rows(plan: Plan, tile: Tile, pairs: Any, full: Any) -> None:
+    """The tiles' rows of each (array [B, T, N, H], memory [warpgroups, 64, H])."""
+    plgpu = common.mosaic()
+    for warpgroup in range(plan.config.warpgroups):
+        token, head = unit(plan, tile, warpgroup)
+        for i in range(plan.heads):
+            rows = common.ds(i * plan.tokens, plan.tokens)
+            for source, memory in pairs:
+                plgpu.copy_gmem_to_smem(
+                    source.at[tile.batch, common.ds(token, plan.tokens), head + i],
+                    memory.at[warpgroup, rows],
+                    full,
+                )
+
+
+def _load_keys(plan: Plan, refs: Refs, tile: Tile, i: jax.Array, step: jax.Array) -> jax.Array:
+    """The i-th sequence block of the tiles' walk; returns the next step."""
+    plgpu = common.mosaic()
+    config, stages = plan.config, plan.config.stages
+    stage, block = rem(step, stages), tile.kv.nth(i)
+    keys = common.ds(block * config.block_kv, config.block_kv)
+    where, rows = (tile.batch, keys, tile.kv_head), common.ds(0, config.block_kv)
+    wait_free(refs.k_free, step, stages)
+    k_ref, v_ref = refs.k_smem.at[stage, rows], refs.v_smem.at[stage, rows]
+    plgpu.copy_gmem_to_smem(refs.key.at[where], k_ref, refs.k_full.at[stage])
+    if plan.segments:
+        ids = refs.key_segments.at[tile.batch, keys]
+        plgpu.copy_gmem_to_smem(ids, refs.segment_smem.at[stage], refs.k_full.at[stage])
+    wait_free(refs.v_free, step, stages)
+    plgpu.copy_gmem_to_smem(refs.value.at[where], v_ref, refs.v_full.at[stage])
+    return step + 1
+
+
+def _load_depth(plan: Plan, refs: Refs, tile: Tile, block: jax.Array, step: jax.Array) -> jax.Array:
+    """A depth block of all warpgroups; returns the next step."""
+    stage = rem(step, plan.config.stages)
+    first, stop = slot_block(plan, refs.slots, tile, block)
+    rings = (
+        (refs.depth_key, refs.k_smem, refs.k_smem_boxes, refs.kd_full, refs.kd_box_full),
+        (refs.depth_value, refs.v_smem, refs.v_smem_boxes, refs.vd_full, refs.vd_box_full),
+    )
+    warpgroups = range(plan.config.warpgroups)
+    tokens = [common.ds(unit(plan, tile, w)[0], plan.tokens) for w in warpgroups]
+    for ring, free in zip(rings, (refs.k_free, refs.v_free), strict=True):
+        wait_free(free, step, plan.config.stages)
+        box = functools.partial(_load_box, plan, tile, tokens, ring, stage, first)
+        slots = functools.partial(_load_slots, plan, tile, tokens, ring, stage, first, stop)
+        either(plan, stop - first, box, slots)
+    return step + 1
+
+
+def _load_box(plan: Plan, tile: Tile, tokens: list, ring: tuple, stage, first) -> None:
+    plgpu = common.mosaic()
+    source, _, boxes, _, full = ring
+    slots = common.ds(first, plan.block_slots)
+    for warpgroup, where in enumerate(tokens):
+        plgpu.copy_gmem_to_smem(
+            source.at[slots, tile.batch, where, tile.kv_head],
+            boxes.at[stage, warpgroup],
+            full.at[stage],
+        )
+
+
+def _load_slots(plan: Plan, tile: Tile, tokens: list, ring: tuple, stage, first, stop) -> None:
+    plgpu = common.mosaic()
+    source, rows, _, full, _ = ring
+    for warpgroup, where in enumerate(tokens):
+        for i in range(plan.block_slots):
+            # Past the range the last visible slot again: what nobody wrote may be NaN.
+            slot = jnp.minimum(first + i, stop - 1)
+            row = warpgroup * plan.depth_keys + i * plan.tokens
+            plgpu.copy_gmem_to_smem(
+                source.at[slot, tile.batch, where, tile.kv_head],
+                rows.at[stage, common.ds(row, plan.tokens)],
+                full.at[stage],
+            )
+
+
+# what a warpgroup reads
+
+
+class Block(NamedTuple):
+    """One stage of the ring, as a warpgroup reads it."""
+
+    key: Any
+    value: Any
+    wait_key: Callable[[], None]
+    wait_value: Callable[[], None]
+    key_free: Any
+    value_free: Any
+
+    @classmethod
+    def at(
+        cls, plan: Plan, refs: Refs, warpgroup, step, slots_left: jax.Array | None = None
+    ) -> "Block":
+        """The stage of a sequence block or, with `slots_left`, of a depth block."""
+        plgpu = common.mosaic()
+        stage = rem(step, plan.config.stages)
+        rows = common.ds(0, plan.config.block_kv)
+        if slots_left is not None:
+            rows = common.ds(warpgroup * plan.depth_keys, plan.depth_keys)
+
+        def waiter(full, slot_full, box_full):
+            def wait(barriers):
+                plgpu.barrier_wait(barriers.at[stage])
+
+            if slots_left is None:
+                return functools.partial(wait, full)
+            box, slots = functools.partial(wait, box_full), functools.partial(wait, slot_full)
+            return functools.partial(either, plan, slots_left, box, slots)
+
+        return cls(
+            refs.k_smem.at[stage, rows],
+            refs.v_smem.at[stage, rows],
+            waiter(refs.k_full, refs.kd_full, refs.kd_box_full),
+            waiter(refs.v_full, refs.vd_full, refs.vd_box_full),
+            refs.k_free.at[stage],
+            refs.v_free.at[stage],
+        )
+
+
+def row_segments(plan: Plan, refs: Refs, tile: Tile, token: jax.Array) -> jax.Array | None:
+    """The segment of every row of a warpgroup's tile; None: there are none."""
+    if not plan.segments:
+        return None
+    plgpu = common.mosaic()
+    ids = refs.query_segments.at[tile.batch, lax.div(token, jnp.int32(plan.tokens))]
+    return plgpu.load(ids, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def depth_mask(plan: Plan, row_segment: jax.Array | None, slots_left: jax.Array) -> jax.Array:
+    """A row sees the slots of its own token, unless it is padding."""
+    shape = (ROWS, plan.depth_keys)
+    row, column = iota(shape, 0), iota(shape, 1)
+    last = plan.tokens - 1  # the number of tokens is a power of two
+    mask = ((row & last) == (column & last)) & (column < slots_left * plan.tokens)
+    if row_segment is not None:
+        mask &= spread(row_segment, shape, 0) != NO_SEGMENT
+    return mask
+
+
+def key_mask(plan: Plan, token, row_segment, start: jax.Array, segments: Any) -> jax.Array:
+    """Which of the keys from `start` on each row sees; `token`: the tile's first."""
+    shape = (ROWS, plan.config.block_kv)
+    column = iota(shape, 1) + start
+    mask = column < plan.kv_len
+    if plan.causal:
+        mask &= column <= (iota(shape, 0) & (plan.tokens - 1)) + token
+    if row_segment is not None:
+        ids = load_columns(segments)
+        mask &= spread(row_segment, shape, 0) == spread(ids, shape, 1)
+    return mask

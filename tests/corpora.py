@@ -1,0 +1,86 @@
+"""Small corpora for tests, and what their batches must hold."""
+
+import itertools
+import json
+
+import numpy as np
+
+from moda_jax.config import DataConfig
+from moda_jax.data import load_data
+
+EOS = 256
+
+
+def make_texts(count, *, longest=40, seed=0):
+    """`count` different documents of 1 to `longest` ASCII characters, none of them blank."""
+    rng = np.random.default_rng(seed)
+    return [
+        f"{i:02x}" + "".join(map(chr, rng.integers(33, 127, rng.integers(0, longest - 1))))
+        for i in range(count)
+    ]
+
+
+def write_folder(folder, texts):
+    for i, text in enumerate(texts):
+        path = folder / f"part{i % 3}" / f"{i:04d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode("utf-8"))
+    return str(folder)
+
+
+def write_jsonl(path, texts, field="text"):
+    lines = (json.dumps({field: text, "id": i}) for i, text in enumerate(texts))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def load(source, *, batch_size=4, vocab_size=257, seed=0, process_index=0, process_count=1, **data):
+    data = {"seq_len": 16, "packing_bins": 4, "validation_fraction": 0.3, **data}
+    return load_data(
+        DataConfig(source=source, **data),
+        batch_size=batch_size,
+        vocab_size=vocab_size,
+        seed=seed,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def pieces_of(batch):
+    """The pieces of a batch in order, each as its tokens followed by its last target."""
+    found = []
+    for row in range(len(batch["tokens"])):
+        segments = batch["segment_ids"][row]
+        for segment in range(1, segments.max() + 1):
+            tokens = batch["tokens"][row][segments == segment]
+            targets = batch["targets"][row][segments == segment]
+            np.testing.assert_array_equal(tokens[1:], targets[:-1])
+            found.append((*tokens.tolist(), int(targets[-1])))
+    return found
+
+
+def expected_pieces(texts, seq_len=16):
+    """The specification, written out: pieces of at most seq_len inputs that overlap by one."""
+    found = []
+    for text in texts:
+        tokens = [EOS, *text.encode(), EOS]
+        for start in range(0, len(tokens) - 1, seq_len):
+            found.append(tuple(tokens[start : start + seq_len + 1]))
+    return found
+
+
+def assert_batches_equal(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert first[name].dtype == second[name].dtype == np.int32
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def held_out_texts(data, texts, seq_len=16):
+    """The texts whose every piece is among the held-out ones."""
+    held_out = set(itertools.chain(*map(pieces_of, data.validation(10**6))))
+    return {text for text in texts if held_out.issuperset(expected_pieces([text], seq_len))}

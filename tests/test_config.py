@@ -1,0 +1,94 @@
+"""What a config refuses, whoever builds it: one line that names the field."""
+
+import dataclasses
+import math
+import typing
+
+import numpy as np
+import pytest
+
+from moda_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
+
+CLASSES = (ModelConfig, DataConfig, OptimizerConfig, MeshConfig, Config)
+
+
+def build(cls, **changes):
+    return cls(**{"name": "run"} | changes) if cls is Config else cls(**changes)
+
+
+def fields_of(*kinds):
+    """Every field of every config that is annotated with one of `kinds`."""
+    return [
+        pytest.param(cls, field.name, id=f"{cls.__name__}.{field.name}")
+        for cls in CLASSES
+        for field in dataclasses.fields(cls)
+        if set(kinds) & {field.type, *typing.get_args(field.type), typing.get_origin(field.type)}
+    ]
+
+
+def check_refused(cls, field, value):
+    with pytest.raises(ValueError, match=rf"^{cls.__name__}\.{field}: expected ") as caught:
+        build(cls, **{field: value})
+    assert repr(value) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("cls", "field"), fields_of(float))
+def test_numbers_are_finite(cls, field):
+    for value in (math.nan, math.inf, -math.inf, "1", None, True):
+        check_refused(cls, field, value)
+
+
+@pytest.mark.parametrize(("cls", "field"), fields_of(int))
+def test_counts_are_integers(cls, field):
+    for value in (2.5, 2.0, math.nan, "2", True, -1, np.int64(2)):
+        check_refused(cls, field, value)
+
+
+@pytest.mark.parametrize(("cls", "field"), fields_of(bool))
+def test_switches_are_booleans(cls, field):
+    for value in (1, "no", None):
+        check_refused(cls, field, value)
+
+
+@pytest.mark.parametrize(("cls", "field"), fields_of(str))
+def test_texts_are_texts(cls, field):
+    for value in (1, b"bytes", True):
+        check_refused(cls, field, value)
+
+
+@pytest.mark.parametrize(("cls", "field"), fields_of(typing.Literal))
+def test_choices(cls, field):
+    for value in ("something else", None, 0, []):
+        check_refused(cls, field, value)
+
+
+@pytest.mark.parametrize(
+    ("cls", "field", "values"),
+    [
+        (ModelConfig, "head_dim", (7,)),
+        (ModelConfig, "num_heads", (3,)),
+        (ModelConfig, "depth_window", (0,)),
+        (ModelConfig, "depth_reserved", (1,)),  # without a window
+        (ModelConfig, "rope_theta", (0.0, -1.0)),
+        (DataConfig, "validation_fraction", (0.0, 1.0)),
+        (DataConfig, "source", ("",)),
+        (OptimizerConfig, "beta2", (1.0, -0.1)),
+        (OptimizerConfig, "learning_rate", (0.0,)),
+        (OptimizerConfig, "final_fraction", (1.5,)),
+        (Config, "name", ("", ".", "..", "a/b")),
+        (Config, "seed", (2**32,)),
+        (Config, "steps", (0,)),
+        (Config, "model", ({"num_layers": 2}, None)),
+    ],
+)
+def test_bad_values(cls, field, values):
+    for value in values:
+        check_refused(cls, field, value)
+
+
+def test_a_misspelled_field_is_an_error():
+    with pytest.raises(TypeError, match="num_layrs"):
+        ModelConfig(num_layrs=3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ModelConfig().num_layers = 3
