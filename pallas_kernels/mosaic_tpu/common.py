@@ -25,8 +25,21 @@ VMEM_LIMIT = 16 * 2**20
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 
-
 _simulate: contextvars.ContextVar[bool] = contextvars.ContextVar("simulate", default=False)
+_launches: contextvars.ContextVar[list[tuple[str, Work]] | None] = contextvars.ContextVar(
+    "launches", default=None
+)
+
+
+@contextlib.contextmanager
+def record_launches() -> Iterator[list[tuple[str, Work]]]:
+    """Name and work of every kernel that is traced inside, for cost models."""
+    launches: list[tuple[str, Work]] = []
+    token = _launches.set(launches)
+    try:
+        yield launches
+    finally:
+        _launches.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +72,8 @@ def launch(
     body gets a namespace of all refs; those of absent operands are None. The first `parallel` axes
     of the grid may run in any order, and on both cores of a chip that has two. scratch: float32.
     """
+    if (launches := _launches.get()) is not None:
+        launches.append((name, work))
     aliases = aliases or {}
     lanes = {key: x.array.shape[-1] for key, x in outputs.items() if x.array is not None}
     if platforms.interpreted():
