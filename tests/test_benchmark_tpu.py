@@ -44,24 +44,26 @@ def blocks_with_work(tokens, q_block, k_block):
     )
 
 
-@pytest.mark.parametrize("sizes", [{"q_block": 128, "k_block": 256}, {"q_block": 256}])
-def test_visited_blocks_are_those_of_the_mask(sizes):
+@pytest.mark.parametrize(("forward", "backward"), [((128, 256), (256, 128)), ((256, 512), None)])
+def test_visited_blocks_are_those_of_the_mask(forward, backward):
+    sizes = {"q_block": forward[0], "k_block": forward[1]}
+    if backward is not None:
+        sizes |= {"q_grad_block": backward[0], "k_grad_block": backward[1]}
     tpu_kernels.launches.cache_clear()
     with schedule.override(**sizes, q_span=1536):
         found = works(CALL)
-        shape = schedule.Shape(2, 1300, 1300, 2, 2, 64, 2)
-        tiles = schedule.choose_tiles(shape)
+        tiles = schedule.choose_tiles(schedule.Shape(2, 1300, 1300, 2, 2, 64, 2))
     tpu_kernels.launches.cache_clear()
-    expected = blocks_with_work(1300, tiles.q_block, tiles.k_block) * 2 * 2
-    assert found["moda_tokens_forward"].pairs == expected
-    assert found["moda_tokens_backward"].pairs == expected
-    assert tiles.q_block == sizes["q_block"]
+    backward = tiles.q_grad_block, tiles.k_grad_block
+    for name, blocks in (("forward", forward), ("backward", backward)):
+        expected = blocks_with_work(1300, *blocks) * 2 * 2  # rows and key heads
+        assert found[f"moda_tokens_{name}"].pairs == expected
 
 
 def test_a_kernel_in_a_loop_counts_as_often_as_it_runs():
     """A long sequence's dq is computed by spans of queries."""
     tpu_kernels.launches.cache_clear()
-    with schedule.override(q_block=128, k_block=128, q_span=256):
+    with schedule.override(q_grad_block=128, k_grad_block=128, q_span=256):
         backward = tpu_kernels.launches(CALL)[1]
     tpu_kernels.launches.cache_clear()
     spans = [kernel.work.pairs for kernel in backward if kernel.name == "moda_tokens_backward"]
