@@ -182,7 +182,7 @@ def _row(name: str, call: Call, result: dict[str, Any]) -> str:
         cells += [
             f"{result['vanilla'][part]:.3f}", f"{result['moda'][part]:.3f}",
             f"{result['depth'][part]:.3f}", f"{result[f'{part} overhead']:.0%}",
-            f"{result[f'{part} overhead, overlapped']:.0%}",
+            f"{max(result[f'{part} overhead, overlapped'], 0.0):.0%}",  # not -0%
         ]  # fmt: skip
     return "| " + " | ".join([*cells, f"{splash:.3f}"]) + " |"
 
@@ -204,7 +204,18 @@ def _write(
         "jax": jax.__version__,
         "chips": {name: CHIPS[name]._asdict() for name in predictions},
         "rows": {name: dataclasses.asdict(call) for name, call in rows.items()},
-        "predictions": predictions,
+        "kernels": {
+            name: {
+                f"{variant}: {kernel.name}": dataclasses.asdict(kernel.work)
+                for variant, passes in variants(call).items()
+                for kernel in _together((*passes[0], *passes[1]))
+            }
+            for name, call in rows.items()
+        },
+        "predictions": {
+            chip: {row: {k: v for k, v in x.items() if k != "kernels"} for row, x in found.items()}
+            for chip, found in predictions.items()
+        },
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")

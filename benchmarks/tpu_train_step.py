@@ -51,6 +51,7 @@ class Step:
 
     name: str
     topology: str
+    data: int
     fsdp: int
     tensor: int
     rows: int
@@ -105,8 +106,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--configs", default=",".join(CONFIGS), help="comma-separated")
     parser.add_argument("--topologies", default=",".join(TOPOLOGIES), help="comma-separated")
+    parser.add_argument("--data", type=int, default=1, help="replicas of the parameters")
     parser.add_argument("--tensor", type=int, default=2, help="chips that share the heads")
-    parser.add_argument("--rows", type=int, default=4, help="rows per fsdp part of the mesh")
+    parser.add_argument("--rows", type=int, default=4, help="rows of each group of such chips")
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--attention", default="mosaic_tpu", help="implementation")
     parser.add_argument("--output", type=Path, help="writes OUTPUT.json and OUTPUT.md")
@@ -126,12 +128,15 @@ def adapt(name: str, chips: int, args: argparse.Namespace) -> Config:
     }
     changes |= {"attention": args.attention} | (_SMOKE if args.smoke else {})
     model = dataclasses.replace(config.model, **changes)
-    fsdp, left = divmod(chips, args.tensor)
+    fsdp, left = divmod(chips, args.data * args.tensor)
     if left:
-        raise ValueError(f"tensor: expected a divisor of the {chips} chips, got {args.tensor}")
+        raise ValueError(
+            f"data, tensor: expected divisors of {chips} chips, got {args.data}, {args.tensor}"
+        )
     return dataclasses.replace(
-        config, model=model, mesh=MeshConfig(fsdp=fsdp, tensor=args.tensor), accumulation_steps=1,
-        batch_size=args.rows * fsdp, data=dataclasses.replace(config.data, seq_len=args.seq_len),
+        config, model=model, mesh=MeshConfig(args.data, fsdp, args.tensor), accumulation_steps=1,
+        batch_size=args.rows * args.data * fsdp,
+        data=dataclasses.replace(config.data, seq_len=args.seq_len),
     )  # fmt: skip
 
 
@@ -175,7 +180,8 @@ def _step(
     config: Config, topology: str, chip: Chip, memory: Any, cost: hlo_cost.Cost,
     kernels: dict[str, Any], compile_seconds: float,
 ) -> Step:  # fmt: skip
-    chips, tokens = config.mesh.fsdp * config.mesh.tensor, config.batch_size * config.data.seq_len
+    chips = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+    tokens = config.batch_size * config.data.seq_len
     calls = {
         name: {"calls": count, "flops": count * kernels[name].flops,
                "hbm_bytes": count * kernels[name].hbm_bytes,
@@ -192,6 +198,7 @@ def _step(
     return Step(
         name=config.name,
         topology=topology,
+        data=config.mesh.data,
         fsdp=config.mesh.fsdp,
         tensor=config.mesh.tensor,
         rows=config.batch_size,
@@ -225,8 +232,9 @@ def row(step: Step, steps: list[Step]) -> str:
     """A line of the table under `HEADER`; `steps` may hold the vanilla twin."""
     twin = _twin(step, steps)
     ratio = "" if twin is None else f"{step.seconds / twin.seconds:.2f}"
+    mesh = f"{step.data} x {step.fsdp} x {step.tensor}"
     return (
-        f"| {step.name} | {step.topology} | {step.fsdp} x {step.tensor} | {step.rows} | "
+        f"| {step.name} | {step.topology} | {mesh} | {step.rows} | "
         f"{step.argument_bytes / 2**30:.2f} | {step.temporary_bytes / 2**30:.2f} | "
         f"{step.total_bytes / 2**30:.2f} | {step.total_bytes / step.hbm_bytes:.0%} | "
         f"{step.flops / 1e12:.1f} | {step.flops / step.model_flops:.2f} | "
@@ -270,13 +278,14 @@ _NOTES = """\
 No TPU was at hand: nothing here was timed. Every program was compiled ahead of time by libtpu,
 which refuses one that does not fit its chip; rows of 4096 tokens unless the command says otherwise.
 
-Per chip: *arguments* are parameters, Adam's moments and the batch, *total* is what the step holds
-at its peak. *TFLOP* are executed, counted in the compiled program with its loops and, for the
-attention kernels, in their block schedule; *of model's* divides them by the FLOPs that the model's
-formula asks for (recomputation is the difference). *moved* is HBM traffic, *links* what collectives
-deliver. *roofline* is the time of the kernels by their own roofline plus, for the rest, the larger
-of FLOPs and bytes at the chip's peak: links, latencies and imperfect overlap come on top, so it is
-a bound from below. *of vanilla* divides it by that of the same layers without depth."""
+*Mesh* is data x fsdp x tensor. Per chip: *arguments* are parameters, Adam's moments and the batch,
+*total* is what the step holds at its peak. *TFLOP* are executed, counted in the compiled program
+with its loops and, for the attention kernels, in their block schedule; *of model's* divides them by
+the FLOPs that the model's formula asks for (recomputation is the difference). *moved* is HBM
+traffic, *links* what collectives deliver. *roofline* is the time of the kernels by their own
+roofline plus, for the rest, the larger of FLOPs and bytes at the chip's peak: links, latencies and
+imperfect overlap come on top, so it is a bound from below. *of vanilla* divides it by that of the
+same layers without depth."""
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from benchmarks.tpu_kernels import Call
 from moda_jax import moda_attention
 from moda_jax.config import Config, MeshConfig, ModelConfig
 from moda_jax.flops import visible_slots
+from moda_jax.sharding import make_mesh
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_tpu import schedule
 
@@ -43,19 +44,21 @@ def blocks_with_work(tokens, q_block, k_block):
     )
 
 
-@pytest.mark.parametrize("sizes", [{"q_block": 128, "k_block": 256}, {"q_block": 256}])
-def test_visited_blocks_are_those_of_the_mask(sizes):
+@pytest.mark.parametrize(("forward", "backward"), [((128, 256), (256, 128)), ((256, 512), None)])
+def test_visited_blocks_are_those_of_the_mask(forward, backward):
+    sizes = {"q_block": forward[0], "k_block": forward[1]}
+    if backward is not None:
+        sizes |= {"q_grad_block": backward[0], "k_grad_block": backward[1]}
     tpu_kernels.launches.cache_clear()
     grad_sizes = {name.replace("_block", "_grad_block"): size for name, size in sizes.items()}
     with schedule.override(**sizes, **grad_sizes, q_span=1536):
         found = works(CALL)
-        shape = schedule.Shape(2, 1300, 1300, 2, 2, 64, 2)
-        tiles = schedule.choose_tiles(shape)
+        tiles = schedule.choose_tiles(schedule.Shape(2, 1300, 1300, 2, 2, 64, 2))
     tpu_kernels.launches.cache_clear()
-    expected = blocks_with_work(1300, tiles.q_block, tiles.k_block) * 2 * 2
-    assert found["moda_tokens_forward"].pairs == expected
-    assert found["moda_tokens_backward"].pairs == expected
-    assert tiles.q_block == sizes["q_block"]
+    backward = tiles.q_grad_block, tiles.k_grad_block
+    for name, blocks in (("forward", forward), ("backward", backward)):
+        expected = blocks_with_work(1300, *blocks) * 2 * 2  # rows and key heads
+        assert found[f"moda_tokens_{name}"].pairs == expected
 
 
 def test_a_kernel_in_a_loop_counts_as_often_as_it_runs():
@@ -162,6 +165,14 @@ def libtpu():
     pytest.importorskip("libtpu", reason="pip install 'moda-jax[tpu]' brings the compiler")
 
 
+@pytest.mark.parametrize(("slice_of", "fsdp"), [("v5e:4x4", 8), ("v5p:4x4x4", 32)])
+def test_a_mesh_axis_may_be_a_part_of_a_slices_axis(libtpu, slice_of, fsdp):
+    mesh = make_mesh(MeshConfig(fsdp=fsdp, tensor=2), tpu_chips.devices(slice_of))
+    assert mesh.devices.shape == (1, fsdp, 2)
+    pairs = np.array([[chip.coords for chip in pair] for pair in mesh.devices[0]])
+    assert (np.abs(pairs[:, 0] - pairs[:, 1]).sum(axis=1) == 1).all()  # neighbours share the heads
+
+
 def test_operator_smoke_run_writes_both_files(libtpu, tmp_path):
     output = tmp_path / "operator"
     assert tpu_operator.main(["--smoke", "--chips", "v5e", "--output", str(output)]) == 0
@@ -182,7 +193,7 @@ def test_programs_that_fail_are_named(libtpu, capsys):
     assert tpu_train_step.main([*arguments, "--tensor", "3"]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert any(line.startswith("missing on v5e:2x2: No module named") for line in errors)
-    expected = "moda_700m_row4 on v5e:2x2: tensor: expected a divisor of the 4 chips, got 3"
+    expected = "moda_700m_row4 on v5e:2x2: data, tensor: expected divisors of 4 chips, got 1, 3"
     assert expected in errors
 
 
