@@ -27,6 +27,15 @@ defaults shown are that file's. A run that was stopped resumes when it is starte
 outputs go to <output-dir>/<name>. {_TRACEBACK_SWITCH}=1 shows the traceback of an error."""
 
 
+def _quiet_libtpu() -> None:
+    """The development tools bring libtpu, as a compiler; JAX loads it, and without a TPU it
+    complains on stderr about these two, which then mean nothing.
+    """
+    if not any(Path("/dev").glob("accel*")) and not any(Path("/dev/vfio").glob("[0-9]*")):
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-1")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses `argv` (default: `sys.argv[1:]`) and trains.
 
@@ -39,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What only training needs takes a second to import: not for a mistyped option.
         from moda_jax.trainer import train
 
+        _quiet_libtpu()
         train(config)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
