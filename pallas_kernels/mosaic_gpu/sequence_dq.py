@@ -3,7 +3,7 @@
 Tiles are those of the forward: 64 rows, a KV head's query heads times a few tokens. A thread block
 walks over the slots of its own tokens, then over the keys. Where a tile has all heads of its
 tokens, nobody else has anything to add to the gradients of their slots: they are products of the
-same weights, while the slots' traffic hides under other thread blocks' sequence products.
+same weights, and neither rows nor slots are read by a second kernel.
 """
 
 import functools
