@@ -139,16 +139,15 @@ def plot(results: dict[str, Any], path: Path) -> None:
     names = [n for n, row in results["rows"].items() if "total" in row.get("cudnn", {})]
     figure = Figure(figsize=(2.5 + 0.6 * max(len(names), 4), 3.8), layout="constrained")
     axes = figure.subplots()
-    series = {"ours": "ours", "cudnn + XLA depth": "cuDNN + XLA depth"}
-    for offset, (variant, label) in enumerate(series.items()):
-        points = [
-            (i + 0.4 * offset - 0.2, results["rows"][name]["cudnn"]["total"] / times["total"])
-            for i, name in enumerate(names)
-            if "total" in (times := results["rows"][name].get(variant, {}))
-        ]
-        if points:
-            where, speed = zip(*points, strict=True)
-            axes.bar(where, speed, width=0.38, label=label)
+    series = {
+        label: points
+        for variant, label in (("ours", "ours"), ("cudnn + XLA depth", "cuDNN + XLA depth"))
+        if (points := _speeds(results, names, variant))
+    }
+    for number, (label, points) in enumerate(series.items()):
+        offset = 0.4 * number - 0.2 * (len(series) - 1)  # centred, one or two bars a row
+        where, speed = zip(*points, strict=True)
+        axes.bar([i + offset for i in where], speed, width=0.38, label=label)
     official = [
         (i, results["rows"][name]["cudnn"]["total"] / shape_ms)
         for i, name in enumerate(names)
@@ -164,6 +163,16 @@ def plot(results: dict[str, Any], path: Path) -> None:
     if names:
         figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _speeds(results: dict[str, Any], names: list[str], variant: str) -> list[tuple[int, float]]:
+    """(index of the row, speed relative to cuDNN) where the variant was measured."""
+    rows = [results["rows"][name] for name in names]
+    return [
+        (i, row["cudnn"]["total"] / row[variant]["total"])
+        for i, row in enumerate(rows)
+        if "total" in row.get(variant, {})
+    ]
 
 
 def write(path: Path) -> None:
