@@ -1,7 +1,7 @@
 """Searches tile sizes of a backend's kernels and writes their table, pallas_kernels/*/tuned.json.
 
     python -m benchmarks.tune [--kernels forward,depth_backward] [--rows T16K,H128] [--dry-run]
-    python -m benchmarks.tune --backend triton --jobs 8
+    python -m benchmarks.tune --backend triton
 
 From a kernel's own choice, one field at a time is changed; what is at least 1% faster stays, and
 the fields are gone through until none improves. A config that does not fit the chip, does not
@@ -292,7 +292,8 @@ def _options() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--backend", default="mosaic_gpu", choices=("mosaic_gpu", "triton"))
-    parser.add_argument("--jobs", type=int, default=1, help="configs compiled side by side")
+    jobs = "configs compiled side by side (Triton's compiler holds Python's lock: no faster there)"
+    parser.add_argument("--jobs", type=int, default=1, help=jobs)
     parser.add_argument("--kernels", help="names, comma-separated; left out: all")
     parser.add_argument("--fields", help="fields to search, comma-separated; left out: all")
     parser.add_argument("--rows", default="T16K,B8,H128", help="shapes, comma-separated")

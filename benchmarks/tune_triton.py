@@ -43,6 +43,19 @@ def _with(
     return run, (query, pair, *((d_out, rows) if backward else ()))
 
 
+def _forward_after_slots(part: calls.Part, config: tiles.TileConfig) -> calls.Pair:
+    """The sequence's forward, going on from a softmax over slots, as in calls that have them."""
+    shape = part.operands.query.shape
+    partial = jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:3], jnp.float32)
+    return calls.sequence_forward(part, partial, config)
+
+
+def _dq_after_slots(part: calls.Part, rows: calls.Rows, config: tiles.TileConfig) -> jax.Array:
+    """The sequence's dq, added to the slots'."""
+    partial_dq = jnp.zeros(part.operands.query.shape, jnp.float32)
+    return calls.sequence_dq(part, rows, partial_dq, config)
+
+
 def kernels() -> dict[str, Kernel]:
     """By the name that the table's keys use."""
     rows: dict[str, Any] = {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
@@ -64,8 +77,7 @@ def kernels() -> dict[str, Kernel]:
 
     return {
         "sequence_forward": kernel(
-            "sequence_forward", functools.partial(calls.sequence_forward, partial=None), tokens,
-            depth=False, backward=False,
+            "sequence_forward", _forward_after_slots, tokens, depth=False, backward=False
         ),
         "sequence_dkv": kernel(
             "sequence_dkv", calls.sequence_dkv,
@@ -73,8 +85,7 @@ def kernels() -> dict[str, Kernel]:
             backward=True,
         ),
         "sequence_dq": kernel(
-            "sequence_dq", functools.partial(calls.sequence_dq, partial_dq=None), tokens,
-            depth=False, backward=True,
+            "sequence_dq", _dq_after_slots, tokens, depth=False, backward=True
         ),
         "depth_forward": kernel(
             "depth_forward", functools.partial(calls.depth_forward, out_dtype=jnp.float32), slots,

@@ -133,6 +133,22 @@ def test_the_kernels_take_their_configs(name):
         assert tune.candidates(default, kernel.grid)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["sequence_forward", "sequence_dkv", "sequence_dq", "depth_forward", "depth_backward"],
+)
+def test_the_triton_kernels_take_their_configs(name):
+    """Only traced, so that the names are those of the kernels' calls."""
+    pytest.importorskip("triton", reason="an optional extra")
+    from benchmarks.tune_triton import kernels
+
+    kernel = kernels()[name]
+    shape = Shape("small", 128, 2, 8, kv_heads=1, head_dim=64)
+    for config in (default := kernel.default(shape), *tune.candidates(default, kernel.grid)[:1]):
+        function, arguments = kernel.run(shape, config)
+        assert jax.tree.leaves(jax.eval_shape(function, *arguments))
+
+
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
 def test_command_needs_a_gpu(capsys):
     with pytest.raises(SystemExit) as stop:
