@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import os
 import subprocess
 import sys
 import tomllib
@@ -15,7 +16,9 @@ from attention_suite import AttentionSuite, assert_results_close
 
 from moda_jax.attention import check
 from pallas_kernels import platforms, triton_gpu
-from pallas_kernels.triton_gpu import launch
+from pallas_kernels.triton_gpu import launch, tiles
+from pallas_kernels.triton_gpu.tiles import TileConfig
+from pallas_kernels.tuned import Table, table_key
 
 _SMALL = check(*(jnp.zeros((1, 8, 2, 64), jnp.float16),) * 3)
 REFUSED = triton_gpu.refusal(*_SMALL, platforms.current())
@@ -84,6 +87,48 @@ def test_blocks_of_other_documents_are_not_touched():
 
 
 @pytest.fixture
+def choose(tmp_path, monkeypatch):
+    """`tiles.choose` for an H100, with a table of one entry a kernel, for 8 heads."""
+    monkeypatch.setattr(tiles, "TABLE", Table(tmp_path / "tuned.json"))
+    monkeypatch.setattr(tiles, "architecture", lambda: "sm_90")
+    for kernel in ("sequence_dq", "depth_forward"):
+        config = dataclasses.asdict(TileConfig(16, 32, 1, 4))
+        tiles.TABLE.write({table_key(kernel, 64, 8, True, "sm_90"): {"config": config}})
+
+    def choose(kernel, **changed):
+        call = {"head_dim": 64, "group": 8, "is_causal": True, "dtype": jnp.bfloat16} | changed
+        with platforms.compiling_for("gpu"):
+            return tiles.choose(kernel, **call)
+
+    return choose
+
+
+def test_measured_tiles_are_taken_where_they_fit(choose):
+    measured = TileConfig(16, 32, 1, 4)
+    assert choose("sequence_dq") == choose("depth_forward") == measured
+    assert choose("sequence_dq", is_causal=False) == measured
+    for unlike in ({"head_dim": 128}, {"dtype": jnp.float32}):
+        assert choose("sequence_dq", **unlike) != measured
+    assert choose("sequence_dkv") == tiles._HALF["sequence_dkv", 64]
+
+
+def test_a_sequence_kernel_takes_the_nearest_group_that_was_measured(choose):
+    assert choose("sequence_dq", group=3) == TileConfig(16, 32, 1, 4)
+    assert choose("sequence_dq", group=40) == TileConfig(64, 32, 1, 4)  # a token's heads fit
+    assert choose("depth_forward", group=3) == tiles._HALF["depth_forward", 64]
+    entry = {"config": {"keys": 128}}
+    tiles.TABLE.write({table_key("sequence_dq", 64, 1, True, "sm_90"): entry})
+    assert [choose("sequence_dq", group=group).keys for group in (1, 2, 3, 6)] == [128, 128, 32, 32]
+
+
+def test_the_table_is_of_these_kernels():
+    for key, entry in Table(tiles.TABLE.path).read().items():
+        kernel, head_dim, group, *_ = key.split()
+        assert (kernel, int(head_dim[1:])) in tiles._HALF
+        assert TileConfig(**entry["config"]).rows >= tiles.padded(int(group[1:]))
+
+
+@pytest.fixture
 def installed(monkeypatch):
     """Versions by package, in place of what is installed; packages not there are missing."""
     versions = {"triton": "3.7.1", "jax-triton": "0.3.1", "jax": "0.11.2"}
@@ -148,6 +193,9 @@ import jax.numpy as jnp, moda_jax
 x = jnp.ones((1, 4, 2, 16))
 print(moda_jax.explain_attention(x, x, x).refusals["triton"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # On a GPU the call would be taken: what is installed, the metadata say.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout

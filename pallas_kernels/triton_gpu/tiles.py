@@ -1,6 +1,7 @@
 """Tile sizes of the kernels: measured ones, keyed by architecture, and for the rest a heuristic."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -77,10 +78,24 @@ def choose(
     )  # fmt: skip
     if platforms.current() != "gpu" or jnp.dtype(dtype).itemsize == 4:
         return config
-    for causal in (True, is_causal):  # the nearest thing to an entry that is not there
-        key = table_key(kernel, head_dim, group, causal, architecture())
-        config = TABLE.lookup(key, config)
-    return config
+    for similar in _similar_groups(kernel, group):
+        for causal in (True, is_causal):  # the nearest thing to an entry that is not there
+            key = table_key(kernel, head_dim, similar, causal, architecture())
+            config = TABLE.lookup(key, config)
+    return dataclasses.replace(config, rows=max(config.rows, padded(group)))
+
+
+def _similar_groups(kernel: str, group: int) -> list[int]:
+    """The groups whose entries do for `group`, the best one last.
+
+    To a sequence kernel a row is a row, whether a tile has few tokens with many heads each or many
+    with few, so the nearest group that was measured stands in. A depth kernel's tile is about its
+    tokens, each of which has slots of its own.
+    """
+    if not kernel.startswith("sequence"):
+        return [group]
+    groups = sorted({1, 2, 4, 8, 16, 32, 64, group})
+    return sorted(groups, key=lambda other: abs(math.log2(other / group)), reverse=True)
 
 
 def architecture() -> str:
