@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_gpu, mosaic_tpu, platforms, reference, triton_gpu, xla
+from pallas_kernels import deferred, mosaic_gpu, mosaic_tpu, platforms, reference, triton_gpu, xla
 from pallas_kernels.operands import Gradients, Operands, Options
 
 Forward = Callable[[Operands, Options], tuple[jax.Array, jax.Array]]
@@ -24,8 +24,9 @@ class Deferral(NamedTuple):
     """How a backend adds what several layers owe to the same slots in one pass over the slots."""
 
     backward: Callable[..., Gradients]
-    """(operands, options, o, lse, do, dlse): as a backend's backward, but neither computes nor
-    writes gradients of the slots: `depth_key` and `depth_value` of what it returns are None."""
+    """(operands, options, o, lse, do, dlse, depth_grads, first): as a backend's backward, which
+    adds, in place, into `depth_grads`; but of the slots before `first` (int32 scalar, may be
+    traced) gradients are neither computed, read nor written. No chunk-visible slots."""
     add: Callable[..., tuple[jax.Array, jax.Array]]
     """(readers, depth_key, depth_value, depth_grads, first, stop, scale=...) -> depth_grads: adds,
     in place, what the R layers of `readers` owe to the slots first ... stop - 1 (int32 scalars, may
@@ -90,6 +91,12 @@ def _reference_refusal(operands: Operands, options: Options, platform: str) -> s
     return None
 
 
+def _in_two_passes(backend: Any) -> Deferral:
+    """Of a module that has no deferred backward of its own."""
+    without, add = backend.backward_without_depth_grads, backend.add_depth_grads
+    return Deferral(functools.partial(deferred.in_two_passes, without, add), add)
+
+
 # Fastest first: `implementation=None` takes the first that does not refuse.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
@@ -97,21 +104,21 @@ BACKENDS: dict[str, Backend] = {
         Backend(
             "mosaic_gpu", mosaic_gpu.forward, mosaic_gpu.backward, mosaic_gpu.refusal,
             fast_on=("gpu",), only_by_name_on=("cpu",),
-            deferral=Deferral(mosaic_gpu.backward_without_depth_grads, mosaic_gpu.add_depth_grads),
+            deferral=Deferral(mosaic_gpu.deferred_backward, mosaic_gpu.add_depth_grads),
         ),
         Backend(
             "triton", triton_gpu.forward, triton_gpu.backward, triton_gpu.refusal,
             fast_on=("gpu",), only_by_name_on=("cpu",),
-            deferral=Deferral(triton_gpu.backward_without_depth_grads, triton_gpu.add_depth_grads),
+            deferral=_in_two_passes(triton_gpu),
         ),
         Backend(
             "mosaic_tpu", mosaic_tpu.forward, mosaic_tpu.backward, mosaic_tpu.refusal,
             fast_on=("tpu",), only_by_name_on=("cpu",),
-            deferral=Deferral(mosaic_tpu.backward_without_depth_grads, mosaic_tpu.add_depth_grads),
+            deferral=_in_two_passes(mosaic_tpu),
         ),
         Backend(
             "xla", xla.forward, xla.backward, _xla_refusal, fast_on=("cpu",),
-            deferral=Deferral(xla.backward_without_depth_grads, xla.add_depth_grads),
+            deferral=_in_two_passes(xla),
         ),
         Backend("reference", reference.forward, None, _reference_refusal, fast_on=()),
     )

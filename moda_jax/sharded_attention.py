@@ -21,8 +21,8 @@ from pallas_kernels.operands import (
     Gradients,
     Operands,
     Options,
+    depth_readers,
     num_kv_heads,
-    row_delta,
 )
 
 _TOKENS, _ROWS = ("batch", None), ("batch",)
@@ -115,23 +115,32 @@ class DeferredDepth:
     scale: float
 
     def gradients(
-        self, call: AttentionCall, out: jax.Array, lse: jax.Array, d_out: jax.Array
+        self,
+        call: AttentionCall,
+        out: jax.Array,
+        lse: jax.Array,
+        d_out: jax.Array,
+        depth_grads: tuple[jax.Array, jax.Array],
+        first: jax.Array | int,
     ) -> tuple[Gradients, DepthReaders]:
-        """The backward but for the slots, and what `add` needs for them (without an axis R)."""
+        """The backward, adding into `depth_grads` from the slot `first` on.
 
-        def attend(operands, out, lse, d_out) -> tuple[Gradients, DepthReaders]:
-            grads = self.deferral.backward(operands, call.options, out, lse, d_out, None)
-            delta = row_delta(out, lse, d_out, None)
-            d_out = d_out.astype(operands.query.dtype)
-            return grads, DepthReaders(operands.query, d_out, lse, delta)
+        Also returns what `add` needs for the slots before it (without an axis R).
+        """
+
+        def attend(operands, out, lse, d_out, depth_grads, first) -> tuple[Gradients, DepthReaders]:
+            grads = self.deferral.backward(
+                operands, call.options, out, lse, d_out, None, depth_grads, first
+            )
+            return grads, depth_readers(operands, out, lse, d_out, None)
 
         specs = call.specs()
-        query, lse_spec = specs.query, _of_lse(specs)
-        grads: Any = Gradients(query, specs.key, specs.value, None, None)
+        query, lse_spec, depth = specs.query, _of_lse(specs), specs.depth_key
+        grads: Any = Gradients(*specs[: len(Gradients._fields)])
         return _per_shard(
             attend,
-            (call.operands, out, lse, d_out),
-            (specs, query, lse_spec, query),
+            (call.operands, out, lse, d_out, depth_grads, jnp.int32(first)),
+            (specs, query, lse_spec, query, (depth, depth), PartitionSpec()),
             (grads, _of_readers(query, lse_spec)),
         )
 

@@ -4,9 +4,9 @@ Layer l adds into the slots it read (those of layers < l) and takes the finished
 slots it wrote, since every later layer has been visited by then.
 
 Reading and writing the whole running cache once per layer is most of the depth part's memory
-traffic. Deferred (`ModelConfig.depth_grad_block` = b), b consecutive layers only add, at once, into
-the slots that they themselves wrote; to the older slots, which all of them read, they add together
-in one pass when the first of them has been visited: that traffic is divided by b.
+traffic. Deferred (`ModelConfig.depth_grad_block` = b), the backwards of b consecutive layers only
+add into the slots that these layers wrote themselves; to the older slots, which all of them read,
+they add together in one pass when the first of them has been visited: that traffic is divided by b.
 """
 
 from typing import Any, NamedTuple
@@ -97,10 +97,8 @@ def _by_blocks(context: _Context, carry: _Carry, deferred: DeferredDepth) -> tup
 
             def attend(call, out, lse, d_out, depth):
                 nonlocal readers
-                d, readers = deferred.gradients(call, out, lse, d_out)
-                alone = jax.tree.map(lambda x: x[None], readers)
-                seen = spec.slots_before(layer)
-                return d, deferred.add(alone, cache.key, cache.value, depth, older, seen)
+                d, readers = deferred.gradients(call, out, lse, d_out, depth, older)
+                return d, (d.depth_key, d.depth_value)
 
             block, saved = _at(context.params.blocks, layer), _at(context.saved, layer)
             carry, d_block = _layer(context, carry, layer, block, saved, attend)

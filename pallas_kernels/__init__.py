@@ -10,5 +10,9 @@ and, if it can defer the slots' gradients (`moda_jax.backends.Deferral`), two fu
     backward_without_depth_grads(operands, options, o, lse, do, dlse) -> operands.Gradients
     add_depth_grads(readers, depth_key, depth_value, grads, first, stop, scale=...) -> (gk, gv)
 
+of which `deferred.in_two_passes` makes, where a backend has nothing faster,
+
+    deferred_backward(operands, options, o, lse, do, dlse, grads, first) -> operands.Gradients
+
 `reference` is the specification: short, float32, differentiated by JAX. `xla` runs everywhere.
 """

@@ -97,6 +97,18 @@ def row_delta(
     return delta
 
 
+def depth_readers(
+    operands: Operands,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array | None,
+) -> DepthReaders:
+    """What is kept of one call, without the axis R."""
+    delta = row_delta(out, lse, d_out, d_lse)
+    return DepthReaders(operands.query, d_out.astype(operands.query.dtype), lse, delta)
+
+
 def _positions(batch_offset: jax.Array | None, length: int) -> jax.Array:
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     return positions if batch_offset is None else batch_offset[:, None] + positions

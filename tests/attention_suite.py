@@ -26,7 +26,7 @@ from attention_cases import (
 from tolerances import LSE_RELATIVE, RELATIVE
 
 from moda_jax import backends, moda_attention
-from pallas_kernels.operands import DepthReaders, Operands, Options, row_delta
+from pallas_kernels.operands import Operands, Options, depth_readers
 
 
 def assert_close(name: str, got, expected, rtol: float, *, exact_zeros: bool = True) -> None:
@@ -236,15 +236,64 @@ class AttentionSuite:
             )  # fmt: skip
             assert np.abs(np.float64(gradient[visible])).max() > 0.1
 
+    @property
+    def deferring_backend(self):
+        backend = backends.BACKENDS[self.implementation]
+        if backend.deferral is None:
+            pytest.skip(f"{self.implementation} adds every layer's depth gradients at once")
+        return backend
+
+    @pytest.mark.parametrize("grads_dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize(
+        ("heads", "window", "visible"),
+        [(4, None, range(8)), (4, 3, (0, 5, 6, 7)), (6, None, range(8))],
+    )
+    def test_deferred_backward_adds_from_a_slot_on(self, grads_dtype, heads, window, visible):
+        """Gradients of slots before it, and of slots nobody sees, keep their bits, NaN or not."""
+        backend = self.deferring_backend
+        case = Case("deferred_backward", q_len=9, heads=heads, slots=11, segments="packed")
+        problem, dtype = make_problem(case), self.dtypes[0]
+        arrays, segments = _cast(problem.arrays, dtype), problem.integers["segment_ids"]
+        options = Options(0.25, depth_window=window, depth_reserved=1 if window else 0)
+        rng = np.random.default_rng(0)
+        shape = problem.arrays["depth_key"].shape
+        start = [jnp.asarray(rng.normal(size=shape), grads_dtype) for _ in "kv"]
+
+        @compile_quickly
+        def run(arrays, length, start, first):
+            operands = Operands(
+                **arrays, query_segments=segments, key_segments=segments, depth_length=length
+            )
+            out, lse = backend.forward(operands, options)
+            d_out, d_lse = problem.cotangents
+            args = operands, options, out, lse, d_out.astype(out.dtype), d_lse
+            whole = backend.gradients(*args, None)
+            return whole, backend.deferral.backward(*args, start, first)
+
+        for first in (0, 3, 6, 8):
+            wanted = np.isin(np.arange(11), [slot for slot in visible if slot >= first])
+            where = wanted[:, None, None, None, None] | (np.arange(9) % 2 == 0)[:, None, None]
+            poisoned = tuple(jnp.where(where, x, jnp.nan) for x in start)
+            whole, got = run(arrays, jnp.int32(8), poisoned, jnp.int32(first))
+            for x, y in zip(whole[:3], got[:3], strict=True):
+                assert_close("tokens", y, x, RELATIVE[dtype])
+            for before, gradient, after in zip(poisoned, whole[3:], got[3:], strict=True):
+                assert after.dtype == grads_dtype
+                kept, same = (np.asarray(x[~wanted]) for x in (after, before))
+                assert kept.tobytes() == same.tobytes()
+                assert_close(
+                    "slots", after[wanted],
+                    np.float64(before[wanted]) + np.float64(gradient[wanted]),
+                    max(RELATIVE[grads_dtype], RELATIVE[dtype]),
+                )  # fmt: skip
+
     @pytest.mark.parametrize("grads_dtype", ["float32", "bfloat16"])
     def test_deferred_depth_gradients_are_those_of_the_backward(self, grads_dtype):
         """R layers' gradients of the slots 2 ... 5 in one pass; other slots hold NaN or stay.
 
         For backends that can defer; the layers differ in queries, lse and output gradients.
         """
-        backend = backends.BACKENDS[self.implementation]
-        if backend.deferral is None:
-            pytest.skip(f"{self.implementation} adds every layer's depth gradients at once")
+        backend = self.deferring_backend
         case = Case("deferred", q_len=9, slots=8, segments="packed")
         problem, dtype = make_problem(case), self.dtypes[0]
         arrays, segments = _cast(problem.arrays, dtype), problem.integers["segment_ids"]
@@ -265,13 +314,10 @@ class AttentionSuite:
                 out, lse = backend.forward(operands, options)
                 d_out, d_lse = problem.cotangents
                 args = operands, options, out, lse, (d_out + factor).astype(out.dtype), d_lse
-                whole, tokens = backend.gradients(*args, None), backend.deferral.backward(*args)
-                assert tokens.depth_key is None
-                assert tokens.depth_value is None
+                whole = backend.gradients(*args, None)
                 wanted = [x + d[visible] for x, d in zip(wanted, whole[3:], strict=True)]
-                delta = row_delta(out, lse, *args[4:])
-                readers.append((DepthReaders(operands.query, args[4], lse, delta), whole, tokens))
-            stacked = jax.tree.map(lambda *x: jnp.stack(x), *(reader for reader, *_ in readers))
+                readers.append(depth_readers(operands, out, lse, *args[4:]))
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *readers)
             unread = jnp.where(jnp.isin(jnp.arange(8), jnp.arange(2, 6)), 0, jnp.nan)
             slots = [
                 (arrays[name] + unread[:, None, None, None, None]).astype(dtype)
@@ -283,12 +329,9 @@ class AttentionSuite:
             untouched = backend.deferral.add(
                 stacked, *slots, tuple(start), stop, stop, scale=options.scale
             )
-            return added, wanted, untouched, [pair[1:] for pair in readers]
+            return added, wanted, untouched
 
-        added, wanted, untouched, pairs = run(arrays, start, jnp.int32(2), jnp.int32(6))
-        for whole, tokens in pairs:
-            for x, y in zip(whole[:3], tokens[:3], strict=True):
-                assert_close("without depth gradients", y, x, RELATIVE[dtype])
+        added, wanted, untouched = run(arrays, start, jnp.int32(2), jnp.int32(6))
         for before, after, sums, same in zip(start, added, wanted, untouched, strict=True):
             assert after.dtype == grads_dtype
             assert_close(

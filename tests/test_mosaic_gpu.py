@@ -139,5 +139,7 @@ def test_sharded_train_step_lowers_for_gpus(block):
         text = step.lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @mosaic_gpu\w*\([^\n]*", text)
     in_place = [call for call in calls if call.count("output_operand_alias<") == 2]
-    assert len(in_place) == block  # the layer's own addition, and the block's
+    # A layer adds in its kernel for dq; what waits for the block's other layers, one kernel adds.
+    names = [re.findall(r"moda_sequence_dq\b|moda_depth_backward\b", call)[:1] for call in in_place]
+    assert names == [["moda_sequence_dq"], ["moda_depth_backward"]][:block]
     assert all(f"{model.depth_slots}x512x64x" in call for call in in_place)  # local rows and heads

@@ -130,25 +130,32 @@ def test_blocks_under_a_mesh():
 
 
 def test_one_pass_over_the_older_slots(monkeypatch):
-    """A block's layers each add to the slots of the block, then together to all older ones."""
+    """Every layer's backward adds to its block's slots, then the block to all older ones."""
     xla, passes = backends.BACKENDS["xla"], []
 
-    def add(readers, depth_key, depth_value, depth_grads, first, stop, *, scale):
+    def note(what, first, stop):
         jax.debug.callback(
-            lambda first, stop, count=readers.query.shape[0]: passes.append(
-                (count, int(first), int(stop))
-            ),
+            lambda first, stop: passes.append((what, int(first), int(stop))),
             first, stop, ordered=True,
         )  # fmt: skip
+
+    def backward(operands, options, out, lse, d_out, d_lse, depth_grads, first):
+        note("alone", first, operands.depth_length)
+        return xla.deferral.backward(operands, options, out, lse, d_out, d_lse, depth_grads, first)
+
+    def add(readers, depth_key, depth_value, depth_grads, first, stop, *, scale):
+        note(readers.query.shape[0], first, stop)
         return xla.deferral.add(
             readers, depth_key, depth_value, depth_grads, first, stop, scale=scale
         )
 
-    spy = dataclasses.replace(xla, deferral=xla.deferral._replace(add=add), name="spy")
+    spy = dataclasses.replace(xla, deferral=backends.Deferral(backward, add), name="spy")
     monkeypatch.setattr(backends, "BACKENDS", {"spy": spy})
     jax.block_until_ready(gradients(**CHANGES["row4"], depth_grad_block=2, attention="spy"))
     jax.effects_barrier()
     # Layers 4 and 3 see the 8 and 6 slots of the layers before them; the rest, layer 0, sees none.
     assert passes == [
-        (1, 6, 8), (1, 6, 6), (2, 0, 6), (1, 2, 4), (1, 2, 2), (2, 0, 2), (1, 0, 0),
+        ("alone", 6, 8), ("alone", 6, 6), (2, 0, 6),
+        ("alone", 2, 4), ("alone", 2, 2), (2, 0, 2),
+        ("alone", 0, 0),
     ]  # fmt: skip

@@ -9,9 +9,9 @@ cuDNN's sequence backward, which is not, is there for those who ask for it.
 from pallas_kernels.mosaic_gpu.operator import (
     add_depth_grads,
     backward,
-    backward_without_depth_grads,
+    deferred_backward,
     forward,
     refusal,
 )
 
-__all__ = ["add_depth_grads", "backward", "backward_without_depth_grads", "forward", "refusal"]
+__all__ = ["add_depth_grads", "backward", "deferred_backward", "forward", "refusal"]

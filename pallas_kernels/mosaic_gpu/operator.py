@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import platforms
+from pallas_kernels.deferred import in_two_passes
 from pallas_kernels.mosaic_gpu import chunks, cudnn
 from pallas_kernels.mosaic_gpu.depth_backward import depth_backward
 from pallas_kernels.mosaic_gpu.depth_forward import depth_forward
@@ -124,6 +125,27 @@ def backward(
     return _one_by_one(call)(operands, out, lse, d_out, d_lse, depth_grads)
 
 
+def deferred_backward(
+    operands: Operands,
+    options: Options,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array | None,
+    depth_grads: tuple[jax.Array, jax.Array],
+    first: Any,
+) -> Gradients:
+    """As `backward`, but no gradients of slots before `first`. See `moda_jax.backends.Deferral`."""
+    rows = out, lse, d_out, d_lse
+    padded = jax.eval_shape(_pad_head_dim, operands)
+    depth = Depth(padded.depth_key, padded.depth_value, None, depth_grads)
+    if padded.key is None or not _takes_along(padded, options, depth, d_lse):
+        without = backward_without_depth_grads
+        return in_two_passes(without, add_depth_grads, operands, options, *rows, depth_grads, first)
+    call = functools.partial(_backward, options, want_depth=True)
+    return _one_by_one(call)(operands, *rows, depth_grads, first)
+
+
 def backward_without_depth_grads(
     operands: Operands,
     options: Options,
@@ -137,7 +159,10 @@ def backward_without_depth_grads(
     return _one_by_one(call)(operands, out, lse, d_out, d_lse, None)
 
 
-def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_depth) -> Gradients:
+def _backward(
+    options, operands, out, lse, d_out, d_lse, depth_grads, first=None, *, want_depth
+) -> Gradients:
+    """first: see `Depth`; only for calls whose slots the sequence part takes along."""
     head_dim = operands.query.shape[-1]
     delta = row_delta(out, lse, d_out, d_lse)
     operands = _pad_head_dim(operands)
@@ -150,12 +175,13 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
     depth = None
     if depth_key is not None and depth_key.shape[0] and options.depth_chunk is None:
         slots = _slots(operands, options)
-        depth = Depth(depth_key, depth_value, slots, running, want_depth)
+        depth = Depth(depth_key, depth_value, slots, running, want_depth, first)
     d_query = d_key = d_value = new = None
     rest = depth  # what the sequence part does not take along
     if key is not None:
         rows = out, lse, d_out, delta, d_lse
         rest, (d_query, d_key, d_value, new) = _sequence(operands, options, rows, depth)
+    assert first is None or (depth is not None and rest is None)
     if depth_key is not None and not depth_key.shape[0]:
         new = running or (depth_key, depth_value)
     elif depth_key is not None and options.depth_chunk is not None:
@@ -206,15 +232,27 @@ def _sequence(operands: Operands, options: Options, rows: tuple, depth: Depth | 
     query, key, value = operands[:3]
     out, lse, d_out, delta, d_lse = rows
     settings: dict[str, Any] = {"scale": options.scale, "is_causal": options.is_causal}
-    if _nondeterministic.get() and _takes_cudnn(operands) and d_lse is None:
+    if _any_order(operands, d_lse):
         return depth, (*cudnn.backward(query, key, value, out, lse, d_out, **settings), None)
     taken = None
-    if depth is not None and fuses(query, key, depth, is_causal=options.is_causal):
+    if depth is not None and _takes_along(operands, options, depth, d_lse):
         taken, depth = depth, None
     return depth, sequence_backward(
         query, key, value, d_out, lse, delta, query_segments=operands.query_segments,
         key_segments=operands.key_segments, depth=taken, dq_dtype=query.dtype, **settings,
     )  # fmt: skip
+
+
+def _takes_along(operands: Operands, options: Options, depth: Depth, d_lse: Any) -> bool:
+    """Whether the sequence part's kernel for dq does the depth part; by shapes and dtypes alone."""
+    assert operands.key is not None
+    fused = fuses(operands.query, operands.key, depth, is_causal=options.is_causal)
+    return fused and not _any_order(operands, d_lse)
+
+
+def _any_order(operands: Operands, d_lse: Any) -> bool:
+    """Whether the sequence part's backward is cuDNN's."""
+    return _nondeterministic.get() and _takes_cudnn(operands) and d_lse is None
 
 
 @contextlib.contextmanager

@@ -39,6 +39,9 @@ class Depth(NamedTuple):
     dtype, 0 for slots that are not visible."""
     want_slots: bool = True
     """Whether to compute the slots' gradients, or only their part of dq."""
+    first: Any = None
+    """int32 scalar, with `running` only: of slots before it there is only their part of dq, and
+    their running gradients are left alone."""
 
     @property
     def slots_dtype(self) -> Any:
@@ -173,9 +176,11 @@ def _dq(plan, arrays, base2, delta, segments, depth, dq_dtype):
     running: tuple = ()
     if depth is not None:
         inputs["depth_key"], inputs["depth_value"] = (pad_tokens(x, 2) for x in depth[:2])
-        inputs["slots"] = jnp.asarray(depth.slots)
+        slots = jnp.asarray(depth.slots)
+        inputs["slots"] = slots if depth.first is None else jnp.append(slots, depth.first)
         running = tuple(pad_tokens(x, 2) for x in depth.running or ())
-        results = Results(dq_dtype, depth.slots_dtype, depth.running is not None)
+        deferred = depth.first is not None
+        results = Results(dq_dtype, depth.slots_dtype, depth.running is not None, deferred)
     common.check_smem(sequence_dq.shared_memory(plan, results), "sequence backward, dq")
     return dq_kernel(plan, inputs, results, running if results.slots_dtype is not None else ())
 
