@@ -119,14 +119,33 @@ def programs(shape: Shape, variants: list[str], implementation: str | None) -> d
     return lowered
 
 
+def check_programs(shape: Shape, implementation: str | None) -> dict[str, Any]:
+    """What `check` runs: (lowered program, its arrays' dtype) by name."""
+    specs = jax.eval_shape(lambda: make_inputs(_reduced(shape)))
+    lowered: dict[str, Any] = {}
+    for name, chosen, dtype in (
+        ("ours", implementation, jnp.bfloat16), ("xla", "xla", jnp.bfloat16),
+        ("reference", "xla", jnp.float32),
+    ):  # fmt: skip
+        cast = jax.tree.map(lambda x, dtype=dtype: jax.ShapeDtypeStruct(x.shape, dtype), specs)
+        with jax.default_matmul_precision("highest"):
+            lowered[f"check/{name}"] = jax.jit(with_gradients(ours(chosen))).lower(*cast), dtype
+    return lowered
+
+
 def compile_all(
-    shapes: list[Shape], variants: list[str], implementation: str | None
+    shapes: list[Shape], variants: list[str], implementation: str | None, *, checks: bool = False
 ) -> dict[str, Any]:
-    """{shape/variant/part: (program or error, arrays it takes)}; compiled side by side."""
+    """{shape/variant/part: (program or error, arrays it takes)}, compiled side by side.
+
+    With `checks` also {shape/check/name: (program or error, dtype)}.
+    """
     jobs: dict[str, Any] = {}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for shape in shapes:
-            for name, (lowered, taken) in programs(shape, variants, implementation).items():
+            found = programs(shape, variants, implementation)
+            found |= check_programs(shape, implementation) if checks else {}
+            for name, (lowered, taken) in found.items():
                 jobs[f"{shape.name}/{name}"] = pool.submit(lowered.compile), taken
     return {name: (job.exception() or job.result(), taken) for name, (job, taken) in jobs.items()}
 
@@ -173,24 +192,24 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
 
 
-def check(shape: Shape, implementation: str | None) -> dict[str, Any]:
-    """Relative errors (Frobenius) to float32 of ours and of xla in bfloat16; repeatability.
+def _reduced(shape: Shape) -> Shape:
+    """One key/value head and two rows at most: a reference for all of them would take minutes."""
+    return shape._replace(kv_heads=1, batch=min(shape.batch, 2))
 
-    One key/value head and two rows at most: a reference for all of them would take minutes.
-    """
-    small = shape._replace(kv_heads=1, batch=min(shape.batch, 2))
-    arrays, d_out = make_inputs(small, seed=int(time.time()))
+
+def check(shape: Shape, compiled: dict[str, Any]) -> dict[str, Any]:
+    """Relative errors (Frobenius) to float32 of ours and of xla in bfloat16; repeatability."""
+    arrays, d_out = make_inputs(_reduced(shape), seed=int(time.time()))
     names = ("o", "dq", "dk", "dv", "dkd", "dvd")
 
-    def run(implementation, dtype):
-        cast = tuple(x.astype(dtype) for x in arrays)
-        with jax.default_matmul_precision("highest"):
-            out, grads = jax.jit(with_gradients(ours(implementation)))(cast, d_out.astype(dtype))
+    def run(name: str) -> list[np.ndarray]:
+        program, dtype = compiled[f"{shape.name}/check/{name}"]
+        if isinstance(program, BaseException):
+            raise program
+        out, grads = program(tuple(x.astype(dtype) for x in arrays), d_out.astype(dtype))
         return [np.asarray(x, np.float32) for x in (out, *grads)]
 
-    reference = run("xla", jnp.float32)
-    mine, again = (run(implementation, jnp.bfloat16) for _ in range(2))
-    baseline = run("xla", jnp.bfloat16)
+    reference, baseline, mine, again = map(run, ("reference", "xla", "ours", "ours"))
 
     def errors(results):
         return [
@@ -235,11 +254,13 @@ def main() -> int:
             if time.perf_counter() - started < options.time_budget:
                 if number % ROWS_AT_ONCE == 0:
                     rows = shapes[number : number + ROWS_AT_ONCE]
-                    compiled = compile_all(rows, options.variants, options.implementation)
+                    compiled = compile_all(
+                        rows, options.variants, options.implementation, checks=options.check
+                    )
                     print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)
                 row = measure(shape, options.variants, compiled)
                 if options.check:
-                    row["check"] = check(shape, options.implementation)
+                    row["check"] = check(shape, compiled)
         except Exception as error:  # the other rows are still worth having
             row = {"error": _line(error)}
         failed |= "error" in row or any("error" in row.get(name, {}) for name in options.variants)
