@@ -211,8 +211,7 @@ def kernels() -> dict[str, Kernel]:
     def run_depth_forward(shape: Shape, config: Any):
         (query, _, _, *depth), _ = make_inputs(shape)
         function = scaled(
-            depth_forward, shape, config, slots=slots(shape), is_prefix=True, sequence=None,
-            valid=None,
+            depth_forward, shape, config, slots=slots(shape), is_prefix=True, valid=None,
         )  # fmt: skip
         return function, (query, *depth)
 

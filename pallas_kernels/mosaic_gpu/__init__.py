@@ -1,9 +1,9 @@
 """MoDA for NVIDIA Hopper GPUs in Pallas Mosaic GPU (compute capability 9.0, JAX >= 0.11).
 
-The forward is one fused kernel, or cuDNN's attention continued by a depth kernel. The backward is a
-kernel for dk and dv and one for dq, which takes the depth part along where it can; elsewhere, and
-for several layers' slots at once, the depth part is a kernel of its own. All are deterministic;
-cuDNN's sequence backward, which is not, is there for those who ask for it.
+The forward is one fused kernel. The backward is a kernel for dk and dv and one for dq, which takes
+the depth part along where it can; elsewhere, and for several layers' slots at once, the depth part
+is a kernel of its own, as it is in a call without a sequence. All are deterministic; cuDNN's
+sequence backward, which is not, is there for those who ask for it.
 """
 
 from pallas_kernels.mosaic_gpu.operator import (

@@ -1,6 +1,6 @@
-"""cuDNN's attention as the sequence part: the one place that touches JAX's private entry points.
+"""cuDNN's backward as the sequence part's: the one place that touches JAX's private entry points.
 
-Its backward takes (o, lse) from outside, so that with those of the whole softmax, depth included,
+It takes (o, lse) from outside, so that with those of the whole softmax, depth included,
 it computes the sequence part's gradients exactly. JAX offers no public function for that.
 """
 
@@ -23,28 +23,8 @@ def missing_names() -> list[str]:
         module = _private()
     except ImportError:
         return ["jax._src.cudnn.fused_attention_stablehlo"]
-    names = (
-        "dot_product_attention",
-        "_dot_product_attention_bwd_p_wrapper",
-        "MaskType",
-        "AttentionLayout",
-    )
+    names = ("_dot_product_attention_bwd_p_wrapper", "MaskType", "AttentionLayout")
     return [name for name in names if not hasattr(module, name)]
-
-
-def _mask_type(is_causal: bool) -> Any:
-    return _private().MaskType.CAUSAL if is_causal else _private().MaskType.NO_MASK
-
-
-def forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float, is_causal: bool
-) -> tuple[jax.Array, jax.Array]:
-    """(o [B, Tq, N, H], lse [B, Tq, N] float32) of the sequence part."""
-    # The public function rounds lse to the query's dtype.
-    out, lse = _private().dot_product_attention(
-        query, key, value, scale=scale, mask_type=_mask_type(is_causal), return_residual=True
-    )
-    return out, lse.swapaxes(1, 2)
 
 
 def backward(
@@ -62,12 +42,13 @@ def backward(
 
     There is no dlse: cuDNN computes rowsum(do · o) itself.
     """
+    masks = _private().MaskType
     unused = jax.numpy.zeros(0, query.dtype)
     return tuple(
         _private()._dot_product_attention_bwd_p_wrapper.bind(
             query, key, value, *[unused] * 7, lse.swapaxes(1, 2), out, d_out,
             scale=scale, seed=42, dropout_rate=0.0, variadic_args=(False, False),
-            mask_type=_mask_type(is_causal), layout=_private().AttentionLayout.BTNH.value,
-            sliding_window_length=None,
+            mask_type=masks.CAUSAL if is_causal else masks.NO_MASK,
+            layout=_private().AttentionLayout.BTNH.value, sliding_window_length=None,
         )
     )  # fmt: skip

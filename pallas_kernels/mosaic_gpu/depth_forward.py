@@ -1,8 +1,9 @@
-"""Depth part of the forward, continuing the softmax of the sequence part.
+"""Attention to the depth slots alone.
 
 The layout is that of `depth_backward`: a tile of tokens with all query heads of one key/value head
-walks over the visible slots. It starts from the sequence part's (o, lse), which is exact: o is the
-sum of e^(z - lse) v, so maximum lse, denominator 1 and total o are a state of an online softmax.
+walks over the visible slots. A second launch over other slots starts from the first one's (o, lse),
+which is exact: o is the sum of e^(z - lse) v, so maximum lse, denominator 1 and total o are a state
+of an online softmax.
 """
 
 import functools
@@ -46,23 +47,21 @@ def depth_forward(
     *,
     scale: float,
     is_prefix: bool = False,
-    sequence: tuple[jax.Array, jax.Array] | None = None,
     valid: jax.Array | None = None,
     config: DepthConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(o [B, T, N, H], lse [B, T, N] float32) over the depth slots and what came before them.
+    """(o [B, T, N, H], lse [B, T, N] float32) over the depth slots.
 
     Args:
       query: [B, T, N, H], bfloat16 or float16.
       depth_key, depth_value: [S, B, T, K, H].
       slots: [4] int32, two half-open ranges of visible slots; no other slot is touched.
       is_prefix: the first range starts at slot 0 and the second is empty, always.
-      sequence: (o, lse) of the sequence part; None: there is none.
       valid: [B, T] bool: queries that may see slots; None: all.
     """
     kv_heads = depth_key.shape[3]
     batch, length, num_heads, _ = query.shape
-    out, lse = sequence or (None, jnp.full((batch, length, num_heads), -jnp.inf, jnp.float32))
+    lse = jnp.full((batch, length, num_heads), -jnp.inf, jnp.float32)
     if valid is not None:
         lse = jnp.where(valid[:, :, None], lse, jnp.inf)  # +inf marks a query that sees no slot
     if config is None:
@@ -74,7 +73,7 @@ def depth_forward(
     whole = (0, num_heads // kv_heads)
     for launch in plan(whole[1], query.shape, slots, is_prefix, config):
         take = functools.partial(common.take_heads, kv_heads=kv_heads, part=launch.heads)
-        before = [None if out is None else take(out), take(lse)]
+        before = [None, take(lse)]
         if whole in parts:  # continue the first launch over other slots
             before = [take(x) for x in parts[whole]]
             if valid is not None:
@@ -147,7 +146,7 @@ class _Softmax(NamedTuple):
 
     @classmethod
     def start(cls, scratch, rows, has_out: bool) -> tuple["_Softmax", Any]:
-        """The sequence part's state, and which rows may see slots."""
+        """The state before these slots, and which rows may see them."""
         plgpu = common.mosaic()
         lse = plgpu.load(scratch["lse"].at[rows], layout=plgpu.Layout.WGMMA.reduce(1))
         total = common.zeros((64, scratch["q"].shape[1]))

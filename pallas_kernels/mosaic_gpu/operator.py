@@ -86,16 +86,11 @@ def _forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array
     }
     if has_depth and options.depth_chunk is not None:
         out, lse = chunks.forward(operands, options)
-    elif has_depth and (key is None or _large_group(operands)):
-        # A token's slots are read once for all heads, which the fused kernel's tiles are too small
-        # for; and without a sequence there is nothing to fuse with.
+    elif has_depth and key is None:
         segments = operands.query_segments
-        sequence = None
-        if key is not None:
-            sequence = cudnn.forward(query, key, value, is_causal=options.is_causal, **settings)
         out, lse = depth_forward(
             query, depth_key, depth_value, _slots(operands, options),
-            is_prefix=options.depth_window is None, sequence=sequence,
+            is_prefix=options.depth_window is None,
             valid=None if segments is None else segments != 0, **settings,
         )  # fmt: skip
     elif has_depth:
@@ -266,13 +261,6 @@ def nondeterministic() -> Iterator[None]:
         yield
     finally:
         _nondeterministic.reset(token)
-
-
-def _large_group(operands: Operands) -> bool:
-    """Whether cuDNN's attention and a depth kernel are faster than the fused kernel: measured."""
-    assert operands.key is not None
-    heads, kv_heads = operands.query.shape[2], operands.key.shape[2]
-    return heads >= 16 * kv_heads and _takes_cudnn(operands)
 
 
 def _takes_cudnn(operands: Operands) -> bool:
