@@ -114,7 +114,7 @@ def _run(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array
     def body(*operands, **memory):
         names = (*inputs, "out", "lse")
         views = dict(zip(names, operands, strict=True))
-        refs = Refs(**views, **split_unions(plan, memory))
+        refs = Refs(**views, **split_unions(plan, memory)).read_scalars()
         split_roles(
             config.warpgroups,
             lambda warpgroup: attend_tiles(plan, refs, blocks, warpgroup),

@@ -68,6 +68,12 @@ class Refs(NamedTuple):
     v_free: Any = None
     turn: Any = None
 
+    def read_scalars(self) -> "Refs":
+        """With `slots` as values: from global memory they would come late in every depth block."""
+        if self.slots is None:
+            return self
+        return self._replace(slots=tuple(self.slots[i] for i in range(self.slots.shape[0])))
+
 
 def ring_memory(plan: Plan) -> dict[str, Any]:
     """Shared memory and barriers of the ring, by the names of `Refs`; see `split_unions`."""

@@ -197,7 +197,7 @@ def _key_plan(config, query, key, scale, is_causal, segments) -> Plan:
 def _dkv(plan: Plan, arrays, base2, delta, segments):
     inputs = dict(arrays)
     inputs["lse"] = _by_head(base2, plan.q_rows, jnp.inf)
-    inputs["delta"] = _by_head(delta, plan.q_rows, 0)
+    inputs["minus_delta"] = _by_head(-delta, plan.q_rows, 0)
     if segments is not None:
         queries, keys = segments
         queries = jnp.pad(queries, ((0, 0), (0, plan.q_rows - queries.shape[1])))

@@ -65,7 +65,7 @@ def _dkv_loads(plan: Plan, refs: Refs, scratch) -> None:
             (refs.query.at[batch, rows, head], "q_smem"),
             (refs.lse.at[batch, head, rows], "lse"),
             (refs.d_out.at[batch, rows, head], "do_smem"),
-            (refs.delta.at[batch, head, rows], "delta"),
+            (refs.minus_delta.at[batch, head, rows], "minus_delta"),
         ):
             plgpu.copy_gmem_to_smem(source, scratch[name].at[stage], full.at[stage])
         if plan.segments:
@@ -92,8 +92,11 @@ def _dkv_mask(plan: Plan, first_key, token, row_segment, segment_ref):
     return mask
 
 
-def _dkv_products(plan: Plan, tiles, weights, delta, dk, dv):
-    """dk and dv with one block of queries added: four products, of which two may run at a time."""
+def _dkv_products(plan: Plan, tiles, weights, minus_delta, dk, dv):
+    """dk and dv with one block of queries added: four products, of which two may run at a time.
+
+    The one of do and v starts from -delta, which else would be subtracted from it.
+    """
     pl, plgpu = common.pallas(), common.mosaic()
     k_ref, v_ref, q_ref, do_ref = tiles
     shape = (ROWS, plan.config.dkv_block_q)
@@ -101,26 +104,25 @@ def _dkv_products(plan: Plan, tiles, weights, delta, dk, dv):
     d_weights = (v_ref, do_ref.transpose((1, 0)))
     if platforms.interpreted():  # which cannot initialise an accumulator
         p, dp = two_products(scores, d_weights, shape, weights)
-        ds = p * (dp - delta())
+        ds = p * (dp + minus_delta)
         dv = accumulate(dv, (p.astype(plan.dtype), do_ref))
         return accumulate(dk, (ds.astype(plan.dtype), q_ref)), dv
 
     def update(accs):
-        dk_acc, dv_acc = accs
+        dk_acc, dv_acc, dp_acc = accs
 
-        def products(s_acc, dp_acc):
+        def products(s_acc):
             plgpu.wgmma(s_acc, *scores)
             plgpu.wgmma(dp_acc, *d_weights)
             p = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
             plgpu.wgmma(dv_acc, p.astype(plan.dtype), do_ref)
-            dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-            ds = p * (dp - delta())
+            ds = p * plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
             plgpu.wgmma(dk_acc, ds.astype(plan.dtype), q_ref)
 
-        acc = plgpu.ACC(shape, jnp.float32)
-        pl.run_scoped(products, acc, acc)
+        pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
 
-    return pl.run_state(update)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
+    accs = (plgpu.ACC.init(x) for x in (dk, dv, minus_delta))
+    return pl.run_state(update)(tuple(accs))[:2]
 
 
 def _dkv_compute(plan: Plan, refs: Refs, dk_ref, dv_ref, scratch, warpgroup) -> None:
@@ -156,7 +158,7 @@ def _dkv_compute(plan: Plan, refs: Refs, dk_ref, dv_ref, scratch, warpgroup) -> 
             return jnp.exp2(scores - columns("lse"))
 
         tiles = (k_ref, v_ref, scratch["q_smem"].at[stage], scratch["do_smem"].at[stage])
-        carry = _dkv_products(plan, tiles, weights, lambda: columns("delta"), *carry)
+        carry = _dkv_products(plan, tiles, weights, columns("minus_delta"), *carry)
         plgpu.barrier_arrive(scratch["free"].at[stage])
         return carry
 
@@ -187,7 +189,7 @@ def dkv_kernel(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax
         "q_smem": common.smem((stages, block, dim), plan.dtype),
         "do_smem": common.smem((stages, block, dim), plan.dtype),
         "lse": plgpu.SMEM((stages, block), jnp.float32),
-        "delta": plgpu.SMEM((stages, block), jnp.float32),
+        "minus_delta": plgpu.SMEM((stages, block), jnp.float32),
         "tile_full": common.barrier(2 * count, 1),
         "full": common.barrier(5 if plan.segments else 4, stages),
         "free": common.barrier(count, stages),

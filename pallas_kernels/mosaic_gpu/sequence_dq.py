@@ -76,7 +76,7 @@ def dq_kernel(
 
     def body(*operands, **memory):
         views = dict(zip(names, operands, strict=True))
-        refs = Refs(**views, **split_unions(plan, memory))
+        refs = Refs(**views, **split_unions(plan, memory)).read_scalars()
         split_roles(
             plan.config.warpgroups,
             lambda warpgroup: _compute(plan, refs, results, warpgroup),

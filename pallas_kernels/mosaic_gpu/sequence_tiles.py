@@ -94,7 +94,7 @@ class Refs(NamedTuple):
     value: Any
     d_out: Any
     lse: Any
-    delta: Any
+    minus_delta: Any
     query_segments: Any = None
     key_segments: Any = None
     ranges: Any = None
