@@ -288,9 +288,12 @@ def key_mask(plan: Plan, token, row_segment, start: jax.Array, segments: Any) ->
     """Which of the keys from `start` on each row sees; `token`: the tile's first."""
     shape = (ROWS, plan.config.block_kv)
     column = iota(shape, 1) + start
-    mask = column < plan.kv_len
+    mask = None
     if plan.causal:
-        mask &= column <= (iota(shape, 0) & (plan.tokens - 1)) + token
+        mask = column <= (iota(shape, 0) & (plan.tokens - 1)) + token
+    if not plan.causal or plan.kv_len < plan.q_len:  # else no query that there is sees past the end
+        inside = column < plan.kv_len
+        mask = inside if mask is None else mask & inside
     if row_segment is not None:
         ids = load_columns(segments)
         mask &= spread(row_segment, shape, 0) == spread(ids, shape, 1)

@@ -84,7 +84,7 @@ def _dkv_mask(plan: Plan, first_key, token, row_segment, segment_ref):
     shape = (ROWS, plan.config.dkv_block_q)
     mask = None
     if plan.causal:
-        mask = iota(shape, 0) + first_key <= iota(shape, 1) + token
+        mask = iota(shape, 0) + (first_key - token) <= iota(shape, 1)
     if row_segment is not None:
         columns = load_columns(segment_ref)
         meet = same_segment(row_segment, columns, shape)
