@@ -229,6 +229,7 @@ def kernels() -> dict[str, Kernel]:
             {
                 "block_kv": (64, 128, 192), "stages": (2, 3, 4), "warpgroups": (2, 3),
                 "persistent": (False, True), "turns": (False, True),
+                "depth_turns": (False, True),
             },
             run_forward,
         ),

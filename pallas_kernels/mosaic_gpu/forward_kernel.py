@@ -19,7 +19,8 @@ from pallas_kernels.mosaic_gpu.ring import (
     load_rows,
     ring_memory,
     row_segments,
-    visit,
+    visit_keys,
+    visit_slots,
 )
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
@@ -113,10 +114,14 @@ def attend_tiles(plan: Plan, refs: Refs, blocks: int, warpgroup: jax.Array) -> N
         query = refs.q_smem.at[buffer, warpgroup]
         worker = _Worker(plan, refs, warpgroup, tile, query, token, row_segment)
         plgpu.barrier_wait(refs.q_full.at[buffer])
-        worker.take_turn()
         plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
         depth = functools.partial(_depth_step, worker)
-        carry = visit(plan, tile, depth, plain, edge, (step, _empty_state(plan.head_dim)))
+        if plan.config.depth_turns:
+            worker.take_turn()
+        carry = visit_slots(plan, tile, depth, (step, _empty_state(plan.head_dim)))
+        if not plan.config.depth_turns:
+            worker.take_turn()
+        carry = visit_keys(tile, plain, edge, carry)
         worker.pass_turn()
         step, state = carry
         _store(worker, state)
@@ -144,7 +149,7 @@ def _depth_step(worker: _Worker, i: jax.Array, carry):
     first, stop = slot_block(plan, worker.refs.slots, worker.tile, i)
     block = Block.at(plan, worker.refs, worker.warpgroup, step, stop - first)
     mask = functools.partial(depth_mask, plan, worker.row_segment, stop - first)
-    return step + 1, _attend(worker, block, mask, state)
+    return step + 1, _attend(worker, block, mask, state, turns=plan.config.depth_turns)
 
 
 def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
@@ -157,13 +162,15 @@ def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
         key_mask, plan, worker.token, worker.row_segment, start, segments
     )  # fmt: skip
     block = Block.at(plan, worker.refs, worker.warpgroup, step)
-    return step + 1, _attend(worker, block, mask if masked else None, state)
+    return step + 1, _attend(worker, block, mask if masked else None, state, turns=True)
 
 
-def _attend(worker: _Worker, block: Block, mask: Callable[[], jax.Array] | None, state):
-    """Scores, softmax, weighted values of a block. This warpgroup's turn: taken before, after."""
+def _attend(
+    worker: _Worker, block: Block, mask: Callable[[], jax.Array] | None, state, *, turns: bool
+):
+    """Scores, softmax, weighted values of a block. `turns`: has the turn before and after."""
     plgpu = common.mosaic()
-    scores = _scores(worker, block)
+    scores = _scores(worker, block, turns=turns)
     if mask is not None:
         scores = jnp.where(mask(), scores, -jnp.inf)
     plgpu.barrier_arrive(block.key_free)
@@ -171,19 +178,21 @@ def _attend(worker: _Worker, block: Block, mask: Callable[[], jax.Array] | None,
     weights = weights.astype(worker.plan.dtype)
     acc, row_max, row_sum, weights = lax.optimization_barrier((acc, row_max, row_sum, weights))
     block.wait_value()
-    worker.take_turn()
+    if turns:
+        worker.take_turn()
     acc = accumulate(acc, (weights, block.value))
     plgpu.barrier_arrive(block.value_free)
     return acc, row_max, row_sum
 
 
-def _scores(worker: _Worker, block: Block) -> jax.Array:
+def _scores(worker: _Worker, block: Block, *, turns: bool) -> jax.Array:
     pl, plgpu = common.pallas(), common.mosaic()
     block.wait_key()
 
     def product(acc):
         plgpu.wgmma(acc, worker.query, block.key.transpose((1, 0)))
-        worker.pass_turn()
+        if turns:
+            worker.pass_turn()
         return acc[...]
 
     return pl.run_scoped(product, plgpu.ACC((ROWS, block.key.shape[0]), jnp.float32))

@@ -35,6 +35,7 @@ class ForwardConfig:
     warpgroups: int = 3  # compute warpgroups, a tile each
     persistent: bool = True  # one thread block per multiprocessor, looping over tiles
     turns: bool = True  # warpgroups take turns on the tensor cores
+    depth_turns: bool = True  # in blocks of slots, too
     slot_boxes: bool = True  # one TMA load for all slots of a depth block, where layouts allow it
 
     @property

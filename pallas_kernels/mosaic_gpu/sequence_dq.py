@@ -28,7 +28,8 @@ from pallas_kernels.mosaic_gpu.ring import (
     ring_memory,
     row_segments,
     split_unions,
-    visit,
+    visit_keys,
+    visit_slots,
 )
 from pallas_kernels.mosaic_gpu.sequence_tiles import two_products
 from pallas_kernels.mosaic_gpu.wgmma import (
@@ -217,7 +218,7 @@ def _compute(plan: Plan, refs: Refs, results: Results, warpgroup: jax.Array) -> 
     depth = functools.partial(_depth_step, worker, results)
     plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
     carry = (i32(0), common.zeros((ROWS, plan.head_dim)))
-    _, dq = visit(plan, worker.tile, depth, plain, edge, carry)
+    _, dq = visit_keys(worker.tile, plain, edge, visit_slots(plan, worker.tile, depth, carry))
     _store_dq(worker, dq)
     if results.slots_dtype is not None and not results.add:
         _store_zeros(worker)
