@@ -25,7 +25,6 @@ VMEM_LIMIT = 16 * 2**20
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 
-
 _launches: contextvars.ContextVar[list[tuple[str, Work]] | None] = contextvars.ContextVar(
     "launches", default=None
 )
