@@ -236,7 +236,8 @@ def kernels() -> dict[str, Kernel]:
         "sequence_backward": Kernel(
             lambda shape: sequence_backward_config(shape.head_dim),
             {
-                "dq_block_kv": (64, 128), "dq_stages": (2, 3), "dq_warpgroups": (2, 3),
+                "dq_block_kv": (64, 128), "dq_stages": (2, 3), "dq_slot_stages": (2, 3),
+                "dq_warpgroups": (2, 3),
                 "dkv_block_q": (64, 128), "dkv_stages": (2, 3), "dkv_warpgroups": (2, 3),
                 "fuse_depth": (False, True),
             },

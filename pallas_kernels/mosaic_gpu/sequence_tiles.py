@@ -17,6 +17,7 @@ class SequenceBackwardConfig:
 
     dq_block_kv: int = 128  # keys of a ring stage
     dq_stages: int = 2
+    dq_slot_stages: int = 3  # instead, with gradients of many slots, where memory allows it
     dq_warpgroups: int = 2
     dkv_block_q: int = 128  # queries of a ring stage
     dkv_stages: int = 2
@@ -45,7 +46,7 @@ class SequenceBackwardConfig:
             raise ValueError(
                 f"config needs blocks of 64, 128, 192 or 256 and 1 to 3 warpgroups, got {self}"
             )
-        if min(self.dq_stages, self.dkv_stages) < 2:
+        if min(self.dq_stages, self.dq_slot_stages, self.dkv_stages) < 2:
             raise ValueError(f"config needs at least 2 stages, got {self}")
         common.check_smem(self.shared_memory(head_dim), "sequence backward, dk, dv")
 
