@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import deferred, mosaic_gpu, mosaic_tpu, platforms, reference, triton_gpu, xla
-from pallas_kernels.operands import Gradients, Operands, Options
+from pallas_kernels.operands import Gradients, KeptLayers, Operands, Options
 
 Forward = Callable[[Operands, Options], tuple[jax.Array, jax.Array]]
 Refusal = Callable[[Operands, Options, str], str | None]
@@ -34,6 +34,20 @@ class Deferral(NamedTuple):
     bfloat16. No chunk-visible slots. See `pallas_kernels.xla.add_depth_grads`."""
 
 
+class Gathering(NamedTuple):
+    """How a backend computes a slot's gradient at once, from the layers that read it."""
+
+    backward: Callable[..., Gradients]
+    """(operands, options, o, lse, do, dlse): as a backend's backward, without gradients of slots.
+    No chunk-visible slots."""
+    keep: Callable[..., KeptLayers]
+    """(operands, o, lse, do, dlse): what `gather` needs of a layer, without the axis R."""
+    gather: Callable[..., tuple[jax.Array, jax.Array]]
+    """See `pallas_kernels.xla.gather_depth_grads`. No chunk-visible slots."""
+    refusal: Callable[[Operands], str | None]
+    """Why it would cost more than adding for a call of these shapes; None if it would not."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """One implementation of the operator. See `pallas_kernels` for the two functions' contract."""
@@ -50,6 +64,8 @@ class Backend:
     """Platforms where it runs (interpreted, for tests) but `implementation=None` never takes it."""
     deferral: Deferral | None = None
     """None: the layer stack adds every layer's slot gradients at once (`depth_grad_block` 1)."""
+    gathering: Gathering | None = None
+    """None: it adds them to a running cache, whatever `depth_grad_mode` says."""
 
     def gradients(
         self,
@@ -97,6 +113,13 @@ def _in_two_passes(backend: Any) -> Deferral:
     return Deferral(functools.partial(deferred.in_two_passes, without, add), add)
 
 
+def _gathering(backend: Any) -> Gathering:
+    return Gathering(
+        backend.backward_without_depth_grads, backend.keep_layer, backend.gather_depth_grads,
+        backend.gather_refusal,
+    )  # fmt: skip
+
+
 # Fastest first: `implementation=None` takes the first that does not refuse.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
@@ -105,6 +128,7 @@ BACKENDS: dict[str, Backend] = {
             "mosaic_gpu", mosaic_gpu.forward, mosaic_gpu.backward, mosaic_gpu.refusal,
             fast_on=("gpu",), only_by_name_on=("cpu",),
             deferral=Deferral(mosaic_gpu.deferred_backward, mosaic_gpu.add_depth_grads),
+            gathering=_gathering(mosaic_gpu),
         ),
         Backend(
             "triton", triton_gpu.forward, triton_gpu.backward, triton_gpu.refusal,
@@ -118,7 +142,7 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             "xla", xla.forward, xla.backward, _xla_refusal, fast_on=("cpu",),
-            deferral=_in_two_passes(xla),
+            deferral=_in_two_passes(xla), gathering=_gathering(xla),
         ),
         Backend("reference", reference.forward, None, _reference_refusal, fast_on=()),
     )

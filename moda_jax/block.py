@@ -1,7 +1,7 @@
 """One layer in three pieces: before attention, attention (not here), after attention.
 
 The stack differentiates the two outer pieces with JAX and calls the attention's own backward, so
-that a kernel can add into the one gradient cache.
+that the slots' gradients need no cache per layer.
 """
 
 from typing import NamedTuple

@@ -26,6 +26,7 @@ _METRIC = "validation_loss"
 # These say how the same function is computed, so a run may go on with other ones.
 _FREE_MODEL_FIELDS = (
     "attention", "remat", "compute_dtype", "depth_grad_block", "depth_grad_dtype",
+    "depth_grad_mode",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ NormPlacement = Literal["pre", "post", "reordered"]
 QKNorm = Literal["none", "full", "head"]
 DepthStream = Literal["residual", "moda"]
 RematPolicy = Literal["full", "save_attention", "none"]
+DepthGradMode = Literal["add", "gather"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -106,13 +107,22 @@ class ModelConfig:
     """Bounded slots (paper section 6.2): read only this many newest slots; None reads all."""
     depth_reserved: int = 0
     """Bounded slots: the earliest slots that stay visible beside the window."""
+    depth_grad_mode: DepthGradMode = "add"
+    """How the backward comes by the slots' gradients. "add": a running gradient cache (2 S K H
+    numbers a token), to which every layer adds for the slots that it read. "gather": queries and
+    output gradients of all layers are kept (2 L N H numbers a token, in the compute type), and a
+    slot's gradient is computed when the layer that wrote it is reached: less memory and traffic
+    where a key/value head has few query heads. The attention of Hopper GPUs has kernels for that,
+    "xla" can do it; others add (with a warning)."""
     depth_grad_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the backward's running gradient cache, into which up to 2L layers add: bfloat16 halves its
-    memory and traffic, and rounds the sum at every addition."""
+    """Of the running gradient cache, into which up to 2L layers add: bfloat16 halves its memory and
+    traffic, and rounds the sum at every addition. Gathering: of what the layers after a block owe
+    to its slots, which is rounded once; of no effect with blocks of 1."""
     depth_grad_block: int = 1
-    """Layers whose depth gradients the backward adds in one pass over the older slots: divides the
-    running cache's traffic, and keeps that many layers' queries and output gradients. 1: layer by
-    layer, as also (with a warning) where the attention implementation cannot defer."""
+    """Layers that share one pass. "add": over the older slots, which divides the running cache's
+    traffic and keeps that many layers' queries and output gradients; "gather": over the later
+    layers, for the slots of the whole block. 1: layer by layer, as also (with a warning) where the
+    attention implementation cannot add for several."""
     compute_dtype: ComputeDtype = "bfloat16"
     """Matrix products and the depth cache; parameters, norms, softmax and loss are float32."""
     remat: RematPolicy = "full"
@@ -129,7 +139,7 @@ class ModelConfig:
         )  # fmt: skip
         _require_choice(
             self, "norm_placement", "qk_norm", "depth_stream", "depth_attention_kv",
-            "depth_ffn_kv", "depth_grad_dtype", "compute_dtype", "remat",
+            "depth_ffn_kv", "depth_grad_mode", "depth_grad_dtype", "compute_dtype", "remat",
         )  # fmt: skip
         _require(self, "num_heads", self.num_heads % self.num_kv_heads == 0,
                  f"a multiple of num_kv_heads = {self.num_kv_heads}")  # fmt: skip
@@ -139,6 +149,10 @@ class ModelConfig:
         _require(self, "depth_reserved", self.depth_reserved >= 0, "a number >= 0")
         _require(self, "depth_reserved", self.depth_reserved == 0 or self.depth_window is not None,
                  "0 while depth_window is None (every slot is visible then)")  # fmt: skip
+        mode_ok = self.depth_grad_mode == "add" or self.depth_window is None
+        _require(self, "depth_grad_mode", mode_ok,
+                 '"add" while depth_window is set (a slot must be seen by all later layers)',
+                 )  # fmt: skip
         block_ok = self.depth_grad_block == 1 or self.depth_window is None
         _require(self, "depth_grad_block", block_ok,
                  "1 while depth_window is set (a block's layers must see the same older slots)",

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from moda_jax import attention, backends
@@ -19,6 +20,7 @@ from moda_jax.sharding import compiler_axes, partition_spec
 from pallas_kernels.operands import (
     DepthReaders,
     Gradients,
+    KeptLayers,
     Operands,
     Options,
     depth_readers,
@@ -166,6 +168,92 @@ class DeferredDepth:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class GatheredDepth:
+    """Depth gradients from the layers that read the slots; their calls all pick one backend."""
+
+    gathering: backends.Gathering
+    scale: float
+
+    def empty(self, call: AttentionCall, num_layers: int) -> KeptLayers:
+        """Memory [num_layers, ...], not initialized, for what `gradients` keeps of such calls.
+
+        Every device makes its part: what is made whole and split is whole on every device first.
+        """
+
+        def make(operands: Operands) -> KeptLayers:
+            def keep(operands):
+                out, lse = operands.query, jnp.zeros(operands.query.shape[:3], jnp.float32)
+                return self.gathering.keep(operands, out, lse, out, None)
+
+            one = jax.eval_shape(keep, operands)
+            return KeptLayers(*(lax.empty((num_layers, *x.shape), x.dtype) for x in one))
+
+        specs = call.specs()
+        kept: Any = (PartitionSpec(None, *x) for x in _of_kept(specs.query, specs.key))
+        return _per_shard(make, (call.operands,), (specs,), KeptLayers(*kept))
+
+    def gradients(
+        self, call: AttentionCall, out: jax.Array, lse: jax.Array, d_out: jax.Array
+    ) -> tuple[Gradients, KeptLayers]:
+        """The backward without the slots' gradients, and what is kept for those."""
+
+        def attend(operands, out, lse, d_out) -> tuple[Gradients, KeptLayers]:
+            grads = self.gathering.backward(operands, call.options, out, lse, d_out, None)
+            return grads, self.gathering.keep(operands, out, lse, d_out, None)
+
+        specs = call.specs()
+        query, key, value = specs[:3]
+        return _per_shard(
+            attend,
+            (call.operands, out, lse, d_out),
+            (specs, query, _of_lse(specs), query),
+            (Gradients(query, key, value, None, None), _of_kept(query, key)),
+        )
+
+    def gather(
+        self,
+        kept: KeptLayers,
+        depth_key: jax.Array,
+        depth_value: jax.Array,
+        *,
+        layers: tuple[jax.Array | int, jax.Array | int],
+        first: jax.Array | int,
+        count: int,
+        dtype: Any,
+        so_far: tuple[jax.Array, jax.Array] | None = None,
+        offset: jax.Array | int = 0,
+    ) -> tuple[jax.Array, jax.Array]:
+        """What layers start ... stop - 1 of `kept` [L, ...] owe to `count` slots from `first` on.
+
+        See `pallas_kernels.xla.gather_depth_grads`.
+        """
+        sizes = compiler_axes()
+        query = partition_spec(_QUERY, kept.query.shape[1:], sizes)
+        key = partition_spec(_KEY, depth_key.shape[1:], sizes)
+        kept_specs: Any = (PartitionSpec(None, *x) for x in _of_kept(query, key))
+        depth = PartitionSpec(None, *key)
+
+        def on_shard(kept, depth_key, depth_value, scalars, so_far):
+            start, stop, first, offset = scalars
+            return self.gathering.gather(
+                kept, depth_key, depth_value, (start, stop), first, count, scale=self.scale,
+                dtype=dtype, so_far=so_far, offset=offset,
+            )  # fmt: skip
+
+        scalars = tuple(jnp.int32(x) for x in (*layers, first, offset))
+        pair = depth, depth
+        return _per_shard(
+            on_shard,
+            (kept, depth_key, depth_value, scalars, so_far),
+            (
+                KeptLayers(*kept_specs), depth, depth, (PartitionSpec(),) * 4,
+                None if so_far is None else pair,
+            ),
+            pair,
+        )  # fmt: skip
+
+
 def attention_call(
     *arrays: Any, implementation: str | None = None, **settings: Any
 ) -> AttentionCall:
@@ -180,6 +268,11 @@ def attention_call(
 
 def _of_readers(query: Any, lse: Any) -> DepthReaders:
     return DepthReaders(query, query, lse, lse)
+
+
+def _of_kept(query: Any, key: Any) -> KeptLayers:
+    rows: Any = PartitionSpec(key[0], key[2], None)
+    return KeptLayers(query, query, rows)
 
 
 def _of_lse(specs: Any) -> PartitionSpec:

@@ -3,7 +3,7 @@
 Differentiated as it is, a scan that carries the depth cache saves the whole cache once per layer:
 O(L²). The cache is append-only, so every layer's view is a prefix of the final one. One custom VJP
 for the whole stack therefore keeps the layers' inputs and one cache, and runs backward with one
-gradient cache: see `stack_backward`.
+gradient cache or less: see `stack_backward`.
 """
 
 import functools

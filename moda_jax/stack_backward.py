@@ -1,12 +1,17 @@
-"""The stack's backward: a reverse scan with one running gradient cache.
+"""The stack's backward: a reverse scan over the layers.
 
-Layer l adds into the slots it read (those of layers < l) and takes the finished gradient of the
-slots it wrote, since every later layer has been visited by then.
+With one running gradient cache, layer l adds into the slots it read (those of layers < l) and takes
+the finished gradient of the slots it wrote, since every later layer has been visited by then.
 
 Reading and writing the whole running cache once per layer is most of the depth part's memory
 traffic. Deferred (`ModelConfig.depth_grad_block` = b), the backwards of b consecutive layers only
 add into the slots that these layers wrote themselves; to the older slots, which all of them read,
 they add together in one pass when the first of them has been visited: that traffic is divided by b.
+
+Gathering (`depth_grad_mode`), there is no running cache. Every layer leaves its queries and output
+gradients; a layer's backward begins with what all later ones owe to the slots that it wrote: those
+after its block of b layers, in one pass for all slots of the block when the block is reached, then
+those of its own block.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +24,7 @@ from moda_jax import backends, stack_layer
 from moda_jax.block import AttentionInputs, KeyValue, Rope
 from moda_jax.depth_cache import DepthCache
 from moda_jax.layers import compute_dtype
-from moda_jax.sharded_attention import DeferredDepth
+from moda_jax.sharded_attention import AttentionCall, DeferredDepth, GatheredDepth
 from moda_jax.stack_layer import StackParams, StackSpec, Tokens
 
 
@@ -38,7 +43,9 @@ class _Carry(NamedTuple):
     """Gradients while the layers are visited, last first."""
 
     x: jax.Array  # [B, T, D], of the residual stream
-    depth: tuple[jax.Array, jax.Array] | None  # [S, B, T, K, H]: the running gradient cache
+    depth: Any
+    """(dkd, dvd) [S, B, T, K, H], the running gradient cache; gathering: KeptLayers [L, ...], with
+    None for the queries if they are saved; None: no slots."""
     projections: Any  # of the own depth projections [W, ...]
 
 
@@ -48,123 +55,211 @@ def backward(
     """Gradients of the parameters (float32) and of the stack's input, from dy [B, T, D]."""
     rope = stack_layer.rope_of(spec, tokens)
     context = _Context(spec, params, tokens, rope, saved, cache)
-    depth = None
-    if cache is not None:
-        depth = stack_layer.two_zeros(cache.key.shape, spec.config.depth_grad_dtype)
     projections = jax.tree.map(jnp.zeros_like, (params.attention_kv, params.ffn_kv))
-    carry = _Carry(dy, depth, projections)
-    deferred = _deferred(context, dy)
-    if deferred is None:
-        carry, d_blocks = _one_by_one(context, carry)
+    carry = _Carry(dy, None, projections)
+    together = None if cache is None else _together(context, dy)
+    if isinstance(together, GatheredDepth):
+        carry, d_blocks = _by_gathering(context, carry, together)
     else:
-        carry, d_blocks = _by_blocks(context, carry, deferred)
+        if cache is not None:
+            zeros = stack_layer.two_zeros(cache.key.shape, spec.config.depth_grad_dtype)
+            carry = carry._replace(depth=zeros)
+        if together is None:
+            carry, d_blocks = _one_by_one(context, carry)
+        else:
+            carry, d_blocks = _by_blocks(context, carry, together)
     return StackParams(d_blocks, *carry.projections), carry.x
 
 
 def _one_by_one(context: _Context, carry: _Carry) -> tuple[_Carry, Any]:
     """Every layer adds into all the slots that it read."""
 
-    def attend(call, out, lse, d_out, depth):
-        d = call.gradients(out, lse, d_out, depth)
-        return d, None if depth is None else (d.depth_key, d.depth_value)
-
     def body(carry, xs):
         layer, block, saved = xs
-        return _layer(context, carry, layer, block, saved, attend)
+        running, finished = _finished(context, carry.depth, layer)
+
+        def attend(call, out, lse, d_out):
+            d = call.gradients(out, lse, d_out, running)
+            return d, None if running is None else (d.depth_key, d.depth_value)
+
+        return _layer(context, carry, layer, block, saved, finished, attend)
 
     layers = jnp.arange(context.spec.config.num_layers)
     return lax.scan(body, carry, (layers, context.params.blocks, context.saved), reverse=True)
 
 
 def _by_blocks(context: _Context, carry: _Carry, deferred: DeferredDepth) -> tuple[_Carry, Any]:
-    """Blocks of layers share one pass over the slots that were written before the block.
-
-    Counted from the last layer: what is left over for the first block reads no older slots.
-    """
+    """Blocks of layers share one pass over the slots that were written before the block."""
     spec, cache = context.spec, context.cache
     assert cache is not None
-    num_layers = spec.config.num_layers
-    size = min(spec.config.depth_grad_block, num_layers)
-    num_blocks, rest = divmod(num_layers, size)
 
-    def visit(carry, first, count):
-        """The layers first ... first + count - 1, and what they leave for the older slots."""
+    def visit(carry, d_blocks, first, count, *, is_rest):
         older = spec.slots_before(first)
 
         def body(carry, layer):
             carry, d_blocks = carry
             readers = None
+            running, finished = _finished(context, carry.depth, layer)
 
-            def attend(call, out, lse, d_out, depth):
+            def attend(call, out, lse, d_out):
                 nonlocal readers
-                d, readers = deferred.gradients(call, out, lse, d_out, depth, older)
+                d, readers = deferred.gradients(call, out, lse, d_out, running, older)
                 return d, (d.depth_key, d.depth_value)
 
-            block, saved = _at(context.params.blocks, layer), _at(context.saved, layer)
-            carry, d_block = _layer(context, carry, layer, block, saved, attend)
-            d_blocks = jax.tree.map(
-                lambda total, d: lax.dynamic_update_index_in_dim(total, d, layer, 0),
-                d_blocks, d_block,
+            return _at_layer(context, carry, d_blocks, layer, finished, attend), readers
+
+        layers = first + jnp.arange(count)
+        (carry, d_blocks), readers = lax.scan(body, (carry, d_blocks), layers, reverse=True)
+        if not is_rest:
+            depth = deferred.add(readers, cache.key, cache.value, carry.depth, 0, older)
+            carry = carry._replace(depth=depth)
+        return carry, d_blocks
+
+    return _scan_blocks(context, carry, visit)
+
+
+def _by_gathering(context: _Context, carry: _Carry, gathered: GatheredDepth) -> tuple[_Carry, Any]:
+    """A layer's slots get their gradients from the later layers, when the layer is reached.
+
+    Of the layers after its block first, in one pass for all slots of the block.
+    """
+    spec, cache = context.spec, context.cache
+    assert cache is not None
+    config, num_layers, num_slots = spec.config, spec.config.num_layers, cache.key.shape[0]
+    per_layer = config.slots_per_writer
+    query = stack_layer.saved_query(spec, context.saved)
+
+    def without_saved(kept: Any) -> Any:
+        return kept if query is None else kept._replace(query=None)
+
+    def gather(kept: Any, **settings):
+        kept = kept._replace(query=kept.query if query is None else query)
+        return gathered.gather(kept, cache.key, cache.value, **settings)
+
+    def visit(carry, d_blocks, first, count, *, is_rest):
+        stop = first + count
+        writers = -(-count // config.depth_write_every)
+        size = min(writers * per_layer, num_slots)
+        base = jnp.clip(spec.slots_before(first), 0, num_slots - size)
+        so_far, last = None, num_layers
+        if count > 1:
+            so_far, last = gather(
+                carry.depth, layers=(stop, num_layers), first=base, count=size,
+                dtype=config.depth_grad_dtype,
+            ), stop  # fmt: skip
+
+        def body(carry, layer):
+            carry, d_blocks = carry
+            own = spec.writer(layer) * per_layer
+            grads = gather(
+                carry.depth, layers=(jnp.where(spec.writes(layer), layer + 1, last), last),
+                first=own, count=per_layer, dtype=compute_dtype(config), so_far=so_far,
+                offset=jnp.clip(own - base, 0, size - per_layer),
             )  # fmt: skip
-            return (carry, d_blocks), readers
+            # Gathered before this layer's are written: later, the compiler would copy all layers'.
+            before, finished = lax.optimization_barrier((carry.depth, _split(spec, layer, grads)))
 
-        return lax.scan(body, carry, first + jnp.arange(count), reverse=True)
+            def attend(call, out, lse, d_out):
+                d, kept = gathered.gradients(call, out, lse, d_out)
+                return d, jax.tree.map(
+                    lambda all_layers, x: lax.dynamic_update_index_in_dim(all_layers, x, layer, 0),
+                    before, without_saved(kept),
+                )  # fmt: skip
 
-    def body(carry, n):
-        first = rest + n * size
-        (carry, d_blocks), readers = visit(carry, first, size)
-        older = spec.slots_before(first)
-        depth = deferred.add(readers, cache.key, cache.value, carry.depth, 0, older)
-        return (carry._replace(depth=depth), d_blocks), None
+            return _at_layer(context, carry, d_blocks, layer, finished, attend), None
+
+        layers = first + jnp.arange(count)
+        both, _ = lax.scan(body, (carry, d_blocks), layers, reverse=True)
+        return both
+
+    depth = without_saved(gathered.empty(_call(context, carry.x), num_layers))
+    return _scan_blocks(context, carry._replace(depth=depth), visit)
+
+
+def _scan_blocks(context: _Context, carry: _Carry, visit: Any) -> tuple[_Carry, Any]:
+    """visit(carry, d_blocks, first, count, is_rest) for every block of layers, last first.
+
+    Counted from the last layer: what is left over for the first block reads no older slots.
+    """
+    num_layers = context.spec.config.num_layers
+    size = min(context.spec.config.depth_grad_block, num_layers)
+    num_blocks, rest = divmod(num_layers, size)
+
+    def body(both, n):
+        return visit(*both, rest + n * size, size, is_rest=False), None
 
     # Written in place, layer by layer: stacking the blocks' parts would need a second copy.
     d_blocks = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), context.params.blocks)
     both, _ = lax.scan(body, (carry, d_blocks), jnp.arange(num_blocks), reverse=True)
-    if rest:
-        both, _ = visit(both, jnp.int32(0), rest)
-    return both
+    return visit(*both, jnp.int32(0), rest, is_rest=True) if rest else both
 
 
-def _deferred(context: _Context, x: jax.Array) -> DeferredDepth | None:
-    """How to defer with the backend that the layers' calls pick; None for adding layer by layer."""
-    spec, cache = context.spec, context.cache
-    if spec.config.depth_grad_block == 1 or cache is None:
+def _call(context: _Context, x: jax.Array) -> AttentionCall:
+    """The first layer's attention: every layer's has its shapes."""
+    spec, layer = context.spec, jnp.int32(0)
+    weights = stack_layer.layer_params(spec, context.params, layer, _at(context.params.blocks, 0))
+    inputs = stack_layer.before(spec, context.rope, layer, weights, x)
+    return stack_layer.attention_call(spec, layer, inputs, context.cache, context.tokens)
+
+
+def _together(context: _Context, x: jax.Array) -> GatheredDepth | DeferredDepth | None:
+    """How to gather or defer with the backend that the layers' calls pick; None: layer by layer."""
+    config = context.spec.config
+    if config.depth_grad_mode == "add" and config.depth_grad_block == 1:
         return None
     found = []
 
     def first_call(x):
-        weights = stack_layer.layer_params(
-            spec, context.params, jnp.int32(0), _at(context.params.blocks, 0)
-        )
-        inputs = stack_layer.before(spec, context.rope, jnp.int32(0), weights, x)
-        call = stack_layer.attention_call(spec, jnp.int32(0), inputs, cache, context.tokens)
-        found.append((call.backend(), call.options.scale))
+        call = _call(context, x)
+        found.append((call, call.backend()))
 
-    jax.eval_shape(first_call, x)  # every layer's call has these shapes
-    ((backend, scale),) = found
+    jax.eval_shape(first_call, x)
+    ((call, backend),) = found
+    scale = call.options.scale
+    if config.depth_grad_mode == "gather":
+        reason: str | None = f"{backend.name} cannot gather"
+        if backend.gathering is not None:
+            reason = backend.gathering.refusal(call.operands)
+            if reason is None:
+                return GatheredDepth(backend.gathering, scale)
+        backends.warn_once(f"depth_grad_mode=gather: {reason}; depth gradients are added instead")
+    if config.depth_grad_block == 1:
+        return None
     if backend.deferral is None:
         backends.warn_once(
-            f"slow attention: depth_grad_block={spec.config.depth_grad_block} does nothing with "
+            f"slow attention: depth_grad_block={config.depth_grad_block} does nothing with "
             f"{backend.name}, which adds every layer's depth gradients by itself"
         )
         return None
     return DeferredDepth(backend.deferral, scale)
 
 
-def _layer(context: _Context, carry: _Carry, layer, block, saved, attend) -> tuple[_Carry, Any]:
-    """One layer's backward; attend(call, o, lse, do, running cache) does its attention's."""
+def _at_layer(context: _Context, carry: _Carry, d_blocks, layer, finished, attend):
+    """`_layer` of a layer by its index, its gradients written to `d_blocks` [L, ...]."""
+    block, saved = _at(context.params.blocks, layer), _at(context.saved, layer)
+    carry, d_block = _layer(context, carry, layer, block, saved, finished, attend)
+    return carry, jax.tree.map(
+        lambda total, d: lax.dynamic_update_index_in_dim(total, d, layer, 0), d_blocks, d_block
+    )
+
+
+def _layer(
+    context: _Context, carry: _Carry, layer, block, saved, finished, attend
+) -> tuple[_Carry, Any]:
+    """One layer's backward.
+
+    finished: gradients of its attention's and its FFN's slot. attend(call, o, lse, do) does its
+    attention's and returns what the carry has of depth from then on, too.
+    """
     spec, params, tokens, rope, _, cache = context
     weights = stack_layer.layer_params(spec, params, layer, block)
     inputs, out, lse, before, after = stack_layer.restore(
         spec, rope, layer, weights, saved, cache, tokens
     )
-    # Read before anybody adds to the cache: later, the compiler would keep a copy of all of it.
-    running, d_depth, d_ffn = lax.optimization_barrier(
-        (carry.depth, *_written(spec, layer, carry.depth))
-    )
+    d_depth, d_ffn = finished
     d_weights_after, dx_after, d_out = after((carry.x, d_ffn))
     call = stack_layer.attention_call(spec, layer, inputs, cache, tokens)
-    d, depth = attend(call, out, lse, d_out, running)
+    d, depth = attend(call, out, lse, d_out)
     d_inputs = AttentionInputs(d.query, d.key, d.value)
     if weights.attention_kv is not None:
         d_inputs = d_inputs._replace(depth=d_depth)
@@ -182,18 +277,26 @@ def _layer(context: _Context, carry: _Carry, layer, block, saved, attend) -> tup
     return _Carry(dx_after + dx_before, depth, projections), d_weights.blocks
 
 
-def _written(spec: StackSpec, layer, grads) -> tuple[KeyValue | None, KeyValue | None]:
-    """The finished gradients of the attention's and the FFN's slot of a layer; 0 if it has none."""
-    if grads is None:
-        return None, None
-    first = spec.writer(layer) * spec.config.slots_per_writer
+def _finished(context: _Context, running: Any, layer) -> tuple[Any, tuple[Any, Any]]:
+    """The running cache, and the gradients in it of the slots that a layer wrote."""
+    if running is None:
+        return None, (None, None)
+    spec = context.spec
+    count = spec.config.slots_per_writer
+    first = spec.writer(layer) * count
+    own = tuple(lax.dynamic_slice_in_dim(g, first, count) for g in running)
+    # Read before anybody adds to the cache: later, the compiler would keep a copy of all of it.
+    return lax.optimization_barrier((running, _split(spec, layer, own)))
+
+
+def _split(spec: StackSpec, layer, grads) -> tuple[KeyValue | None, KeyValue | None]:
+    """(dkd, dvd) [1 or 2, ...] for a layer's attention's and its FFN's slot; 0 if it has none."""
     dtype = compute_dtype(spec.config)
 
     def take(slot):
-        own = (lax.dynamic_index_in_dim(g, slot, 0, keepdims=False) for g in grads)
-        return tuple(jnp.where(spec.writes(layer), g, 0).astype(dtype) for g in own)
+        return tuple(jnp.where(spec.writes(layer), g[slot], 0).astype(dtype) for g in grads)
 
-    return take(first), take(first + 1) if spec.config.slots_per_writer == 2 else None
+    return take(0), take(1) if spec.config.slots_per_writer == 2 else None
 
 
 def _add_at(total: jax.Array, d: jax.Array, index, where) -> jax.Array:

@@ -207,6 +207,13 @@ def restore(spec: StackSpec, rope: Rope, layer, weights: StackParams, saved, cac
     return inputs, out, lse, before_vjp, after_vjp
 
 
+def saved_query(spec: StackSpec, saved: Any) -> jax.Array | None:
+    """The queries [L, B, T, N, H] among what all layers saved; None: they are computed again."""
+    if spec.config.remat == "full":
+        return None
+    return saved[1 if spec.config.remat == "save_attention" else 0].query
+
+
 def _strip(vjp: Any, weights: Any) -> Any:
     """`vjp` without the weights it holds: they are at hand in the backward, so keep no copy."""
     position = {id(leaf): n for n, leaf in enumerate(jax.tree.leaves(weights))}

@@ -14,5 +14,11 @@ of which `deferred.in_two_passes` makes, where a backend has nothing faster,
 
     deferred_backward(operands, options, o, lse, do, dlse, grads, first) -> operands.Gradients
 
+and, if it can gather them instead (`moda_jax.backends.Gathering`), beside the first of the two
+
+    keep_layer(operands, o, lse, do, dlse) -> operands.KeptLayers
+    gather_depth_grads(kept, depth_key, depth_value, layers, first, count, ...) -> (gk, gv)
+    gather_refusal(operands) -> why not, or None
+
 `reference` is the specification: short, float32, differentiated by JAX. `xla` runs everywhere.
 """

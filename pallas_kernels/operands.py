@@ -56,6 +56,14 @@ class DepthReaders(NamedTuple):
     delta: jax.Array  # [R, B, T, N], see `row_delta`
 
 
+class KeptLayers(NamedTuple):
+    """What is kept of R layers until the slots that they read are gathered for."""
+
+    query: jax.Array  # [R, B, T, N, H]
+    d_out: jax.Array  # [R, B, T, N, H], in the query's dtype
+    rows: jax.Array  # [R, B, K, X] float32: lse and delta, in an order that is the backend's own
+
+
 def layers_as_heads(x: jax.Array, kv_heads: int) -> jax.Array:
     """An array of `DepthReaders`, [R, B, T, K·G, ...] -> [B, T, K·(R·G), ...].
 

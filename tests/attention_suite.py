@@ -23,6 +23,7 @@ from attention_cases import (
     poison,
     to_float64,
 )
+from jax import lax
 from tolerances import LSE_RELATIVE, RELATIVE
 
 from moda_jax import backends, moda_attention
@@ -341,6 +342,94 @@ class AttentionSuite:
             assert np.asarray(same).tobytes() == np.asarray(before).tobytes()
             for part in (slice(0, 2), slice(6, 8)):
                 assert np.asarray(after[part]).tobytes() == np.asarray(before[part]).tobytes()
+
+    @pytest.mark.parametrize(
+        ("group", "head_dim", "count", "layers", "dtypes"),
+        [
+            (2, 64, 2, 5, ("bfloat16", "float32")),
+            (2, 64, 8, 5, ("float32", "float32")),
+            *(
+                pytest.param(*values, marks=pytest.mark.slow)
+                for values in (
+                    (1, 64, 2, 3, ("bfloat16", "bfloat16")),
+                    (2, 64, 4, 5, ("float32", "bfloat16")),
+                    (2, 128, 16, 7, ("bfloat16", "float32")),
+                    (2, 64, 12, 1, ("float32", "float32")),
+                    (3, 64, 5, 6, ("bfloat16", "float32")),
+                    (7, 128, 1, 2, ("float16", "float32")),
+                    (16, 64, 8, 4, ("float16", "float32")),
+                )
+            ),
+        ],
+    )
+    def test_gathered_depth_gradients_are_those_of_the_backward(
+        self, group, head_dim, count, layers, dtypes
+    ):
+        """Of `count` slots from some of the layers; what is not to be read holds NaN.
+
+        dtypes: of the results, and of the sums that they are added to.
+        """
+        backend = backends.BACKENDS[self.implementation]
+        if backend.gathering is None:
+            pytest.skip(f"{self.implementation} cannot gather")
+        dtype = "float16" if "float16" in dtypes else self.dtypes[0]
+        case = Case(
+            "gathered", q_len=19, heads=2 * group, head_dim=head_dim, slots=count + 3,
+            segments="packed",
+        )  # fmt: skip
+        problem = make_problem(case)
+        arrays, segments = _cast(problem.arrays, dtype), problem.integers["segment_ids"]
+        first, offset, options = 2, 1, Options(head_dim**-0.5)
+        factors = np.array([np.nan, *np.linspace(-1, 1.5, layers), np.nan], np.float32)
+        sums = np.random.default_rng(0).normal(size=(2, count + 2, *arrays["key"].shape))
+        xla = backends.BACKENDS["xla"]
+
+        def only(x, start):
+            where = np.isin(np.arange(len(x)), np.arange(start, start + count))
+            return jnp.where(where.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan).astype(x.dtype)
+
+        @compile_quickly
+        def run(arrays, factors, layers, first, offset, sums):
+            def layer(factor):
+                operands = Operands(
+                    **arrays | {"query": (factor * arrays["query"]).astype(dtype)},
+                    query_segments=segments, key_segments=segments,
+                )  # fmt: skip
+                d_out, d_lse = problem.cotangents
+                out, lse = xla.forward(operands, options)
+                args = operands, options, out, lse, (d_out + factor).astype(out.dtype), d_lse
+                zero = jnp.zeros(arrays["depth_key"].shape, jnp.float32)
+                slots = xla.gradients(*args, (zero, zero))[3:]
+                return slots, backend.gathering.keep(operands, out, lse, *args[4:]), args
+
+            wanted, kept = lax.map(lambda factor: layer(factor)[:2], factors)
+            args = layer(factors[1])[2]
+            without = backend.gathering.backward(*args), backend.gradients(*args, None)
+            slots = [only(arrays[x], 2) for x in ("depth_key", "depth_value")]
+            settings = {"scale": options.scale, "dtype": dtypes[0]}
+            gather = backend.gathering.gather
+            got = gather(kept, *slots, layers, first, count, **settings)
+            more = gather(
+                kept, *slots, layers, first, count, so_far=sums, offset=offset, **settings
+            )
+            stop = layers[1]
+            nothing = gather(kept, *slots, (stop, stop), first, count, **settings)
+            return without, (got, more, nothing, wanted)
+
+        sums = jnp.asarray(sums, dtypes[1])
+        so_far = tuple(only(x, offset) for x in sums)
+        scalars = (jnp.int32(1), jnp.int32(1 + layers)), jnp.int32(first), jnp.int32(offset)
+        without, results = run(arrays, factors, *scalars, so_far)
+        for name, x, y in zip("qkv", *without, strict=False):
+            assert_close(f"d{name}", x, y, RELATIVE[dtype])
+        for got, more, nothing, wanted, old in zip(*results, sums, strict=True):
+            assert got.dtype == more.dtype == jnp.dtype(dtypes[0])
+            assert not np.asarray(nothing).any()
+            rtol = max(RELATIVE[str(got.dtype)], RELATIVE[dtype])
+            total = np.asarray(wanted, np.float64)[1:-1, first : first + count].sum(0)
+            assert_close("gathered", got, total, rtol, exact_zeros=False)
+            total += np.asarray(old, np.float64)[offset : offset + count]
+            assert_close("added to what was there", more, total, rtol, exact_zeros=False)
 
     def test_under_vmap_and_scan_with_a_traced_length(self):
         case = Case("transformed", q_len=7, slots=5, depth_lengths=(0, 2, 5))

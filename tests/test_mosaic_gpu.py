@@ -120,14 +120,15 @@ def test_refuses_other_chips(monkeypatch):
 
 
 @needs_mosaic
+@pytest.mark.parametrize("mode", ["add", "gather"])
 @pytest.mark.parametrize("block", [1, 2])
-def test_sharded_train_step_lowers_for_gpus(block):
-    """fsdp x tensor: the kernels are there, and add into the gradient cache in place."""
+def test_sharded_train_step_lowers_for_gpus(mode, block):
+    """fsdp x tensor: the kernels are there, and add into the gradient cache in place, or gather."""
     if jax.device_count() < 4:
         pytest.skip("needs 4 devices, real or virtual")
     model = ModelConfig(
         vocab_size=512, num_layers=4, embed_dim=256, num_heads=4, num_kv_heads=2, head_dim=64,
-        mlp_dim=256, attention="mosaic_gpu", depth_grad_block=block,
+        mlp_dim=256, attention="mosaic_gpu", depth_grad_mode=mode, depth_grad_block=block,
     )  # fmt: skip
     config = Config(name="sharded", model=model, mesh=MeshConfig(fsdp=2, tensor=2), batch_size=4)
     mesh = make_mesh(config.mesh)
@@ -139,6 +140,12 @@ def test_sharded_train_step_lowers_for_gpus(block):
         text = step.lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @mosaic_gpu\w*\([^\n]*", text)
     in_place = [call for call in calls if call.count("output_operand_alias<") == 2]
+    if mode == "gather":  # for the block's slots, then for each layer's
+        gathering = [call for call in calls if "moda_depth_gather" in call]
+        assert len(gathering) == block
+        assert not in_place
+        assert all("4x512x128x" in call for call in gathering)  # of 4 layers, local rows and heads
+        return
     # A layer adds in its kernel for dq; what waits for the block's other layers, one kernel adds.
     names = [re.findall(r"moda_sequence_dq\b|moda_depth_backward\b", call)[:1] for call in in_place]
     assert names == [["moda_sequence_dq"], ["moda_depth_backward"]][:block]

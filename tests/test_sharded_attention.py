@@ -9,7 +9,7 @@ import pytest
 
 from moda_jax import backends
 from moda_jax.config import MeshConfig
-from moda_jax.sharded_attention import attention_call
+from moda_jax.sharded_attention import GatheredDepth, attention_call
 from moda_jax.sharding import make_mesh
 from moda_jax.stack import run_stack
 from pallas_kernels import xla
@@ -181,3 +181,21 @@ def test_attention_exchanges_nothing_between_devices():
     program = lowered.compile().as_text()
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in program
+
+
+def test_memory_for_gathering_is_made_by_its_device():
+    """XLA on a GPU would make what is not split for every device, then cut it."""
+    arrays, segments, _, _ = inputs()
+    gathered = GatheredDepth(backends.BACKENDS["xla"].gathering, 1.0)
+
+    def make(arrays, segments):
+        return gathered.empty(attention_call(*arrays, segment_ids=segments), 3)
+
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=4, tensor=2))):
+        closed = jax.make_jaxpr(make)(arrays, segments)
+    (mapped,) = (eqn for eqn in closed.eqns if eqn.primitive.name == "shard_map")
+    made = [x.aval.shape for eqn in mapped.params["jaxpr"].eqns for x in eqn.outvars]
+    own = B // 4, T, N // 2, H
+    assert made == [(3, *own), (3, *own), (3, B // 4, K // 2, 2 * T * N // K)]
+    whole = (3, B, T, N, H), (3, B, T, N, H), (3, B, K, 2 * T * N // K)
+    assert tuple(x.shape for x in closed.out_avals) == whole

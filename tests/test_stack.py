@@ -176,23 +176,35 @@ def gradient_temp_bytes(**changes):
     return compiled_gradient(**changes)[1].memory_analysis().temp_size_in_bytes
 
 
+def assert_no_copies_in_loops(text: str, start: str):
+    """Of arrays whose type begins with `start`."""
+    inside, copies, seen = "", [], 0
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    for line in text.splitlines():
+        if computation := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            inside = computation[1]
+        elif f"= {start}" in line and inside in bodies:
+            seen += 1
+            copies += [line.strip()] if " copy(" in line else []
+    assert seen  # the text is what it is taken for
+    assert not copies
+
+
 @needs_barriers
 @pytest.mark.parametrize("depth_ffn_kv", ["none", "project"])
 def test_no_layer_copies_the_cache(depth_ffn_kv):
     """Every layer writes and adds in place: a copy of the cache per layer is O(L^2) traffic."""
     config, compiled = compiled_gradient(num_layers=6, depth_ffn_kv=depth_ffn_kv)
-    cache = f"f32[{config.depth_slots},4,256,"
-    inside, copies, seen = "", [], 0
-    text = compiled.as_text()
-    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
-    for line in text.splitlines():
-        if start := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            inside = start[1]
-        elif f"= {cache}" in line and inside in bodies:
-            seen += 1
-            copies += [line.strip()] if " copy(" in line else []
-    assert seen  # the text is what it is taken for
-    assert not copies
+    assert_no_copies_in_loops(compiled.as_text(), f"f32[{config.depth_slots},4,256,")
+
+
+@needs_barriers
+@pytest.mark.parametrize("depth_ffn_kv", ["none", "project"])
+@pytest.mark.parametrize("remat", ["full", "save_attention"])
+def test_no_layer_copies_what_is_kept_of_all(depth_ffn_kv, remat):
+    changes = {"depth_grad_mode": "gather", "depth_ffn_kv": depth_ffn_kv, "remat": remat}
+    config, compiled = compiled_gradient(num_layers=6, **changes)
+    assert_no_copies_in_loops(compiled.as_text(), f"f32[6,4,256,{config.num_heads},")
 
 
 MEMORY = [

@@ -1,4 +1,4 @@
-"""The stack's backward with depth gradients added for blocks of layers, and its running cache."""
+"""The stack's backward with depth gradients for blocks of layers: added up, or gathered."""
 
 import dataclasses
 import functools
@@ -57,13 +57,47 @@ def test_blocks_give_the_gradients_of_layer_by_layer(variant, remat, size):
     assert_trees_close(got, layer_by_layer(variant))
 
 
-def test_a_block_may_be_longer_than_the_stack():
-    assert_trees_close(gradients(**CHANGES["row4"], depth_grad_block=99), layer_by_layer("row4"))
+@pytest.mark.parametrize(
+    ("variant", "remat", "size"),
+    [
+        slow_unless((variant, remat, size) in FAST, variant, remat, size)
+        for FAST in [{
+            ("row4", "full", 1), ("row5", "save_attention", 2), ("row3", "none", 3),
+            ("every2", "full", 2), ("one-layer", "full", 1),
+        }]
+        for variant, remat in itertools.product(CHANGES, ("full", "save_attention", "none"))
+        for size in (1, 2, 3, LAYERS)
+    ],
+)  # fmt: skip
+def test_gathering_gives_the_gradients_of_layer_by_layer(variant, remat, size):
+    got = gradients(
+        **CHANGES[variant], remat=remat, depth_grad_mode="gather", depth_grad_block=size
+    )
+    assert_trees_close(got, layer_by_layer(variant))
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_running_cache_in_bfloat16(size):
-    got = gradients(**CHANGES["row4"], depth_grad_dtype="bfloat16", depth_grad_block=size)
+@pytest.mark.parametrize(("variant", "size"), [("row4", 2), ("every2", 3)])
+def test_nothing_is_gathered_from_before_it_was_written(variant, size, monkeypatch):
+    """A CPU's memory that nobody initialized holds zeros; here it holds NaN."""
+    monkeypatch.setattr(jax.lax, "empty", lambda *args: jnp.full(*args[:1], jnp.nan, args[1]))
+    changes = CHANGES[variant] | {"depth_grad_mode": "gather", "depth_grad_block": size}
+    # Another scale of the weights, or a compiled stack with zeros would be at hand.
+    changes |= {"init_std": 0.03}
+    got = gradients(**changes)
+    assert_trees_close(got, gradients(**CHANGES[variant], init_std=0.03))
+
+
+@pytest.mark.parametrize("mode", ["add", "gather"])
+def test_a_block_may_be_longer_than_the_stack(mode):
+    got = gradients(**CHANGES["row4"], depth_grad_mode=mode, depth_grad_block=99)
+    assert_trees_close(got, layer_by_layer("row4"))
+
+
+@pytest.mark.parametrize(("mode", "size"), [("add", 1), ("add", 2), ("gather", 2)])
+def test_sums_in_bfloat16(mode, size):
+    got = gradients(
+        **CHANGES["row4"], depth_grad_dtype="bfloat16", depth_grad_mode=mode, depth_grad_block=size
+    )
 
     def error(path, a, b):
         return float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-6))
@@ -82,13 +116,13 @@ def test_running_cache_in_bfloat16_takes_less_memory():
     assert full - half > 0.7 * saved, (full, half, saved)
 
 
+@pytest.mark.parametrize("mode", ["add", "gather"])
 @pytest.mark.parametrize(
     "remat", [slow_unless(remat == "full", remat) for remat in ("full", "save_attention", "none")]
 )
-def test_memory_grows_linearly_with_depth(remat):
-    sizes = [
-        gradient_temp_bytes(num_layers=n, remat=remat, depth_grad_block=3) for n in (16, 32, 64)
-    ]
+def test_memory_grows_linearly_with_depth(remat, mode):
+    changes = {"remat": remat, "depth_grad_mode": mode, "depth_grad_block": 3}
+    sizes = [gradient_temp_bytes(num_layers=n, **changes) for n in (16, 32, 64)]
     for smaller, larger in itertools.pairwise(sizes):
         assert larger <= 2.2 * smaller, sizes
 
@@ -101,25 +135,72 @@ def test_a_block_costs_its_layers_readers_and_no_second_cache():
     assert sizes[4] - sizes[1] < 2 * 4 * readers, (sizes, readers)
 
 
+def test_gathering_keeps_queries_and_output_gradients_in_place_of_the_cache():
+    layers, heads, head_dim = 64, SMALL.num_heads, 8
+    changes = {"num_layers": layers, "remat": "save_attention"}  # which has the queries
+    added = gradient_temp_bytes(**changes, depth_grad_block=4)
+    gathered = gradient_temp_bytes(**changes, depth_grad_mode="gather", depth_grad_block=4)
+    slots = dataclasses.replace(SMALL, **changes).depth_slots
+    tokens = 4 * 256
+    cache = 2 * slots * tokens * SMALL.num_kv_heads * head_dim * 4
+    kept = layers * tokens * heads * (head_dim + 2) * 4  # do, lse, delta
+    assert added - gathered > 0.9 * (cache - kept), (added, gathered, cache, kept)
+
+
 def test_bounded_slots_are_refused():
     message = "ModelConfig.depth_grad_block: expected 1 while depth_window is set .*, got 2"
     with pytest.raises(ValueError, match=message):
         ModelConfig(depth_window=3, depth_grad_block=2)
+    with pytest.raises(ValueError, match='ModelConfig.depth_grad_mode: expected "add" while'):
+        ModelConfig(depth_window=3, depth_grad_mode="gather")
+    with pytest.raises(ValueError, match="ModelConfig.depth_grad_mode: expected one of"):
+        ModelConfig(depth_grad_mode="scatter")
     with pytest.raises(ValueError, match="ModelConfig.depth_grad_block: expected a positive"):
         ModelConfig(depth_grad_block=0)
     with pytest.raises(ValueError, match="ModelConfig.depth_grad_dtype: expected one of"):
         ModelConfig(depth_grad_dtype="float16")
 
 
-def test_a_backend_that_cannot_defer_says_so():
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"depth_grad_block": 2}, "depth_grad_block=2 does nothing with reference"),
+        (
+            {"depth_grad_mode": "gather"},
+            "gather: reference cannot gather; depth gradients are added instead",
+        ),
+    ],
+)
+def test_a_backend_that_can_do_neither_says_so(settings, message):
     backends.warn_once.cache_clear()
-    with pytest.warns(backends.SlowAttentionWarning, match="depth_grad_block=2 .* reference"):
-        got = gradients(**CHANGES["row4"], attention="reference", depth_grad_block=2)
+    with pytest.warns(backends.SlowAttentionWarning, match=message):
+        got = gradients(**CHANGES["row4"], attention="reference", **settings)
     assert_trees_close(got, layer_by_layer("row4"))
 
 
-def test_blocks_under_a_mesh():
-    changes = CHANGES["row4"] | {"depth_grad_block": 2}
+def test_a_backend_that_cannot_gather_defers(monkeypatch):
+    backends.warn_once.cache_clear()
+    xla, blocks = backends.BACKENDS["xla"], []
+
+    def add(readers, *args, **settings):
+        blocks.append(readers.query.shape[0])
+        return xla.deferral.add(readers, *args, **settings)
+
+    spy = dataclasses.replace(
+        xla, deferral=xla.deferral._replace(add=add), gathering=None, name="adds"
+    )
+    monkeypatch.setattr(backends, "BACKENDS", {"adds": spy})
+    changes = CHANGES["row4"] | {"depth_grad_mode": "gather", "depth_grad_block": 2}
+    with pytest.warns(
+        backends.SlowAttentionWarning, match="adds cannot gather; depth gradients are added"
+    ):
+        gradients(**changes, attention="adds")
+    assert set(blocks) == {2}
+
+
+@pytest.mark.parametrize("mode", ["add", "gather"])
+def test_blocks_under_a_mesh(mode):
+    changes = CHANGES["row4"] | {"depth_grad_block": 2, "depth_grad_mode": mode}
     spec, params = build(**changes).stack()
     x, tokens = batch(rows=8)
     dy = jnp.asarray(np.random.default_rng(2).normal(size=x.shape), jnp.float32)
@@ -158,4 +239,28 @@ def test_one_pass_over_the_older_slots(monkeypatch):
         ("alone", 6, 8), ("alone", 6, 6), (2, 0, 6),
         ("alone", 2, 4), ("alone", 2, 2), (2, 0, 2),
         ("alone", 0, 0),
+    ]  # fmt: skip
+
+
+def test_one_pass_over_the_later_layers(monkeypatch):
+    """For the slots of a block, then layer by layer over those of the block."""
+    xla, passes = backends.BACKENDS["xla"], []
+
+    def gather(kept, depth_key, depth_value, layers, first, count, **settings):
+        jax.debug.callback(
+            lambda start, stop, first: passes.append((count, int(first), int(start), int(stop))),
+            *layers, first, ordered=True,
+        )  # fmt: skip
+        return xla.gathering.gather(kept, depth_key, depth_value, layers, first, count, **settings)
+
+    spy = dataclasses.replace(xla, gathering=xla.gathering._replace(gather=gather), name="spy")
+    monkeypatch.setattr(backends, "BACKENDS", {"spy": spy})
+    changes = CHANGES["row4"] | {"depth_grad_mode": "gather", "depth_grad_block": 2}
+    jax.block_until_ready(gradients(**changes, attention="spy"))
+    jax.effects_barrier()
+    # (slots, the first of them, the layers that read them); the last layer writes none.
+    assert passes == [
+        (4, 4, 5, 5), (2, 6, 5, 5), (2, 6, 4, 5),
+        (4, 2, 3, 5), (2, 4, 3, 3), (2, 2, 2, 3),
+        (2, 0, 1, 5),
     ]  # fmt: skip

@@ -2,16 +2,30 @@
 
 The forward is one fused kernel. The backward is a kernel for dk and dv and one for dq, which takes
 the depth part along where it can; elsewhere, and for several layers' slots at once, the depth part
-is a kernel of its own, as it is in a call without a sequence. All are deterministic; cuDNN's
-sequence backward, which is not, is there for those who ask for it.
+is a kernel of its own, as it is in a call without a sequence. For the layer stack, another gathers
+a few slots' gradients from all layers that read them. All are deterministic; cuDNN's sequence
+backward, which is not, is there for those who ask for it.
 """
 
+from pallas_kernels.mosaic_gpu.depth_gather import gather_depth_grads, keep_layer
 from pallas_kernels.mosaic_gpu.operator import (
     add_depth_grads,
     backward,
+    backward_without_depth_grads,
     deferred_backward,
     forward,
+    gather_refusal,
     refusal,
 )
 
-__all__ = ["add_depth_grads", "backward", "deferred_backward", "forward", "refusal"]
+__all__ = [
+    "add_depth_grads",
+    "backward",
+    "backward_without_depth_grads",
+    "deferred_backward",
+    "forward",
+    "gather_depth_grads",
+    "gather_refusal",
+    "keep_layer",
+    "refusal",
+]

@@ -12,7 +12,7 @@ import numpy as np
 
 from pallas_kernels import platforms
 from pallas_kernels.deferred import in_two_passes
-from pallas_kernels.mosaic_gpu import chunks, cudnn
+from pallas_kernels.mosaic_gpu import chunks, cudnn, depth_gather
 from pallas_kernels.mosaic_gpu.depth_backward import depth_backward
 from pallas_kernels.mosaic_gpu.depth_forward import depth_forward
 from pallas_kernels.mosaic_gpu.forward import attend
@@ -220,6 +220,16 @@ def add_depth_grads(
     )  # fmt: skip
     assert grads is not None
     return grads[0][..., :head_dim], grads[1][..., :head_dim]
+
+
+def gather_refusal(operands: Operands) -> str | None:
+    """Why gathering would cost more than adding: whole caches would be padded for every layer."""
+    length, _, head_dim = operands.query.shape[1:]
+    if head_dim not in _HEAD_DIMS:
+        return f"gathers for head sizes {_HEAD_DIMS}, not {head_dim}"
+    if length % depth_gather.COLUMNS:
+        return f"gathers for rows of a multiple of {depth_gather.COLUMNS} tokens, not {length}"
+    return None
 
 
 def _sequence(operands: Operands, options: Options, rows: tuple, depth: Depth | None):

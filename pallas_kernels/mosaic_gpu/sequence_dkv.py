@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.sequence_tiles import Plan, Refs, same_segment, tile, two_products
+from pallas_kernels.mosaic_gpu.sequence_tiles import Plan, Refs, key_products, same_segment, tile
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
     ROWS,
     Walk,
-    accumulate,
     cdiv,
     div,
     drain,
@@ -92,39 +90,6 @@ def _dkv_mask(plan: Plan, first_key, token, row_segment, segment_ref):
     return mask
 
 
-def _dkv_products(plan: Plan, tiles, weights, minus_delta, dk, dv):
-    """dk and dv with one block of queries added: four products, of which two may run at a time.
-
-    The one of do and v starts from -delta, which else would be subtracted from it.
-    """
-    pl, plgpu = common.pallas(), common.mosaic()
-    k_ref, v_ref, q_ref, do_ref = tiles
-    shape = (ROWS, plan.config.dkv_block_q)
-    scores = (k_ref, q_ref.transpose((1, 0)))
-    d_weights = (v_ref, do_ref.transpose((1, 0)))
-    if platforms.interpreted():  # which cannot initialise an accumulator
-        p, dp = two_products(scores, d_weights, shape, weights)
-        ds = p * (dp + minus_delta)
-        dv = accumulate(dv, (p.astype(plan.dtype), do_ref))
-        return accumulate(dk, (ds.astype(plan.dtype), q_ref)), dv
-
-    def update(accs):
-        dk_acc, dv_acc, dp_acc = accs
-
-        def products(s_acc):
-            plgpu.wgmma(s_acc, *scores)
-            plgpu.wgmma(dp_acc, *d_weights)
-            p = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
-            plgpu.wgmma(dv_acc, p.astype(plan.dtype), do_ref)
-            ds = p * plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-            plgpu.wgmma(dk_acc, ds.astype(plan.dtype), q_ref)
-
-        pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
-
-    accs = (plgpu.ACC.init(x) for x in (dk, dv, minus_delta))
-    return pl.run_state(update)(tuple(accs))[:2]
-
-
 def _dkv_compute(plan: Plan, refs: Refs, dk_ref, dv_ref, scratch, warpgroup) -> None:
     plgpu = common.mosaic()
     config = plan.config
@@ -158,7 +123,7 @@ def _dkv_compute(plan: Plan, refs: Refs, dk_ref, dv_ref, scratch, warpgroup) -> 
             return jnp.exp2(scores - columns("lse"))
 
         tiles = (k_ref, v_ref, scratch["q_smem"].at[stage], scratch["do_smem"].at[stage])
-        carry = _dkv_products(plan, tiles, weights, columns("minus_delta"), *carry)
+        carry = key_products(tiles, shape, weights, columns("minus_delta"), *carry)
         plgpu.barrier_arrive(scratch["free"].at[stage])
         return carry
 

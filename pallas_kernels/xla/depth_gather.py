@@ -1,0 +1,93 @@
+"""Gradients of a few depth slots, gathered from the layers that read them.
+
+The other way around than `backward`, where a layer adds to all the slots that it read: no running
+gradient is read and written again, but the layers' queries and output gradients are kept.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.operands import (
+    KeptLayers,
+    Operands,
+    accumulator_dtype,
+    depth_readers,
+    num_kv_heads,
+)
+from pallas_kernels.xla import tiles
+
+
+def keep_layer(
+    operands: Operands,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array | None,
+) -> KeptLayers:
+    """What `gather_depth_grads` needs of one call, without the axis R."""
+    query, d_out, lse, delta = depth_readers(operands, out, lse, d_out, d_lse)
+    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # e^(s - inf) = 0
+    batch, kv_heads = lse.shape[0], num_kv_heads(operands)
+    rows = jnp.stack([lse, delta], axis=1).reshape(batch, 2, lse.shape[1], kv_heads, -1)
+    rows = jnp.moveaxis(rows, 3, 1).reshape(batch, kv_heads, -1)
+    return KeptLayers(query, d_out, rows)
+
+
+def gather_refusal(operands: Operands) -> str | None:
+    """Why gathering would cost more than adding; None if it would not. Here any shape will do."""
+    return None
+
+
+def gather_depth_grads(
+    kept: KeptLayers,
+    depth_key: jax.Array,
+    depth_value: jax.Array,
+    layers: tuple[Any, Any],
+    first: Any,
+    count: int,
+    *,
+    scale: float,
+    dtype: Any,
+    so_far: tuple[jax.Array, jax.Array] | None = None,
+    offset: Any = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of a few slots: what the layers that read them owe, each slot written once.
+
+    Args:
+      kept: of R layers.
+      depth_key, depth_value: [S, B, T, K, H].
+      layers: (start, stop), int32 scalars, may be traced: the layers that read the slots, all of
+        them. Other layers' arrays may hold anything.
+      first, count: of the slots; `first` may be traced.
+      scale: of the scores.
+      dtype: of the results.
+      so_far: a pair [C, B, T, K, H], of which the `count` slots from `offset` on are added.
+
+    Returns:
+      dkd, dvd [count, B, T, K, H], summed in float32.
+    """
+    slots = [lax.dynamic_slice_in_dim(x, first, count) for x in (depth_key, depth_value)]
+    key, value = slots
+    batch, length, kv_heads, head_dim = key.shape[1:]
+    heads = (batch, length, kv_heads, -1)
+
+    def body(layer, grads):
+        query, d_out = (x[layer].reshape(*heads, head_dim) for x in kept[:2])
+        rows = kept.rows[layer].reshape(batch, kv_heads, 2, length, -1)
+        lse, delta = (jnp.moveaxis(rows[:, :, i], 1, 2) for i in (0, 1))
+        scores = scale * tiles.dot("btkgh,sbtkh->sbtkg", query, key)
+        p = jnp.exp(scores - lse)
+        ds = scale * p * (tiles.dot("btkgh,sbtkh->sbtkg", d_out, value) - delta)
+        d_key = jnp.sum(ds[..., None] * query, axis=4)
+        return grads[0] + d_key, grads[1] + jnp.sum(p[..., None] * d_out, axis=4)
+
+    sums = tuple(jnp.zeros(key.shape, accumulator_dtype(key.dtype)) for _ in slots)
+    if so_far is not None:
+        parts = (lax.dynamic_slice_in_dim(x, offset, count) for x in so_far)
+        sums = tuple(part.astype(total.dtype) for part, total in zip(parts, sums, strict=True))
+    start, stop = (jnp.int32(x) for x in layers)
+    d_key, d_value = lax.fori_loop(start, stop, body, sums)
+    return d_key.astype(dtype), d_value.astype(dtype)
