@@ -35,8 +35,9 @@ from pallas_kernels import platforms
 
 _VANILLA = "/depth_stream=residual"
 CONFIGS = (
-    "olmo2_700m_36", "moda_700m_row4", "moda_700m_row4/depth_grad_block=6",
-    f"moda_1b5_guess{_VANILLA}", "moda_1b5_guess", "moda_1b5_guess/depth_grad_block=6",
+    "olmo2_700m_36", "moda_700m_row4", "moda_700m_row4/depth_grad_block=8",
+    "moda_700m_row4/depth_grad_block=1", f"moda_1b5_guess{_VANILLA}", "moda_1b5_guess",
+    "moda_1b5_guess/depth_grad_block=8",
 )  # fmt: skip
 TOPOLOGIES = ("v5e:4x4", "v5p:4x4x4")
 _SMOKE: dict[str, Any] = {

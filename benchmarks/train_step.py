@@ -1,7 +1,7 @@
 """Training steps of whole models on one device: tokens per second, MFU and memory.
 
     python -m benchmarks.train_step [--configs olmo2_700m_36,moda_700m_row3,moda_700m_row4]
-        [--batch-size 16] [--remat full] [--output docs/benchmarks/train_step]
+        [--batch-size 16] [--remat full] [--kernels 20] [--output docs/benchmarks/train_step]
 
 Each config of `configs/` runs its real optimizer step (`moda_jax.train_step`) on random tokens, one
 document a row, without data loading. Ratios are to the first config, in the same process. Without
@@ -10,11 +10,13 @@ XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, JAX takes 0.75 of the memory by itself.
 """
 
 import argparse
+import collections
 import dataclasses
 import importlib
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     errors: dict[str, str] = {}
     for name in args.configs.split(","):
         try:
-            results.append(measure(adapt(name, args), args.batch_size, args.steps))
+            results.append(measure(adapt(name, args), args.batch_size, args.steps, args.kernels))
             print(row(results[-1], results[0]), flush=True)
         except Exception as error:  # one config must not cost the others their numbers
             errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -92,8 +94,12 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=8, help="timed ones, after two others")
     parser.add_argument("--remat", choices=("full", "save_attention", "none"))
     parser.add_argument("--attention", help="implementation; left out: the fastest")
+    parser.add_argument("--depth-grad-mode", choices=("add", "gather"))
     parser.add_argument("--depth-grad-block", type=int)
     parser.add_argument("--depth-grad-dtype", choices=("float32", "bfloat16"))
+    parser.add_argument(
+        "--kernels", type=int, default=0, help="print the N longest of one more step"
+    )
     parser.add_argument("--output", type=Path, help="writes OUTPUT.json and OUTPUT.md")
     parser.add_argument("--smoke", action="store_true", help="tiny models, for a CPU")
     return parser
@@ -102,7 +108,7 @@ def _arguments() -> argparse.ArgumentParser:
 def adapt(name: str, args: argparse.Namespace) -> Config:
     """The named config on one device, with the command line's settings."""
     config: Config = importlib.import_module(f"configs.{name}").config
-    settings = ("remat", "attention", "depth_grad_block", "depth_grad_dtype")
+    settings = ("remat", "attention", "depth_grad_mode", "depth_grad_block", "depth_grad_dtype")
     changes: dict[str, Any] = {key: getattr(args, key) for key in settings}
     changes = {key: value for key, value in changes.items() if value is not None}
     model = dataclasses.replace(config.model, **changes, **(_SMOKE if args.smoke else {}))
@@ -112,10 +118,10 @@ def adapt(name: str, args: argparse.Namespace) -> Config:
     )  # fmt: skip
 
 
-def measure(config: Config, batch_size: int | None, steps: int) -> Measurement:
+def measure(config: Config, batch_size: int | None, steps: int, kernels: int = 0) -> Measurement:
     """Compiles, finds the batch size if none is given, and times the step."""
     if batch_size is not None:
-        return time_steps(_compile(config, batch_size), steps)
+        return time_steps(_compile(config, batch_size), steps, kernels)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
         raise ValueError("batch_size: expected a number, this device does not tell its memory")
@@ -134,7 +140,7 @@ def measure(config: Config, batch_size: int | None, steps: int) -> Measurement:
     size = largest_batch(needed, limit)
     while True:
         try:
-            return time_steps(compiled.get(size) or _compile(config, size), steps)
+            return time_steps(compiled.get(size) or _compile(config, size), steps, kernels)
         except jax.errors.JaxRuntimeError as error:  # fragmentation, or workspaces not accounted
             if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
                 raise
@@ -193,8 +199,11 @@ def _batch(config: Config) -> Mapping[str, np.ndarray]:
     }  # fmt: skip
 
 
-def time_steps(compiled: _Compiled, steps: int) -> Measurement:
-    """Median over single steps, each waited for; the model trains on meanwhile."""
+def time_steps(compiled: _Compiled, steps: int, kernels: int = 0) -> Measurement:
+    """Median over single steps, each waited for; the model trains on meanwhile.
+
+    Then prints the `kernels` longest kernels of one more step.
+    """
     config, functions, step = compiled
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -206,9 +215,32 @@ def time_steps(compiled: _Compiled, steps: int) -> Measurement:
             state, metrics = step(state, batch)
             loss = float(metrics["loss"])
             seconds.append(time.perf_counter() - start)
+        if kernels:
+            with tempfile.TemporaryDirectory() as folder:
+                with jax.profiler.trace(folder):
+                    jax.block_until_ready(step(state, batch))
+                print(kernel_table(config.name, Path(folder), kernels), flush=True)
     if not np.isfinite(loss):
         raise ValueError(f"loss is {loss}: the step computes nonsense, its time means nothing")
     return _measurement(config, step, statistics.median(seconds[2:]))
+
+
+def kernel_table(name: str, folder: Path, count: int) -> str:
+    """Milliseconds and calls of the longest GPU kernels in a folder of `jax.profiler.trace`."""
+    total: collections.Counter[str] = collections.Counter()
+    calls: collections.Counter[str] = collections.Counter()
+    for path in folder.glob("**/*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            for line in plane.lines if plane.name.startswith("/device:") else ():
+                for event in line.events if line.name.startswith("Stream") else ():
+                    kernel = event.name.split("(")[0]
+                    total[kernel] += event.duration_ns
+                    calls[kernel] += 1
+    if not total:
+        return f"{name}: the profiler saw no kernels of a GPU"
+    lines = [f"{ns / 1e6:10.2f} ms {calls[kernel]:6d}x {kernel}"
+             for kernel, ns in total.most_common(count)]  # fmt: skip
+    return "\n".join([f"{name}: kernels take {sum(total.values()) / 1e6:.1f} ms", *lines])
 
 
 def _measurement(config: Config, step: Any, seconds: float) -> Measurement:

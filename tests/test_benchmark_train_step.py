@@ -1,7 +1,10 @@
 """benchmarks/train_step.py on tiny models, and its search for the largest batch."""
 
+import contextlib
 import json
+from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks import train_step
@@ -24,6 +27,37 @@ def test_smoke_run_writes_both_files(tmp_path, capsys):
     assert record["command"] in table
     assert table.count("| moda_700m_row") == 2
     assert "| 100.0% |" in capsys.readouterr().out
+
+
+def test_longest_kernels(monkeypatch, capsys):
+    """Of a trace with a stream and another line; on a CPU the real profiler may crash."""
+    events = "".join(
+        f"events {{ metadata_id: {kind} duration_ps: {ms}000000000 }}"
+        for kind, ms in ((1, 2), (2, 5), (1, 4))
+    )
+    names = "".join(
+        f'event_metadata {{ key: {kind} value {{ id: {kind} name: "{name}" }} }}'
+        for kind, name in ((1, "moda_forward(float*)"), (2, "gemm"))
+    )
+    space = f"""planes {{ name: "/device:GPU:0" {names}
+        lines {{ name: "Stream #1" {events} }} lines {{ name: "XLA Ops" {events} }} }}"""
+    space = jax.profiler.ProfileData.text_proto_to_serialized_xspace(space)
+
+    @contextlib.contextmanager
+    def trace(folder):
+        yield
+        (Path(folder) / "host.xplane.pb").write_bytes(space)
+
+    monkeypatch.setattr(jax.profiler, "trace", trace)
+    arguments = [*SMOKE, "--batch-size", "2", "--configs", "olmo2_700m_36", "--kernels", "1"]
+    assert train_step.main(arguments) == 0
+    head, line, _ = capsys.readouterr().out.splitlines()
+    assert head == "olmo2_700m_36: kernels take 11.0 ms"
+    assert line.split() == ["6.00", "ms", "2x", "moda_forward"]
+
+
+def test_no_kernels(tmp_path):
+    assert train_step.kernel_table("m", tmp_path, 3) == "m: the profiler saw no kernels of a GPU"
 
 
 def test_a_config_that_fails_does_not_stop_the_others(capsys):
