@@ -34,6 +34,7 @@ CHANGES = {
 def gradients(**changes):
     spec, params = build(**changes).stack()
     x, tokens = batch()
+    x = x.astype(spec.config.compute_dtype)
     dy = jnp.asarray(np.random.default_rng(2).normal(size=x.shape), x.dtype)
     return scanned(spec, params, x, tokens, dy)
 
@@ -105,6 +106,19 @@ def test_sums_in_bfloat16(mode, size):
     errors = jax.tree_util.tree_map_with_path(error, got[1], layer_by_layer("row4")[1])
     worst = max(jax.tree.leaves(errors))
     assert 1e-5 < worst < RUNNING_BFLOAT16  # it does round
+
+
+def test_gathering_in_bfloat16_is_as_exact_as_adding():
+    def worst(mode):
+        changes = CHANGES["row4"] | {"depth_grad_mode": mode, "depth_grad_block": 2}
+        got = gradients(**changes, compute_dtype="bfloat16")
+        errors = jax.tree.map(
+            lambda a, b: float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-6)),
+            got[1], layer_by_layer("row4")[1],
+        )  # fmt: skip
+        return max(jax.tree.leaves(errors))
+
+    assert 1e-4 < worst("gather") < 1.2 * worst("add")
 
 
 def test_running_cache_in_bfloat16_takes_less_memory():
