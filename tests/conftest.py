@@ -6,6 +6,7 @@ kernels run in Triton's interpreter there.
 """
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _flags = os.environ.get("XLA_FLAGS", "")
@@ -23,3 +24,19 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_LOG_DIR", "disabled")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def room_for_machine_code():
+    """Compiled programs are forgotten before their memory maps reach Linux's limit of 65530.
+
+    A process beyond it dies of a segmentation fault, in whatever it compiles next; a stack's
+    gradient takes some 600.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()

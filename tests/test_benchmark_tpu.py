@@ -200,7 +200,7 @@ def test_programs_that_fail_are_named(libtpu, capsys):
 def test_train_step_smoke_run(libtpu, tmp_path):
     output = tmp_path / "steps"
     arguments = ["--smoke", "--topologies", "v5e:2x2", "--rows", "2", "--seq-len", "1024"]
-    configs = "moda_700m_row4/depth_grad_block=1,olmo2_700m_36"
+    configs = "moda_700m_row4/depth_grad_mode=add+depth_grad_block=1,olmo2_700m_36"
     arguments += ["--configs", configs, "--hlo", str(tmp_path / "hlo")]
     assert tpu_train_step.main([*arguments, "--output", str(output)]) == 0
     moda, vanilla = json.loads(output.with_suffix(".json").read_text())["steps"]
@@ -237,7 +237,7 @@ def test_counts_agree_with_the_compilers_own(libtpu):
     )
     devices = tpu_chips.devices("v5e:2x2")
     compiled = tpu_train_step.compile_step(
-        tpu_train_step.adapt("moda_700m_row4", len(devices), args), devices
+        tpu_train_step.adapt("moda_700m_row4/depth_grad_mode=add", len(devices), args), devices
     )
     ours = hlo_cost.count(compiled.as_text(), loops=False).flops
     assert ours == pytest.approx(compiled.cost_analysis()["flops"], rel=0.15)
