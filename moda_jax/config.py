@@ -112,8 +112,9 @@ class ModelConfig:
     numbers a token), to which every layer adds for the slots that it read. "gather": queries and
     output gradients of all layers are kept (2 L N H numbers a token, in the compute type), and a
     slot's gradient is computed when the layer that wrote it is reached: less memory and traffic
-    where a key/value head has few query heads. The attention of Hopper GPUs has kernels for that,
-    "xla" can do it; others add (with a warning)."""
+    where a key/value head has few query heads. Hopper GPUs have a kernel for that (head sizes 64
+    and 128, rows of a multiple of 64 tokens), "xla" can do it; elsewhere layers add (with a
+    warning)."""
     depth_grad_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the running gradient cache, into which up to 2L layers add: bfloat16 halves its memory and
     traffic, and rounds the sum at every addition. Gathering: of what the layers after a block owe
