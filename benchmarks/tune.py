@@ -229,7 +229,7 @@ def kernels() -> dict[str, Kernel]:
             {
                 "block_kv": (64, 128, 192), "stages": (2, 3, 4), "warpgroups": (2, 3),
                 "persistent": (False, True), "turns": (False, True),
-                "depth_turns": (False, True),
+                "depth_parts": (1, 2, 4), "alternate": (False, True), "piles": (1, 2, 4),
             },
             run_forward,
         ),
@@ -237,7 +237,7 @@ def kernels() -> dict[str, Kernel]:
             lambda shape: sequence_backward_config(shape.head_dim),
             {
                 "dq_block_kv": (64, 128), "dq_stages": (2, 3), "dq_slot_stages": (2, 3),
-                "dq_warpgroups": (2, 3),
+                "dq_warpgroups": (2, 3), "dq_piles": (1, 2, 4),
                 "dkv_block_q": (64, 128), "dkv_stages": (2, 3), "dkv_warpgroups": (2, 3),
                 "fuse_depth": (False, True),
             },

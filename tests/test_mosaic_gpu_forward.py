@@ -126,7 +126,9 @@ def test_groups(capfd, group):
 def test_blocks_of_slots_and_keys(capfd, group):
     """Several of both kinds, more than the ring has stages."""
     slots = (1, 11, 14, 20)
-    config = ForwardConfig(block_kv=64, stages=2, depth_turns=group == 2)
+    config = ForwardConfig(
+        block_kv=64, stages=2, depth_parts=1 + group % 4, alternate=group == 2, piles=2
+    )
     check(capfd, make(200, 200, group, 64, 20, slots), slots, config=config)
 
 

@@ -13,6 +13,8 @@ and sequence blocks pass through the same ring: with `persistent`, the next tile
 under way while the last tile computes.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -82,6 +84,8 @@ def attend(
             "forward", forward_config(head_dim), head_dim=head_dim, group=num_heads // kv_heads,
             is_causal=is_causal,
         )  # fmt: skip
+        if query_segments is not None:  # masks of segments and parts together spill registers
+            config = dataclasses.replace(config, depth_parts=1, alternate=False)
     config.check(head_dim)
     plan = Plan(
         config, batch, q_len, 0 if key is None else key.shape[1], kv_heads, num_heads // kv_heads,

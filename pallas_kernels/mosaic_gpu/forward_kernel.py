@@ -14,13 +14,13 @@ from pallas_kernels.mosaic_gpu.ring import (
     Block,
     Refs,
     depth_mask,
+    drain_parts,
     key_mask,
     load_blocks,
     load_rows,
     ring_memory,
     row_segments,
-    visit_keys,
-    visit_slots,
+    visit_blocks,
 )
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
@@ -59,7 +59,7 @@ def scratch(plan: Plan) -> dict[str, Any]:
 def load_tiles(plan: Plan, refs: Refs, blocks: int) -> None:
     """Every load of every tile of this thread block, in the ring's order."""
     plgpu = common.mosaic()
-    config, stages = plan.config, plan.config.stages
+    config = plan.config
     count, nth = rounds(plan, blocks)
     if config.turns:
         plgpu.barrier_arrive(refs.turn.at[0])  # the first warpgroup starts
@@ -72,8 +72,8 @@ def load_tiles(plan: Plan, refs: Refs, blocks: int) -> None:
         return load_blocks(plan, refs, tile, step)
 
     steps = lax.fori_loop(0, count, load_tile, i32(0))
-    drain(refs.k_free, steps, stages)
-    drain(refs.v_free, steps, stages)
+    drain_parts(plan, refs.k_free, steps)
+    drain_parts(plan, refs.v_free, steps)
     drain(refs.q_free, count, 2)
 
 
@@ -116,12 +116,8 @@ def attend_tiles(plan: Plan, refs: Refs, blocks: int, warpgroup: jax.Array) -> N
         plgpu.barrier_wait(refs.q_full.at[buffer])
         plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
         depth = functools.partial(_depth_step, worker)
-        if plan.config.depth_turns:
-            worker.take_turn()
-        carry = visit_slots(plan, tile, depth, (step, _empty_state(plan.head_dim)))
-        if not plan.config.depth_turns:
-            worker.take_turn()
-        carry = visit_keys(tile, plain, edge, carry)
+        worker.take_turn()
+        carry = visit_blocks(plan, tile, depth, plain, edge, (step, _empty_state(plan.head_dim)))
         worker.pass_turn()
         step, state = carry
         _store(worker, state)
@@ -143,13 +139,13 @@ def _empty_state(head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     return common.zeros((ROWS, head_dim)), rows(_LOWEST), rows(0)
 
 
-def _depth_step(worker: _Worker, i: jax.Array, carry):
+def _depth_step(worker: _Worker, _, i: jax.Array, carry):
     plan = worker.plan
     step, state = carry
     first, stop = slot_block(plan, worker.refs.slots, worker.tile, i)
     block = Block.at(plan, worker.refs, worker.warpgroup, step, stop - first)
     mask = functools.partial(depth_mask, plan, worker.row_segment, stop - first)
-    return step + 1, _attend(worker, block, mask, state, turns=plan.config.depth_turns)
+    return step + 1, _attend(worker, block, mask, state, turns=True)
 
 
 def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):

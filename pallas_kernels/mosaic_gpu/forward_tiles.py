@@ -35,7 +35,9 @@ class ForwardConfig:
     warpgroups: int = 3  # compute warpgroups, a tile each
     persistent: bool = True  # one thread block per multiprocessor, looping over tiles
     turns: bool = True  # warpgroups take turns on the tensor cores
-    depth_turns: bool = True  # in blocks of slots, too
+    depth_parts: int = 4  # in so many parts the slots are read, in turn with parts of the keys
+    alternate: bool = True  # every second thread block begins with keys
+    piles: int = 1  # sorted tiles are dealt from so many piles, so that heavy and light ones mix
     slot_boxes: bool = True  # one TMA load for all slots of a depth block, where layouts allow it
 
     @property
@@ -55,13 +57,15 @@ class ForwardConfig:
             raise ValueError(f"block_kv must be 64, 128, 192 or 256, got {self}")
         if self.stages < 2 or self.warpgroups not in (1, 2, 3):
             raise ValueError(f"config needs stages >= 2 and 1 to 3 warpgroups, got {self}")
+        if min(self.depth_parts, self.piles) < 1:
+            raise ValueError(f"config needs depth_parts and piles >= 1, got {self}")
         common.check_smem(self.shared_memory(head_dim), "fused forward")
 
 
 def forward_config(head_dim: int) -> ForwardConfig:
     """The tile sizes for a head size: the fastest of those measured on an H200."""
     if head_dim == 128:
-        return ForwardConfig(stages=2, warpgroups=2, persistent=False)
+        return ForwardConfig(stages=2, warpgroups=2, persistent=False, alternate=False, piles=2)
     return ForwardConfig()
 
 
@@ -178,9 +182,24 @@ def rounds(plan: Plan, blocks: int) -> tuple[jax.Array, Callable[[jax.Array], ja
     return full + (last < rest).astype(jnp.int32), nth
 
 
+def _dealt(index: jax.Array, count: int, piles: int) -> jax.Array:
+    """The index-th of `count` sorted tiles, laid in `piles` piles and taken from one after another.
+
+    So heavy and light tiles are computed at the same time, and the lightest still come last.
+    """
+    if piles == 1:
+        return index
+    height = cdiv(count, piles)
+    before = (height - 1) * piles
+    full = count - before  # piles of that height; the others lack their last tile
+    pile = jnp.where(index < before, rem(index, piles), index - before)
+    return div(index, piles) + pile * height - jnp.maximum(pile - full, 0)
+
+
 def locate(plan: Plan, slots: Any, ranges: Any, number: jax.Array) -> Tile:
     """The `number`-th tile; `slots` and `ranges` are the kernel's references to those inputs."""
     head, index = place(number, plan.heads_together, plan.steps_per_head)
+    index = _dealt(index, plan.steps_per_head, plan.config.piles)
     if plan.causal:
         index = plan.steps_per_head - 1 - index
     batch, kv_head = divmod_i32(head, plan.kv_heads)

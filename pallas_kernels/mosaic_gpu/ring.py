@@ -17,11 +17,12 @@ from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, slot_block, unit
 from pallas_kernels.mosaic_gpu.wgmma import (
     NO_SEGMENT,
     ROWS,
+    div,
+    i32,
     iota,
     load_columns,
     rem,
     spread,
-    wait_free,
 )
 
 
@@ -81,23 +82,18 @@ def ring_memory(plan: Plan) -> dict[str, Any]:
     config = plan.config
     ring = common.smem((config.stages, plan.stage_keys, plan.head_dim), plan.dtype)
     barrier = functools.partial(common.barrier, count=config.stages)
-    slot_copies = config.warpgroups * plan.block_slots
-    memory = {
-        "k_smem": ring,
-        "v_smem": ring,
-        "k_free": barrier(config.warpgroups),
-        "v_free": barrier(config.warpgroups),
-    }
+    parts = functools.partial(common.barrier, count=config.stages * config.warpgroups)
+    memory = {"k_smem": ring, "v_smem": ring, "k_free": parts(1), "v_free": parts(1)}
     if plan.kv_len:
         memory |= {"k_full": barrier(2 if plan.segments else 1), "v_full": barrier(1)}
     if plan.slots:
-        memory |= {"kd_full": barrier(slot_copies), "vd_full": barrier(slot_copies)}
+        memory |= {"kd_full": parts(plan.block_slots), "vd_full": parts(plan.block_slots)}
     if plan.boxes:
         shape = (config.stages, config.warpgroups, plan.block_slots, plan.tokens)
         boxes = common.smem((*shape, plan.head_dim), plan.dtype)
         both = plgpu.RefUnion(ring, boxes)
         memory |= {"k_smem": both, "v_smem": both}
-        memory |= dict.fromkeys(("kd_box_full", "vd_box_full"), barrier(config.warpgroups))
+        memory |= dict.fromkeys(("kd_box_full", "vd_box_full"), parts(1))
     if plan.kv_len and plan.segments:
         memory["segment_smem"] = plgpu.SMEM((config.stages, config.block_kv), jnp.int32)
     return memory
@@ -120,20 +116,46 @@ def either(plan: Plan, slots_left: jax.Array, whole: Callable, part: Callable) -
     common.when(slots_left < plan.block_slots, part)
 
 
-def visit_slots(plan: Plan, tile: Tile, depth: Callable, carry: Any) -> Any:
-    """Calls (block, carry) -> carry for every depth block of a tile: the first ones in the ring.
+def visit_blocks(plan: Plan, tile: Tile, depth: Callable, plain: Callable, edge: Callable, carry):
+    """Calls (block, carry) -> carry for every block of a tile, in the ring's order.
 
-    In turn with sequence blocks they would not be faster (measured).
+    `depth` takes (first block of this run of depth blocks, block, carry). `edge` is for keys that
+    need a mask, the last ones. Slots wait for memory and keys for the tensor cores: both come in
+    `depth_parts` parts, in turn, and with `alternate` every second thread block begins with keys,
+    so that at any time some wait for the one and some for the other.
     """
-    return lax.fori_loop(0, tile.depth_blocks, depth, carry) if plan.slots else carry
 
+    def slots(start, stop, carry):
+        if not plan.slots:
+            return carry
+        return lax.fori_loop(start, stop, functools.partial(depth, start), carry)
 
-def visit_keys(tile: Tile, plain: Callable, edge: Callable, carry: Any) -> Any:
-    """The same for its sequence blocks, those that need a mask last."""
     if tile.kv is None:
-        return carry
-    carry = lax.fori_loop(0, tile.kv.plain, plain, carry)
-    return lax.fori_loop(tile.kv.plain, tile.kv.count, edge, carry)
+        return slots(i32(0), tile.depth_blocks, carry)
+    plain_stop, stop = tile.kv.plain, tile.kv.count
+
+    def keys(start, end, carry):
+        carry = lax.fori_loop(
+            jnp.minimum(start, plain_stop), jnp.minimum(end, plain_stop), plain, carry
+        )
+        return lax.fori_loop(
+            jnp.maximum(start, plain_stop), jnp.maximum(end, plain_stop), edge, carry
+        )
+
+    parts, alternate = plan.config.depth_parts, plan.config.alternate
+    if not plan.slots or (parts == 1 and not alternate):
+        return keys(i32(0), stop, slots(i32(0), tile.depth_blocks, carry))
+    late = rem(lax.axis_index("block"), 2) if alternate else i32(0)
+
+    def bound(part, count):
+        return div(jnp.clip(part, 0, parts) * count, parts)
+
+    def visit_part(part, carry):
+        blocks = tile.depth_blocks
+        carry = slots(bound(part - late, blocks), bound(part - late + 1, blocks), carry)
+        return keys(bound(part, stop), bound(part + 1, stop), carry)
+
+    return lax.fori_loop(0, parts + alternate, visit_part, carry)
 
 
 # loads
@@ -143,7 +165,29 @@ def load_blocks(plan: Plan, refs: Refs, tile: Tile, step: jax.Array) -> jax.Arra
     """Every block of a tile; returns the next step of the ring."""
     depth = functools.partial(_load_depth, plan, refs, tile)
     keys = functools.partial(_load_keys, plan, refs, tile)
-    return visit_keys(tile, keys, keys, visit_slots(plan, tile, depth, step))
+    return visit_blocks(plan, tile, depth, keys, keys, step)
+
+
+def wait_parts(plan: Plan, free: Any, step: jax.Array) -> None:
+    """Until every warpgroup has read the previous block in this step's stage, if there was one."""
+    plgpu = common.mosaic()
+    stages, count = plan.config.stages, plan.config.warpgroups
+
+    def wait():
+        for warpgroup in range(count):
+            plgpu.barrier_wait(free.at[rem(step, stages) * count + warpgroup])
+
+    common.when(step >= stages, wait)
+
+
+def drain_parts(plan: Plan, free: Any, steps: jax.Array) -> None:
+    """Every arrival is waited for: no barrier is left in the middle of a phase."""
+    stages = plan.config.stages
+
+    def wait(step, _):
+        wait_parts(plan, free, step + stages)
+
+    lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
 
 
 def load_rows(plan: Plan, tile: Tile, pairs: Any, full: Any) -> None:
@@ -168,60 +212,69 @@ def _load_keys(plan: Plan, refs: Refs, tile: Tile, i: jax.Array, step: jax.Array
     stage, block = rem(step, stages), tile.kv.nth(i)
     keys = common.ds(block * config.block_kv, config.block_kv)
     where, rows = (tile.batch, keys, tile.kv_head), common.ds(0, config.block_kv)
-    wait_free(refs.k_free, step, stages)
+    wait_parts(plan, refs.k_free, step)
     k_ref, v_ref = refs.k_smem.at[stage, rows], refs.v_smem.at[stage, rows]
     plgpu.copy_gmem_to_smem(refs.key.at[where], k_ref, refs.k_full.at[stage])
     if plan.segments:
         ids = refs.key_segments.at[tile.batch, keys]
         plgpu.copy_gmem_to_smem(ids, refs.segment_smem.at[stage], refs.k_full.at[stage])
-    wait_free(refs.v_free, step, stages)
+    wait_parts(plan, refs.v_free, step)
     plgpu.copy_gmem_to_smem(refs.value.at[where], v_ref, refs.v_full.at[stage])
     return step + 1
 
 
-def _load_depth(plan: Plan, refs: Refs, tile: Tile, block: jax.Array, step: jax.Array) -> jax.Array:
-    """A depth block of all warpgroups; returns the next step."""
-    stage = rem(step, plan.config.stages)
+def _load_depth(plan: Plan, refs: Refs, tile: Tile, run, block, step: jax.Array) -> jax.Array:
+    """A depth block of all warpgroups; returns the next step. `run`: the run's first block.
+
+    A warpgroup's part of the stage is filled as soon as that warpgroup has read what was there,
+    unless that were keys for all.
+    """
+    plgpu = common.mosaic()
+    config = plan.config
+    stage = rem(step, config.stages)
     first, stop = slot_block(plan, refs.slots, tile, block)
     rings = (
         (refs.depth_key, refs.k_smem, refs.k_smem_boxes, refs.kd_full, refs.kd_box_full),
         (refs.depth_value, refs.v_smem, refs.v_smem_boxes, refs.vd_full, refs.vd_box_full),
     )
-    warpgroups = range(plan.config.warpgroups)
-    tokens = [common.ds(unit(plan, tile, w)[0], plan.tokens) for w in warpgroups]
+    own = block - run >= config.stages
     for ring, free in zip(rings, (refs.k_free, refs.v_free), strict=True):
-        wait_free(free, step, plan.config.stages)
-        box = functools.partial(_load_box, plan, tile, tokens, ring, stage, first)
-        slots = functools.partial(_load_slots, plan, tile, tokens, ring, stage, first, stop)
-        either(plan, stop - first, box, slots)
+        common.when(jnp.logical_not(own), functools.partial(wait_parts, plan, free, step))
+        for warpgroup in range(config.warpgroups):
+            part = stage * config.warpgroups + warpgroup
+            common.when(own, functools.partial(plgpu.barrier_wait, free.at[part]))
+            tokens = common.ds(unit(plan, tile, warpgroup)[0], plan.tokens)
+            where = warpgroup, tokens
+            box = functools.partial(_load_box, plan, tile, where, ring, stage, first)
+            slots = functools.partial(_load_slots, plan, tile, where, ring, stage, first, stop)
+            either(plan, stop - first, box, slots)
     return step + 1
 
 
-def _load_box(plan: Plan, tile: Tile, tokens: list, ring: tuple, stage, first) -> None:
+def _load_box(plan: Plan, tile: Tile, where: tuple, ring: tuple, stage, first) -> None:
     plgpu = common.mosaic()
     source, _, boxes, _, full = ring
-    slots = common.ds(first, plan.block_slots)
-    for warpgroup, where in enumerate(tokens):
-        plgpu.copy_gmem_to_smem(
-            source.at[slots, tile.batch, where, tile.kv_head],
-            boxes.at[stage, warpgroup],
-            full.at[stage],
-        )
+    warpgroup, tokens = where
+    plgpu.copy_gmem_to_smem(
+        source.at[common.ds(first, plan.block_slots), tile.batch, tokens, tile.kv_head],
+        boxes.at[stage, warpgroup],
+        full.at[stage * plan.config.warpgroups + warpgroup],
+    )
 
 
-def _load_slots(plan: Plan, tile: Tile, tokens: list, ring: tuple, stage, first, stop) -> None:
+def _load_slots(plan: Plan, tile: Tile, where: tuple, ring: tuple, stage, first, stop) -> None:
     plgpu = common.mosaic()
     source, rows, _, full, _ = ring
-    for warpgroup, where in enumerate(tokens):
-        for i in range(plan.block_slots):
-            # Past the range the last visible slot again: what nobody wrote may be NaN.
-            slot = jnp.minimum(first + i, stop - 1)
-            row = warpgroup * plan.depth_keys + i * plan.tokens
-            plgpu.copy_gmem_to_smem(
-                source.at[slot, tile.batch, where, tile.kv_head],
-                rows.at[stage, common.ds(row, plan.tokens)],
-                full.at[stage],
-            )
+    warpgroup, tokens = where
+    for i in range(plan.block_slots):
+        # Past the range the last visible slot again: what nobody wrote may be NaN.
+        slot = jnp.minimum(first + i, stop - 1)
+        row = warpgroup * plan.depth_keys + i * plan.tokens
+        plgpu.copy_gmem_to_smem(
+            source.at[slot, tile.batch, tokens, tile.kv_head],
+            rows.at[stage, common.ds(row, plan.tokens)],
+            full.at[stage * plan.config.warpgroups + warpgroup],
+        )
 
 
 # what a warpgroup reads
@@ -244,17 +297,20 @@ class Block(NamedTuple):
         """The stage of a sequence block or, with `slots_left`, of a depth block."""
         plgpu = common.mosaic()
         stage = rem(step, plan.config.stages)
+        part = stage * plan.config.warpgroups + warpgroup
         rows = common.ds(0, plan.config.block_kv)
         if slots_left is not None:
             rows = common.ds(warpgroup * plan.depth_keys, plan.depth_keys)
 
         def waiter(full, slot_full, box_full):
-            def wait(barriers):
-                plgpu.barrier_wait(barriers.at[stage])
-
             if slots_left is None:
-                return functools.partial(wait, full)
-            box, slots = functools.partial(wait, box_full), functools.partial(wait, slot_full)
+                return functools.partial(plgpu.barrier_wait, full.at[stage])
+            box, slots = (
+                None
+                if barriers is None
+                else functools.partial(plgpu.barrier_wait, barriers.at[part])
+                for barriers in (box_full, slot_full)
+            )
             return functools.partial(either, plan, slots_left, box, slots)
 
         return cls(
@@ -262,8 +318,8 @@ class Block(NamedTuple):
             refs.v_smem.at[stage, rows],
             waiter(refs.k_full, refs.kd_full, refs.kd_box_full),
             waiter(refs.v_full, refs.vd_full, refs.vd_box_full),
-            refs.k_free.at[stage],
-            refs.v_free.at[stage],
+            refs.k_free.at[part],
+            refs.v_free.at[part],
         )
 
 

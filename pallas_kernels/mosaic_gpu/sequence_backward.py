@@ -28,6 +28,8 @@ from pallas_kernels.mosaic_gpu.tuned import tuned
 from pallas_kernels.mosaic_gpu.wgmma import LOG2E, NO_SEGMENT, cdiv, pad_tokens
 from pallas_kernels.segments import segment_bounds
 
+_SHORT = 32  # blocks of keys
+
 
 class Depth(NamedTuple):
     """The depth part, for the dq kernel to take along."""
@@ -183,20 +185,37 @@ def _dq(config, plan, arrays, base2, delta, segments, depth, dq_dtype):
         deferred = depth.first is not None
         results = Results(dq_dtype, depth.slots_dtype, depth.running is not None, deferred)
         plan = _with_slot_stages(plan, config.dq_slot_stages, results)
+    plan = _with_piles(plan, results)
     common.check_smem(sequence_dq.shared_memory(plan, results), "sequence backward, dq")
     return dq_kernel(plan, inputs, results, running if results.slots_dtype is not None else ())
 
 
 def _with_slot_stages(plan, stages: int, results: Results) -> forward_tiles.Plan:
-    """With more stages, if the slots' gradients leave memory for one thread block in any case.
+    """With more stages, if they fit and slots are many or without gradients.
 
-    Not where keys are most of the work: there the third stage is 1% slower (T64K; T16K: 6% faster).
+    Where keys are most of the work, gradients and a third stage are 1% slower (T64K; T16K: 6%
+    faster).
     """
     more = plan._replace(config=dataclasses.replace(plan.config, stages=stages))
-    key_blocks = cdiv(plan.kv_len, plan.config.block_kv) / (2 if plan.causal else 1)
-    is_deep = 10 * cdiv(plan.slots, plan.block_slots) >= key_blocks
+    is_deep = 10 * cdiv(plan.slots, plan.block_slots) >= _key_blocks(plan)
     fits = sequence_dq.shared_memory(more, results) <= common.SMEM_LIMIT
-    return more if results.slots_dtype is not None and is_deep and fits else plan
+    return more if fits and (is_deep or results.slots_dtype is None) else plan
+
+
+def _with_piles(plan, results: Results) -> forward_tiles.Plan:
+    """With heavy and light tiles at the same time, where rows are short.
+
+    With slots' gradients, and for long rows, it is slower (B8, T16K).
+    """
+    if _key_blocks(plan) > _SHORT or results.slots_dtype is not None:
+        return plan
+    piles = 4 if plan.slots else 2
+    return plan._replace(config=dataclasses.replace(plan.config, piles=piles))
+
+
+def _key_blocks(plan) -> float:
+    """How many blocks of keys a tile reads on average."""
+    return cdiv(plan.kv_len, plan.config.block_kv) / (2 if plan.causal else 1)
 
 
 def _key_plan(config, query, key, scale, is_causal, segments) -> Plan:

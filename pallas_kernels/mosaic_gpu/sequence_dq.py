@@ -21,6 +21,7 @@ from pallas_kernels.mosaic_gpu.ring import (
     Block,
     Refs,
     depth_mask,
+    drain_parts,
     either,
     key_mask,
     load_blocks,
@@ -28,15 +29,13 @@ from pallas_kernels.mosaic_gpu.ring import (
     ring_memory,
     row_segments,
     split_unions,
-    visit_keys,
-    visit_slots,
+    visit_blocks,
 )
 from pallas_kernels.mosaic_gpu.sequence_tiles import two_products
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
     ROWS,
     accumulate,
-    drain,
     i32,
     rem,
     split_roles,
@@ -145,13 +144,12 @@ def shared_memory(plan: Plan, results: Results) -> int:
 
 
 def _load(plan: Plan, refs: Refs) -> None:
-    stages = plan.config.stages
     tile = locate(plan, refs.slots, refs.ranges, lax.axis_index("block"))
     pairs = (refs.query, refs.q_smem), (refs.d_out, refs.do_smem)
     load_rows(plan, tile, pairs, refs.q_full.at[0])
     step = load_blocks(plan, refs, tile, i32(0))
-    drain(refs.k_free, step, stages)
-    drain(refs.v_free, step, stages)
+    drain_parts(plan, refs.k_free, step)
+    drain_parts(plan, refs.v_free, step)
 
 
 class _Worker(NamedTuple):
@@ -218,7 +216,7 @@ def _compute(plan: Plan, refs: Refs, results: Results, warpgroup: jax.Array) -> 
     depth = functools.partial(_depth_step, worker, results)
     plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
     carry = (i32(0), common.zeros((ROWS, plan.head_dim)))
-    _, dq = visit_keys(worker.tile, plain, edge, visit_slots(plan, worker.tile, depth, carry))
+    _, dq = visit_blocks(plan, worker.tile, depth, plain, edge, carry)
     _store_dq(worker, dq)
     if results.slots_dtype is not None and not results.add:
         _store_zeros(worker)
@@ -246,7 +244,7 @@ def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
     return step + 1, dq
 
 
-def _depth_step(worker: _Worker, results: Results, i: jax.Array, carry):
+def _depth_step(worker: _Worker, results: Results, _, i: jax.Array, carry):
     """One depth block: dq, and the gradients of its slots."""
     plgpu = common.mosaic()
     plan, refs = worker.plan, worker.refs

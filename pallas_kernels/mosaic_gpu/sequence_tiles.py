@@ -26,11 +26,12 @@ class SequenceBackwardConfig:
 
     dq_block_kv: int = 128  # keys of a ring stage
     dq_stages: int = 2
-    dq_slot_stages: int = 3  # instead, with gradients of many slots, where memory allows it
+    dq_slot_stages: int = 3  # instead, with slots, where it is faster and memory allows it
     dq_warpgroups: int = 2
     dkv_block_q: int = 128  # queries of a ring stage
     dkv_stages: int = 2
     dkv_warpgroups: int = 2
+    dq_piles: int = 1  # sorted tiles are dealt from so many piles
     fuse_depth: bool = True  # the slots' gradients in the dq kernel, where a tile has all heads
 
     @property
@@ -38,7 +39,8 @@ class SequenceBackwardConfig:
         """The dq kernel's tiles, which are those of a forward."""
         return ForwardConfig(
             block_kv=self.dq_block_kv, stages=self.dq_stages, warpgroups=self.dq_warpgroups,
-            persistent=False, turns=False,
+            persistent=False, turns=False, depth_parts=1, alternate=False,
+            piles=self.dq_piles,
         )  # fmt: skip
 
     def shared_memory(self, head_dim: int) -> int:
@@ -63,7 +65,7 @@ class SequenceBackwardConfig:
 def sequence_backward_config(head_dim: int) -> SequenceBackwardConfig:
     """The tile sizes for a head size: those that leave the accumulators in registers."""
     if head_dim == 128:
-        return SequenceBackwardConfig(dq_block_kv=64, dkv_block_q=64)
+        return SequenceBackwardConfig(dq_block_kv=64, dq_piles=2, dkv_block_q=64)
     return SequenceBackwardConfig()
 
 
