@@ -32,6 +32,7 @@ from pallas_kernels.mosaic_gpu.ring import Refs, split_unions
 from pallas_kernels.mosaic_gpu.tuned import tuned
 from pallas_kernels.mosaic_gpu.wgmma import (
     ROWS,
+    pad_rows,
     pad_tokens,
     split_roles,
 )
@@ -92,7 +93,7 @@ def attend(
         head_dim, query.dtype, scale, is_causal, query_segments is not None,
         0 if depth_key is None else depth_key.shape[0],
     )  # fmt: skip
-    inputs = {"query": pad_tokens(query, 1)}
+    inputs = {"query": pad_rows(query, plan.tokens)}
     if key is not None and value is not None:
         inputs |= {"key": pad_tokens(key, 1), "value": pad_tokens(value, 1)}
     if plan.slots:

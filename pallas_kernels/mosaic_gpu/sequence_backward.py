@@ -25,7 +25,7 @@ from pallas_kernels.mosaic_gpu.sequence_tiles import (
     sequence_backward_config,
 )
 from pallas_kernels.mosaic_gpu.tuned import tuned
-from pallas_kernels.mosaic_gpu.wgmma import LOG2E, NO_SEGMENT, cdiv, pad_tokens
+from pallas_kernels.mosaic_gpu.wgmma import LOG2E, NO_SEGMENT, cdiv, pad_rows, pad_tokens
 from pallas_kernels.segments import segment_bounds
 
 _SHORT = 32  # blocks of keys
@@ -169,6 +169,7 @@ def sequence_backward(
 
 def _dq(config, plan, arrays, base2, delta, segments, depth, dq_dtype):
     inputs = dict(arrays)
+    inputs |= {name: pad_rows(arrays[name], plan.tokens) for name in ("query", "d_out")}
     inputs["lse"] = forward_tiles.rows_by_tile(plan, base2, jnp.inf)
     inputs["delta"] = forward_tiles.rows_by_tile(plan, delta, 0)
     if segments is not None:

@@ -134,6 +134,16 @@ def pad_tokens(x: jax.Array, axis: int) -> jax.Array:
     return common.pad_tokens(x, axis, TOKEN_ALIGNMENT)
 
 
+def pad_rows(x: jax.Array, tokens: int) -> jax.Array:
+    """[B, T, ...] with T padded, and never exactly one tile's tokens.
+
+    A slice as long as its axis loses its start when compiled: tiles past the end would overwrite
+    the first one.
+    """
+    x = pad_tokens(x, 1)
+    return common.pad_tokens(x, 1, tokens + TOKEN_ALIGNMENT) if x.shape[1] == tokens else x
+
+
 class Walk(NamedTuple):
     """The blocks that a tile meets, [start, stop): those that need no mask, then the others."""
 
