@@ -1,7 +1,8 @@
 """Fused forward of Mixture-of-Depths Attention for Hopper (Pallas Mosaic GPU, JAX >= 0.11).
 
-One kernel, one online softmax: a tile of 64 rows first reads the depth slots of its own tokens,
-then the sequence keys. A row is a (head, token) pair: a tile holds `tile_heads` query heads of one
+One kernel, one online softmax: a tile of 64 rows reads the depth slots of its own tokens and the
+sequence keys, both in parts that take turns (`ring.visit_blocks`).
+A row is a (head, token) pair: a tile holds `tile_heads` query heads of one
 KV head times 64 / `tile_heads` tokens, so K and V, and a token's depth K and V, are loaded once for
 all of them. Depth scores are a dense product of the tile with the slots of all its tokens, of which
 only the row's own token is kept: tensor cores do 64 S 4 H FLOP per token and KV head, which costs

@@ -145,7 +145,7 @@ def _depth_step(worker: _Worker, _, i: jax.Array, carry):
     first, stop = slot_block(plan, worker.refs.slots, worker.tile, i)
     block = Block.at(plan, worker.refs, worker.warpgroup, step, stop - first)
     mask = functools.partial(depth_mask, plan, worker.row_segment, stop - first)
-    return step + 1, _attend(worker, block, mask, state, turns=True)
+    return step + 1, _attend(worker, block, mask, state)
 
 
 def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
@@ -158,15 +158,13 @@ def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
         key_mask, plan, worker.token, worker.row_segment, start, segments
     )  # fmt: skip
     block = Block.at(plan, worker.refs, worker.warpgroup, step)
-    return step + 1, _attend(worker, block, mask if masked else None, state, turns=True)
+    return step + 1, _attend(worker, block, mask if masked else None, state)
 
 
-def _attend(
-    worker: _Worker, block: Block, mask: Callable[[], jax.Array] | None, state, *, turns: bool
-):
-    """Scores, softmax, weighted values of a block. `turns`: has the turn before and after."""
+def _attend(worker: _Worker, block: Block, mask: Callable[[], jax.Array] | None, state):
+    """Scores, softmax, weighted values of a block; has the turn before and after."""
     plgpu = common.mosaic()
-    scores = _scores(worker, block, turns=turns)
+    scores = _scores(worker, block)
     if mask is not None:
         scores = jnp.where(mask(), scores, -jnp.inf)
     plgpu.barrier_arrive(block.key_free)
@@ -174,21 +172,19 @@ def _attend(
     weights = weights.astype(worker.plan.dtype)
     acc, row_max, row_sum, weights = lax.optimization_barrier((acc, row_max, row_sum, weights))
     block.wait_value()
-    if turns:
-        worker.take_turn()
+    worker.take_turn()
     acc = accumulate(acc, (weights, block.value))
     plgpu.barrier_arrive(block.value_free)
     return acc, row_max, row_sum
 
 
-def _scores(worker: _Worker, block: Block, *, turns: bool) -> jax.Array:
+def _scores(worker: _Worker, block: Block) -> jax.Array:
     pl, plgpu = common.pallas(), common.mosaic()
     block.wait_key()
 
     def product(acc):
         plgpu.wgmma(acc, worker.query, block.key.transpose((1, 0)))
-        if turns:
-            worker.pass_turn()
+        worker.pass_turn()
         return acc[...]
 
     return pl.run_scoped(product, plgpu.ACC((ROWS, block.key.shape[0]), jnp.float32))

@@ -186,7 +186,8 @@ def _dq(config, plan, arrays, base2, delta, segments, depth, dq_dtype):
         deferred = depth.first is not None
         results = Results(dq_dtype, depth.slots_dtype, depth.running is not None, deferred)
         plan = _with_slot_stages(plan, config.dq_slot_stages, results)
-    plan = _with_piles(plan, results)
+    if config.dq_piles is None:
+        plan = _with_piles(plan, results)
     common.check_smem(sequence_dq.shared_memory(plan, results), "sequence backward, dq")
     return dq_kernel(plan, inputs, results, running if results.slots_dtype is not None else ())
 

@@ -31,7 +31,7 @@ class SequenceBackwardConfig:
     dkv_block_q: int = 128  # queries of a ring stage
     dkv_stages: int = 2
     dkv_warpgroups: int = 2
-    dq_piles: int = 1  # sorted tiles are dealt from so many piles
+    dq_piles: int | None = None  # sorted tiles are dealt from so many piles; None: by the shapes
     fuse_depth: bool = True  # the slots' gradients in the dq kernel, where a tile has all heads
 
     @property
@@ -40,7 +40,7 @@ class SequenceBackwardConfig:
         return ForwardConfig(
             block_kv=self.dq_block_kv, stages=self.dq_stages, warpgroups=self.dq_warpgroups,
             persistent=False, turns=False, depth_parts=1, alternate=False,
-            piles=self.dq_piles,
+            piles=self.dq_piles or 1,
         )  # fmt: skip
 
     def shared_memory(self, head_dim: int) -> int:
@@ -59,6 +59,8 @@ class SequenceBackwardConfig:
             )
         if min(self.dq_stages, self.dq_slot_stages, self.dkv_stages) < 2:
             raise ValueError(f"config needs at least 2 stages, got {self}")
+        if self.dq_piles is not None and self.dq_piles < 1:
+            raise ValueError(f"config needs dq_piles >= 1 or None, got {self}")
         common.check_smem(self.shared_memory(head_dim), "sequence backward, dk, dv")
 
 
