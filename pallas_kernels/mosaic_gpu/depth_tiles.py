@@ -12,7 +12,7 @@ of that head. Rows are (token, query head) pairs, columns (token, slot) pairs, i
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +211,7 @@ class Blocks(NamedTuple):
     tile: Tile
 
     @classmethod
-    def of(cls, slots_ref, tile: Tile) -> "Blocks":
+    def of(cls, slots_ref, tile: Tile) -> Self:
         start0, stop0, start1, stop1 = (slots_ref[i] for i in range(4))
         size = jnp.int32(tile.slots)
         first = lax.div(stop0 - start0 + (size - 1), size)

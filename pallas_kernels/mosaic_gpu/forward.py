@@ -24,6 +24,7 @@ from pallas_kernels.mosaic_gpu.forward_kernel import attend_tiles, load_tiles, s
 from pallas_kernels.mosaic_gpu.forward_tiles import (
     ForwardConfig,
     Plan,
+    flat_heads,
     forward_config,
     rows_by_token,
     segment_ranges,
@@ -114,32 +115,34 @@ def attend(
 
 
 def _run(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    config = plan.config
+    config, types = plan.config, scratch(plan)
+    query = inputs["query"]
+    inputs = inputs | {"query": flat_heads(query)}
     blocks = min(plan.tiles, _multiprocessors()) if config.persistent else plan.tiles
 
     def body(*operands, **memory):
         names = (*inputs, "out", "lse")
         views = dict(zip(names, operands, strict=True))
-        refs = Refs(**views, **split_unions(plan, memory)).read_scalars()
+        refs = Refs(**views, **split_unions(types, memory)).read_scalars()
         split_roles(
             config.warpgroups,
             lambda warpgroup: attend_tiles(plan, refs, blocks, warpgroup),
             lambda: load_tiles(plan, refs, blocks),
         )
 
-    query = inputs["query"]
     lse_shape = (plan.batch, plan.kv_heads, plan.steps_per_head * config.warpgroups, ROWS)
-    return common.launch(
+    out, lse = common.launch(
         body,
         name="moda_forward",
         grid={"block": blocks},
         out_type=(
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct(inputs["query"].shape, query.dtype),
             jax.ShapeDtypeStruct(lse_shape, jnp.float32),
         ),
-        scratch=scratch(plan),
+        scratch=types,
         threads=config.warpgroups + 1,
     )(*inputs.values())
+    return out.reshape(query.shape), lse
 
 
 def _multiprocessors() -> int:

@@ -19,6 +19,8 @@ from pallas_kernels.mosaic_gpu.ring import (
     load_blocks,
     load_rows,
     ring_memory,
+    row_memory,
+    row_pieces,
     row_segments,
     visit_blocks,
 )
@@ -43,9 +45,9 @@ def scratch(plan: Plan) -> dict[str, Any]:
     plgpu = common.mosaic()
     config = plan.config
     memory = ring_memory(plan) | {
-        "q_smem": common.smem((2, config.warpgroups, ROWS, plan.head_dim), plan.dtype),
+        "q_smem": row_memory(plan, plan.dtype, 2, config.warpgroups),
         "lse_smem": plgpu.SMEM((config.warpgroups, ROWS), jnp.float32),
-        "q_full": common.barrier(config.warpgroups * plan.heads, 2),
+        "q_full": common.barrier(config.warpgroups * plan.row_copies, 2),
         "q_free": common.barrier(config.warpgroups, 2),
     }
     if config.turns:
@@ -68,7 +70,9 @@ def load_tiles(plan: Plan, refs: Refs, blocks: int) -> None:
         tile = locate(plan, refs.slots, refs.ranges, nth(r))
         wait_free(refs.q_free, r, 2)
         buffer = rem(r, 2)
-        load_rows(plan, tile, [(refs.query, refs.q_smem.at[buffer])], refs.q_full.at[buffer])
+        boxes = None if refs.q_smem_boxes is None else refs.q_smem_boxes.at[buffer]
+        query = refs.query, refs.q_smem.at[buffer], boxes
+        load_rows(plan, tile, [query], refs.q_full.at[buffer])
         return load_blocks(plan, refs, tile, step)
 
     steps = lax.fori_loop(0, count, load_tile, i32(0))
@@ -88,6 +92,7 @@ class _Worker(NamedTuple):
     warpgroup: jax.Array
     tile: Tile
     query: Any
+    query_boxes: Any
     token: jax.Array  # the tile's first
     row_segment: jax.Array | None
 
@@ -111,8 +116,10 @@ def attend_tiles(plan: Plan, refs: Refs, blocks: int, warpgroup: jax.Array) -> N
         buffer = rem(r, 2)
         token, _ = unit(plan, tile, warpgroup)
         row_segment = row_segments(plan, refs, tile, token)
-        query = refs.q_smem.at[buffer, warpgroup]
-        worker = _Worker(plan, refs, warpgroup, tile, query, token, row_segment)
+        query, boxes = (
+            None if x is None else x.at[buffer, warpgroup] for x in (refs.q_smem, refs.q_smem_boxes)
+        )
+        worker = _Worker(plan, refs, warpgroup, tile, query, boxes, token, row_segment)
         plgpu.barrier_wait(refs.q_full.at[buffer])
         plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
         depth = functools.partial(_depth_step, worker)
@@ -212,13 +219,9 @@ def _store(worker: _Worker, state) -> None:
     worker.query[...] = (acc * spread(inverse, acc.shape, 0)).astype(plan.dtype)
     lse_ref[...] = jnp.where(seen, row_max / LOG2E + jnp.log(row_sum), -jnp.inf)
     plgpu.commit_smem()
-    token, head = unit(plan, tile, worker.warpgroup)
-    for i in range(plan.heads):
-        plgpu.copy_smem_to_gmem(
-            worker.query.at[common.ds(i * plan.tokens, plan.tokens)],
-            refs.out.at[tile.batch, common.ds(token, plan.tokens), head + i],
-            commit_group=False,
-        )
+    rows = worker.query, worker.query_boxes
+    for piece, place in row_pieces(plan, tile, worker.warpgroup, refs.out, *rows):
+        plgpu.copy_smem_to_gmem(place, piece, commit_group=False)
     number = tile.place * plan.config.warpgroups + worker.warpgroup
     target = refs.lse.at[tile.batch, tile.kv_head, number]
     plgpu.copy_smem_to_gmem(lse_ref, target, commit_group=False)

@@ -14,6 +14,7 @@ from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.wgmma import (
     NO_SEGMENT,
     ROWS,
+    TOKEN_ALIGNMENT,
     Walk,
     cdiv,
     div,
@@ -38,6 +39,8 @@ class ForwardConfig:
     depth_parts: int = 4  # in so many parts the slots are read, in turn with parts of the keys
     alternate: bool = True  # every second thread block begins with keys
     piles: int = 1  # sorted tiles are dealt from so many piles, so that heavy and light ones mix
+    depth_warpgroup: bool = False  # slots are read by a warpgroup of their own
+    slot_stages: int = 3  # blocks of slots that it has in flight
     slot_boxes: bool = True  # one TMA load for all slots of a depth block, where layouts allow it
 
     @property
@@ -103,6 +106,11 @@ class Plan(NamedTuple):
         return ROWS // self.heads
 
     @property
+    def octets(self) -> int:
+        """Of tokens in a tile. TMA lays down [tokens, heads · H] by 8 rows and a head."""
+        return self.tokens // TOKEN_ALIGNMENT
+
+    @property
     def subgroups(self) -> int:
         """Tiles that share a token tile."""
         return self.group // self.heads
@@ -122,9 +130,18 @@ class Plan(NamedTuple):
         return self.batch * self.kv_heads * self.steps_per_head
 
     @property
+    def ring_slots(self) -> int:
+        """Slots of which blocks go through the ring."""
+        return 0 if self.depth_warpgroup else self.slots
+
+    @property
+    def depth_warpgroup(self) -> bool:
+        return self.config.depth_warpgroup and self.slots > 0 and self.kv_len > 0
+
+    @property
     def stage_keys(self) -> int:
         """Rows of a ring stage."""
-        return self.config.stage_keys if self.slots else self.config.block_kv
+        return self.config.stage_keys if self.ring_slots else self.config.block_kv
 
     @property
     def depth_keys(self) -> int:
@@ -136,6 +153,11 @@ class Plan(NamedTuple):
         return self.depth_keys // self.tokens
 
     @property
+    def row_copies(self) -> int:
+        """How many pieces `ring.row_pieces` yields."""
+        return ROWS // TOKEN_ALIGNMENT if platforms.interpreted() else 1
+
+    @property
     def boxes(self) -> bool:
         """Whether whole depth blocks come in one piece: [slots, tokens, H] lies like a ring stage.
 
@@ -143,7 +165,7 @@ class Plan(NamedTuple):
         """
         config = self.config
         fits = self.head_dim == 64 and self.depth_keys * config.warpgroups == self.stage_keys
-        return fits and config.slot_boxes and self.slots > 0 and not platforms.interpreted()
+        return fits and config.slot_boxes and self.ring_slots > 0 and not platforms.interpreted()
 
 
 class Tile(NamedTuple):
@@ -152,7 +174,7 @@ class Tile(NamedTuple):
     batch: jax.Array
     kv_head: jax.Array
     place: jax.Array  # among the tiles of its KV head
-    depth_first: jax.Array  # blocks of the first range of slots
+    depth_first: jax.Array  # blocks of the first range of slots, of those that go through the ring
     depth_blocks: jax.Array
     kv: Walk | None  # sequence blocks
 
@@ -196,16 +218,20 @@ def _dealt(index: jax.Array, count: int, piles: int) -> jax.Array:
     return div(index, piles) + pile * height - jnp.maximum(pile - full, 0)
 
 
-def locate(plan: Plan, slots: Any, ranges: Any, number: jax.Array) -> Tile:
-    """The `number`-th tile; `slots` and `ranges` are the kernel's references to those inputs."""
+def locate_rows(plan: Plan, number: jax.Array) -> Tile:
+    """The `number`-th tile without its blocks; heavy ones come first."""
     head, index = place(number, plan.heads_together, plan.steps_per_head)
     index = _dealt(index, plan.steps_per_head, plan.config.piles)
     if plan.causal:
         index = plan.steps_per_head - 1 - index
-    batch, kv_head = divmod_i32(head, plan.kv_heads)
     zero = i32(0)
-    tile = Tile(batch, kv_head, index, zero, zero, None)
-    if plan.slots:
+    return Tile(*divmod_i32(head, plan.kv_heads), index, zero, zero, None)
+
+
+def locate(plan: Plan, slots: Any, ranges: Any, number: jax.Array) -> Tile:
+    """The `number`-th tile; `slots` and `ranges` are the kernel's references to those inputs."""
+    tile = locate_rows(plan, number)
+    if plan.ring_slots:
         size = plan.block_slots
         first = div(slots[1] - slots[0] + (size - 1), size)
         second = div(slots[3] - slots[2] + (size - 1), size)
@@ -235,7 +261,21 @@ def slot_block(plan: Plan, slots: Any, tile: Tile, block: jax.Array) -> tuple[ja
     return first, jnp.where(second, slots[3], slots[1])
 
 
-# rows as they lie in tiles
+# rows as they lie in tiles: (octet of tokens, head, token of the octet)
+
+
+def row_tokens(plan: Plan, rows: jax.Array) -> jax.Array:
+    """The token, counted from the tile's first, of every row; all sizes are powers of two."""
+    own = rows & (TOKEN_ALIGNMENT - 1)
+    if plan.octets == 1:
+        return own
+    octet_bits = (TOKEN_ALIGNMENT * plan.heads).bit_length() - 1
+    return (rows >> octet_bits) * TOKEN_ALIGNMENT + own
+
+
+def flat_heads(x: jax.Array) -> jax.Array:
+    """[B, T, N, H] -> [B, T, N · H]."""
+    return x.reshape(*x.shape[:2], -1)
 
 
 def _token_tiles(plan: Plan, segments: jax.Array) -> jax.Array:
@@ -248,7 +288,9 @@ def _token_tiles(plan: Plan, segments: jax.Array) -> jax.Array:
 def segment_rows(plan: Plan, segments: jax.Array) -> jax.Array:
     """[B, token tiles, 64]: the segment of every row of a tile, padding made unequal to all."""
     ids = _token_tiles(plan, segments)
-    return jnp.tile(jnp.where(ids == 0, NO_SEGMENT, ids), (1, 1, plan.heads))
+    ids = jnp.where(ids == 0, NO_SEGMENT, ids)
+    ids = ids.reshape(*ids.shape[:2], plan.octets, 1, TOKEN_ALIGNMENT)
+    return jnp.tile(ids, (1, 1, 1, plan.heads, 1)).reshape(*ids.shape[:2], ROWS)
 
 
 def segment_ranges(plan: Plan, segments: jax.Array, key_segments: jax.Array) -> jax.Array:
@@ -262,9 +304,9 @@ def rows_by_token(plan: Plan, x: jax.Array) -> jax.Array:
     """[B, K, units, 64] as the tiles lie to [B, Tq, N]."""
     tiles = cdiv(plan.q_len, plan.tokens)
     x = x[:, :, : tiles * plan.subgroups].reshape(
-        plan.batch, plan.kv_heads, tiles, plan.subgroups, plan.heads, plan.tokens
+        plan.batch, plan.kv_heads, tiles, plan.subgroups, plan.octets, plan.heads, TOKEN_ALIGNMENT
     )
-    x = x.transpose(0, 2, 5, 1, 3, 4).reshape(plan.batch, tiles * plan.tokens, -1)
+    x = x.transpose(0, 2, 4, 6, 1, 3, 5).reshape(plan.batch, tiles * plan.tokens, -1)
     return x[:, : plan.q_len]
 
 
@@ -273,5 +315,7 @@ def rows_by_tile(plan: Plan, x: jax.Array, fill: float) -> jax.Array:
     tiles = cdiv(plan.steps_per_head * plan.config.warpgroups, plan.subgroups)
     missing = tiles * plan.tokens - x.shape[1]
     x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
-    x = x.reshape(plan.batch, tiles, plan.tokens, plan.kv_heads, plan.subgroups, plan.heads)
-    return x.transpose(0, 3, 1, 4, 5, 2).reshape(plan.batch, plan.kv_heads, -1, ROWS)
+    x = x.reshape(
+        plan.batch, tiles, plan.octets, TOKEN_ALIGNMENT, plan.kv_heads, plan.subgroups, -1
+    )
+    return x.transpose(0, 4, 1, 5, 2, 6, 3).reshape(plan.batch, plan.kv_heads, -1, ROWS)

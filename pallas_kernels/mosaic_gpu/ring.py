@@ -5,18 +5,20 @@ warpgroups; a depth block gives each its own (slot, token) rows, as their tokens
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, slot_block, unit
+from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, row_tokens, slot_block, unit
 from pallas_kernels.mosaic_gpu.wgmma import (
     NO_SEGMENT,
     ROWS,
+    TOKEN_ALIGNMENT,
     div,
     i32,
     iota,
@@ -45,7 +47,9 @@ class Refs(NamedTuple):
     d_depth_key: Any = None
     d_depth_value: Any = None
     q_smem: Any = None
+    q_smem_boxes: Any = None  # the same memory as [..., tokens, heads · H]
     do_smem: Any = None
+    do_smem_boxes: Any = None
     k_smem: Any = None
     v_smem: Any = None
     k_smem_boxes: Any = None  # the same memory as [stages, warpgroups, slots, tokens, H]
@@ -53,6 +57,7 @@ class Refs(NamedTuple):
     segment_smem: Any = None
     lse_smem: Any = None
     dq_smem: Any = None
+    dq_smem_boxes: Any = None
     weight_smem: Any = None
     d_slot_smem: Any = None
     old_smem: Any = None  # for the interpreter; see `common.store`
@@ -68,6 +73,13 @@ class Refs(NamedTuple):
     k_free: Any = None
     v_free: Any = None
     turn: Any = None
+    slot_keys: Any = None  # from here on of `depth_warpgroup`
+    slot_values: Any = None
+    slot_weights: Any = None
+    slots_loaded: Any = None
+    box_loaded: Any = None
+    depth_rows: Any = None
+    depth_full: Any = None
 
     def read_scalars(self) -> "Refs":
         """With `slots` as values: from global memory they would come late in every depth block."""
@@ -86,23 +98,52 @@ def ring_memory(plan: Plan) -> dict[str, Any]:
     memory = {"k_smem": ring, "v_smem": ring, "k_free": parts(1), "v_free": parts(1)}
     if plan.kv_len:
         memory |= {"k_full": barrier(2 if plan.segments else 1), "v_full": barrier(1)}
-    if plan.slots:
+    if plan.ring_slots:
         memory |= {"kd_full": parts(plan.block_slots), "vd_full": parts(plan.block_slots)}
     if plan.boxes:
         shape = (config.stages, config.warpgroups, plan.block_slots, plan.tokens)
         boxes = common.smem((*shape, plan.head_dim), plan.dtype)
-        both = plgpu.RefUnion(ring, boxes)
-        memory |= {"k_smem": both, "v_smem": both}
+        memory |= dict.fromkeys(("k_smem", "v_smem"), plgpu.RefUnion(ring, boxes))
         memory |= dict.fromkeys(("kd_box_full", "vd_box_full"), parts(1))
     if plan.kv_len and plan.segments:
         memory["segment_smem"] = plgpu.SMEM((config.stages, config.block_kv), jnp.int32)
     return memory
 
 
-def split_unions(plan: Plan, memory: dict[str, Any]) -> dict[str, Any]:
-    """The two views of the ring under their own names."""
-    if plan.boxes:
-        for name in ("k_smem", "v_smem"):
+def row_memory(plan: Plan, dtype: Any, *leading: int) -> Any:
+    """Shared memory for the rows of tiles, [*leading, 64, H] and as `row_pieces` has them.
+
+    TMA lays [tokens, heads · H] down by 8 rows and a head: that is how rows are sorted. The
+    interpreter cannot see one memory as two arrays.
+    """
+    rows = common.smem((*leading, ROWS, plan.head_dim), dtype)
+    if platforms.interpreted():
+        return rows
+    boxes = common.smem((*leading, plan.tokens, plan.heads * plan.head_dim), dtype)
+    return common.mosaic().RefUnion(rows, boxes)
+
+
+def row_pieces(
+    plan: Plan, tile: Tile, warpgroup: Any, array: Any, rows: Any, boxes: Any
+) -> Iterator[tuple[Any, Any]]:
+    """(piece of an array [B, T, N · H], its place in shared memory) of a warpgroup's tile."""
+    token, head = unit(plan, tile, warpgroup)
+    if boxes is not None:
+        width = common.ds(head * plan.head_dim, plan.heads * plan.head_dim)
+        yield array.at[tile.batch, common.ds(token, plan.tokens), width], boxes
+        return
+    for i in range(plan.row_copies):
+        octet, own = divmod(i, plan.heads)
+        tokens = common.ds(token + octet * TOKEN_ALIGNMENT, TOKEN_ALIGNMENT)
+        width = common.ds((head + own) * plan.head_dim, plan.head_dim)
+        place = common.ds(i * TOKEN_ALIGNMENT, TOKEN_ALIGNMENT)
+        yield array.at[tile.batch, tokens, width], rows.at[place]
+
+
+def split_unions(types: dict[str, Any], memory: dict[str, Any]) -> dict[str, Any]:
+    """The two views of one memory under their own names; `types`: what `memory` was made of."""
+    for name, kind in types.items():
+        if isinstance(kind, common.mosaic().RefUnion):
             memory[name], memory[name + "_boxes"] = memory[name]
     return memory
 
@@ -126,7 +167,7 @@ def visit_blocks(plan: Plan, tile: Tile, depth: Callable, plain: Callable, edge:
     """
 
     def slots(start, stop, carry):
-        if not plan.slots:
+        if not plan.ring_slots:
             return carry
         return lax.fori_loop(start, stop, functools.partial(depth, start), carry)
 
@@ -143,7 +184,7 @@ def visit_blocks(plan: Plan, tile: Tile, depth: Callable, plain: Callable, edge:
         )
 
     parts, alternate = plan.config.depth_parts, plan.config.alternate
-    if not plan.slots or (parts == 1 and not alternate):
+    if not plan.ring_slots or (parts == 1 and not alternate):
         return keys(i32(0), stop, slots(i32(0), tile.depth_blocks, carry))
     late = rem(lax.axis_index("block"), 2) if alternate else i32(0)
 
@@ -190,19 +231,13 @@ def drain_parts(plan: Plan, free: Any, steps: jax.Array) -> None:
     lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
 
 
-def load_rows(plan: Plan, tile: Tile, pairs: Any, full: Any) -> None:
-    """The tiles' rows of each (array [B, T, N, H], memory [warpgroups, 64, H])."""
-    plgpu = common.mosaic()
+def load_rows(plan: Plan, tile: Tile, sources: Any, full: Any) -> None:
+    """The tiles' rows of each (array [B, T, N · H], memory and its boxes, by warpgroup)."""
     for warpgroup in range(plan.config.warpgroups):
-        token, head = unit(plan, tile, warpgroup)
-        for i in range(plan.heads):
-            rows = common.ds(i * plan.tokens, plan.tokens)
-            for source, memory in pairs:
-                plgpu.copy_gmem_to_smem(
-                    source.at[tile.batch, common.ds(token, plan.tokens), head + i],
-                    memory.at[warpgroup, rows],
-                    full,
-                )
+        for source, rows, boxes in sources:
+            own = rows.at[warpgroup], None if boxes is None else boxes.at[warpgroup]
+            for piece, place in row_pieces(plan, tile, warpgroup, source, *own):
+                common.mosaic().copy_gmem_to_smem(piece, place, full)
 
 
 def _load_keys(plan: Plan, refs: Refs, tile: Tile, i: jax.Array, step: jax.Array) -> jax.Array:
@@ -335,9 +370,9 @@ def row_segments(plan: Plan, refs: Refs, tile: Tile, token: jax.Array) -> jax.Ar
 def depth_mask(plan: Plan, row_segment: jax.Array | None, slots_left: jax.Array) -> jax.Array:
     """A row sees the slots of its own token, unless it is padding."""
     shape = (ROWS, plan.depth_keys)
-    row, column = iota(shape, 0), iota(shape, 1)
-    last = plan.tokens - 1  # the number of tokens is a power of two
-    mask = ((row & last) == (column & last)) & (column < slots_left * plan.tokens)
+    token, column = row_tokens(plan, iota(shape, 0)), iota(shape, 1)
+    own = column & (plan.tokens - 1)  # the number of tokens is a power of two
+    mask = (token == own) & (column < slots_left * plan.tokens)
     if row_segment is not None:
         mask &= spread(row_segment, shape, 0) != NO_SEGMENT
     return mask
@@ -349,7 +384,7 @@ def key_mask(plan: Plan, token, row_segment, start: jax.Array, segments: Any) ->
     column = iota(shape, 1) + start
     mask = None
     if plan.causal:
-        mask = column <= (iota(shape, 0) & (plan.tokens - 1)) + token
+        mask = column <= row_tokens(plan, iota(shape, 0)) + token
     if not plan.causal or plan.kv_len < plan.q_len:  # else no query that there is sees past the end
         inside = column < plan.kv_len
         mask = inside if mask is None else mask & inside

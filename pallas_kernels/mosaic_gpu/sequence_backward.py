@@ -185,11 +185,21 @@ def _dq(config, plan, arrays, base2, delta, segments, depth, dq_dtype):
         running = tuple(pad_tokens(x, 2) for x in depth.running or ())
         deferred = depth.first is not None
         results = Results(dq_dtype, depth.slots_dtype, depth.running is not None, deferred)
+        plan = _with_depth_warpgroup(config, plan, results)
         plan = _with_slot_stages(plan, config.dq_slot_stages, results)
     if config.dq_piles is None:
         plan = _with_piles(plan, results)
     common.check_smem(sequence_dq.shared_memory(plan, results), "sequence backward, dq")
     return dq_kernel(plan, inputs, results, running if results.slots_dtype is not None else ())
+
+
+def _with_depth_warpgroup(config, plan, results: Results) -> forward_tiles.Plan:
+    """With a warpgroup for the slots, where it is faster and fits: it does not do gradients."""
+    if not config.depth_warpgroup or results.slots_dtype is not None or plan.head_dim > 64:
+        return plan
+    more = plan._replace(config=dataclasses.replace(plan.config, depth_warpgroup=True))
+    fits = sequence_dq.shared_memory(more, results) <= common.SMEM_LIMIT
+    return more if fits and plan.config.warpgroups < 3 else plan
 
 
 def _with_slot_stages(plan, stages: int, results: Results) -> forward_tiles.Plan:

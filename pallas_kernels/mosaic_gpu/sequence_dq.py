@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import platforms
-from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, locate, slot_block, unit
+from pallas_kernels.mosaic_gpu import common, depth_warpgroup
+from pallas_kernels.mosaic_gpu.depth_warpgroup import depth_dq, depth_rows
+from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, flat_heads, locate, slot_block, unit
 from pallas_kernels.mosaic_gpu.ring import (
     Block,
     Refs,
@@ -27,6 +28,8 @@ from pallas_kernels.mosaic_gpu.ring import (
     load_blocks,
     load_rows,
     ring_memory,
+    row_memory,
+    row_pieces,
     row_segments,
     split_unions,
     visit_blocks,
@@ -63,9 +66,13 @@ def dq_kernel(
     inputs: arrays by the names of `Refs`; lse (base 2; +inf: sees nothing) and delta as
     `rows_by_tile`. running: the gradients to add to, if `results.add`.
     """
-    memory = scratch(plan, results)
+    types = scratch(plan, results)
     query = inputs["query"]
-    outputs = [jax.ShapeDtypeStruct(query.shape, results.dq_dtype)]
+    inputs = inputs | {name: flat_heads(inputs[name]) for name in ("query", "d_out")}
+    if plan.depth_warpgroup:
+        depth = ("depth_key", "depth_value")
+        inputs |= {name: depth_warpgroup.flat(plan, inputs[name]) for name in depth}
+    outputs = [jax.ShapeDtypeStruct(inputs["query"].shape, results.dq_dtype)]
     slots = ("d_depth_key", "d_depth_value") if results.slots_dtype is not None else ()
     if slots and not results.add:
         num_slots, batch, length = inputs["depth_key"].shape[:3]
@@ -76,11 +83,12 @@ def dq_kernel(
 
     def body(*operands, **memory):
         views = dict(zip(names, operands, strict=True))
-        refs = Refs(**views, **split_unions(plan, memory)).read_scalars()
+        refs = Refs(**views, **split_unions(types, memory)).read_scalars()
         split_roles(
             plan.config.warpgroups,
             lambda warpgroup: _compute(plan, refs, results, warpgroup),
             lambda: _load(plan, refs),
+            functools.partial(depth_dq, plan, refs) if plan.depth_warpgroup else None,
         )
 
     refs = [jax.new_ref(_flat(plan, x)) for x in running]
@@ -89,14 +97,15 @@ def dq_kernel(
         name="moda_sequence_dq",
         grid={"block": plan.tiles},
         out_type=outputs,
-        scratch=memory,
-        threads=plan.config.warpgroups + 1,
+        scratch=types,
+        threads=plan.config.warpgroups + (2 if plan.depth_warpgroup else 1),
     )(*inputs.values(), *refs)
+    dq = new[0].reshape(query.shape)
     if not slots:
-        return new[0], None
+        return dq, None
     grads = [jax.freeze(ref) for ref in refs] or new[1:]
     shape = (plan.slots, plan.batch, -1, plan.kv_heads, plan.head_dim)
-    return new[0], (grads[0].reshape(shape), grads[1].reshape(shape))
+    return dq, (grads[0].reshape(shape), grads[1].reshape(shape))
 
 
 def _flat(plan: Plan, x: jax.Array) -> jax.Array:
@@ -108,14 +117,16 @@ def _flat(plan: Plan, x: jax.Array) -> jax.Array:
 def scratch(plan: Plan, results: Results) -> dict[str, Any]:
     """Shared memory and barriers, by the names of `Refs`."""
     count = plan.config.warpgroups
-    rows = common.smem((count, ROWS, plan.head_dim), plan.dtype)
+    rows = row_memory(plan, plan.dtype, count)
     memory = ring_memory(plan) | {
         "q_smem": rows,
         "do_smem": rows,
-        "q_full": common.barrier(2 * count * plan.heads, 1),
+        "q_full": common.barrier(2 * count * plan.row_copies, 1),
     }
     if jnp.dtype(results.dq_dtype).itemsize == 4:
-        memory["dq_smem"] = common.smem((count, ROWS, plan.head_dim), results.dq_dtype)
+        memory["dq_smem"] = row_memory(plan, results.dq_dtype, count)
+    if plan.depth_warpgroup:
+        memory |= depth_warpgroup.memory(plan)
     if results.slots_dtype is not None:
         shape: tuple[int, ...] = (plan.depth_keys, plan.head_dim)
         if plan.boxes:
@@ -136,7 +147,7 @@ def shared_memory(plan: Plan, results: Results) -> int:
     rows = 2 * config.warpgroups * ROWS * dim * 2
     ring = 2 * config.stages * plan.stage_keys * dim * 2 + config.stages * config.block_kv * 4
     out = config.warpgroups * ROWS * dim * 4 * (jnp.dtype(results.dq_dtype).itemsize == 4)
-    slots = 0
+    slots = depth_warpgroup.shared_memory(plan) if plan.depth_warpgroup else 0
     if results.slots_dtype is not None:
         size = jnp.dtype(results.slots_dtype).itemsize
         slots = 2 * config.warpgroups * plan.depth_keys * (ROWS * 2 + dim * size)
@@ -145,8 +156,11 @@ def shared_memory(plan: Plan, results: Results) -> int:
 
 def _load(plan: Plan, refs: Refs) -> None:
     tile = locate(plan, refs.slots, refs.ranges, lax.axis_index("block"))
-    pairs = (refs.query, refs.q_smem), (refs.d_out, refs.do_smem)
-    load_rows(plan, tile, pairs, refs.q_full.at[0])
+    rows = (
+        (refs.query, refs.q_smem, refs.q_smem_boxes),
+        (refs.d_out, refs.do_smem, refs.do_smem_boxes),
+    )
+    load_rows(plan, tile, rows, refs.q_full.at[0])
     step = load_blocks(plan, refs, tile, i32(0))
     drain_parts(plan, refs.k_free, step)
     drain_parts(plan, refs.v_free, step)
@@ -217,6 +231,8 @@ def _compute(plan: Plan, refs: Refs, results: Results, warpgroup: jax.Array) -> 
     plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
     carry = (i32(0), common.zeros((ROWS, plan.head_dim)))
     _, dq = visit_blocks(plan, worker.tile, depth, plain, edge, carry)
+    if plan.depth_warpgroup:
+        dq += depth_rows(refs, warpgroup)
     _store_dq(worker, dq)
     if results.slots_dtype is not None and not results.add:
         _store_zeros(worker)
@@ -369,16 +385,13 @@ def _store_dq(worker: _Worker, dq: jax.Array) -> None:
     """Over the queries, which nobody reads any more, if the types allow it."""
     plgpu = common.mosaic()
     plan, refs, tile = worker.plan, worker.refs, worker.tile
-    memory = (refs.q_smem if refs.dq_smem is None else refs.dq_smem).at[worker.warpgroup]
+    memories = refs.dq_smem, refs.dq_smem_boxes
     if refs.dq_smem is None:
+        memories = refs.q_smem, refs.q_smem_boxes
         plgpu.commit_smem()  # every warp has finished its products with the queries
+    memory, boxes = (None if x is None else x.at[worker.warpgroup] for x in memories)
     memory[...] = (dq * plan.scale).astype(memory.dtype)
     plgpu.commit_smem()
-    token, head = unit(plan, tile, worker.warpgroup)
-    for i in range(plan.heads):
-        plgpu.copy_smem_to_gmem(
-            memory.at[common.ds(i * plan.tokens, plan.tokens)],
-            refs.out.at[tile.batch, common.ds(token, plan.tokens), head + i],
-            commit_group=False,
-        )
+    for piece, place in row_pieces(plan, tile, worker.warpgroup, refs.out, memory, boxes):
+        plgpu.copy_smem_to_gmem(place, piece, commit_group=False)
     plgpu.commit_smem_to_gmem_group()

@@ -80,21 +80,35 @@ def accumulate(total: jax.Array, *products: tuple[jax.Array, Any]) -> jax.Array:
     return pl.run_state(add)(plgpu.ACC.init(total))
 
 
-def split_roles(count: int, compute: Callable[[jax.Array], None], load: Callable[[], None]) -> None:
-    """The first `count` warpgroups compute, the last one loads."""
+def split_roles(
+    count: int,
+    compute: Callable[[jax.Array], None],
+    load: Callable[[], None],
+    depth: Callable[[], None] | None = None,
+) -> None:
+    """The first `count` warpgroups compute, the next one loads, one more may care for slots."""
     plgpu = common.mosaic()
     warpgroup = lax.axis_index("warpgroup")
+    registers: tuple[int, ...] = {1: (240, 40), 2: (232, 40), 3: (160, 32)}[count]
+    if depth is not None:
+        registers = {1: (240, 24, 112), 2: (200, 24, 88)}[count]
 
     def compute_role():
-        plgpu.set_max_registers({1: 240, 2: 232, 3: 160}[count], action="increase")
+        plgpu.set_max_registers(registers[0], action="increase")
         compute(warpgroup)
 
     def load_role():
-        plgpu.set_max_registers(32 if count == 3 else 40, action="decrease")
+        plgpu.set_max_registers(registers[1], action="decrease")
         load()
+
+    def depth_role():
+        plgpu.set_max_registers(registers[2], action="decrease")
+        depth()
 
     common.when(warpgroup < count, compute_role)
     common.when(warpgroup == count, load_role)
+    if depth is not None:
+        common.when(warpgroup == count + 1, depth_role)
 
 
 def wait_free(barriers: Any, step: jax.Array, stages: int) -> None:
