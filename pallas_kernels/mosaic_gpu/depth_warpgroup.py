@@ -34,7 +34,6 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     spread,
 )
 
-SLOTS = ROWS // TOKEN_ALIGNMENT  # of a block
 _OCTET_BITS = TOKEN_ALIGNMENT.bit_length() - 1
 
 
@@ -45,7 +44,8 @@ class Blocks(depth_tiles.Blocks):
         """(first slot of a block, end of its range)."""
         start, stop = super().bounds(block)
         first = jnp.where(block < self.first_count, self.ranges[0], self.ranges[2])
-        return jnp.where(stop - first >= SLOTS, jnp.minimum(start, stop - SLOTS), start), stop
+        size = self.tile.slots
+        return jnp.where(stop - first >= size, jnp.minimum(start, stop - size), start), stop
 
     def seen(self, block, shape: tuple[int, int]):
         """Of pairs (slot, token), (head, token): those of one token, and of this block's slots."""
@@ -59,11 +59,9 @@ class Blocks(depth_tiles.Blocks):
     def has_part(self):
         """Whether a range has slots, but fewer than a block."""
         start0, stop0, start1, stop1 = self.ranges
-        return _is_part(stop0 - start0) | _is_part(stop1 - start1)
-
-
-def _is_part(count):
-    return (count > 0) & (count < SLOTS)
+        counts = stop0 - start0, stop1 - start1
+        first, second = ((count > 0) & (count < self.tile.slots) for count in counts)
+        return first | second
 
 
 def memory(plan: Plan) -> dict[str, Any]:
@@ -74,17 +72,17 @@ def memory(plan: Plan) -> dict[str, Any]:
     return {
         "slot_keys": slots,
         "slot_values": slots,
-        "slot_weights": common.smem((_columns(plan), ROWS), plan.dtype),
+        "slot_weights": common.smem((_columns(plan), tile.columns), plan.dtype),
         "slots_loaded": barriers["slots_loaded"],
-        "depth_rows": common.smem((plan.config.warpgroups, ROWS, plan.head_dim), jnp.float32),
         "depth_full": common.barrier(plan.octets, plan.config.warpgroups),
     } | ({"box_loaded": barriers["box_loaded"]} if tile.boxes else {})
 
 
 def shared_memory(plan: Plan) -> int:
     """Bytes of `memory`, without barriers."""
-    ring = 2 * plan.config.slot_stages * ROWS * plan.head_dim * 2
-    return ring + _columns(plan) * ROWS * 2 + plan.config.warpgroups * ROWS * plan.head_dim * 4
+    pairs = _tile(plan).columns
+    ring = 2 * plan.config.slot_stages * pairs * plan.head_dim * 2
+    return ring + _columns(plan) * pairs * 2
 
 
 def flat(plan: Plan, x: jax.Array) -> jax.Array:
@@ -98,7 +96,9 @@ def _columns(plan: Plan) -> int:
 
 def _tile(plan: Plan) -> depth_tiles.Tile:
     boxes = not platforms.interpreted()  # which does not read through a reshaped buffer
-    return depth_tiles.Tile(1, TOKEN_ALIGNMENT, SLOTS, plan.head_dim, boxes=boxes)
+    return depth_tiles.Tile(
+        1, TOKEN_ALIGNMENT, plan.config.slot_block, plan.head_dim, boxes=boxes
+    )
 
 
 def _config(plan: Plan) -> DepthConfig:
@@ -168,7 +168,7 @@ class Reader(NamedTuple):
     def hand_over(self, part: jax.Array, columns: jax.Array) -> None:
         """Puts [H, (head, token)] of an octet to where its rows' warpgroup finds them."""
         warpgroup, rows = self.octet_rows(part)
-        _store_transposed(self.refs.depth_rows.at[warpgroup, rows], columns)
+        _store_transposed(self.refs.dq_smem.at[warpgroup, rows], columns)
         common.mosaic().barrier_arrive(self.refs.depth_full.at[warpgroup])
 
 
@@ -186,7 +186,7 @@ def depth_rows(refs: Refs, warpgroup: jax.Array) -> jax.Array:
     """What `Reader.hand_over` put there, of a warpgroup's tile: [64, H] float32."""
     plgpu = common.mosaic()
     plgpu.barrier_wait(refs.depth_full.at[warpgroup])
-    rows = refs.depth_rows.at[warpgroup]
+    rows = refs.dq_smem.at[warpgroup]
     return plgpu.load(rows, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
@@ -204,7 +204,7 @@ def depth_dq(plan: Plan, refs: Refs) -> None:
 
     reader.start(tiles, steps)
     plgpu.barrier_wait(refs.q_full.at[0])
-    shape = (ROWS, _columns(plan))
+    shape = (reader.blocks.tile.columns, _columns(plan))
     weights_ref = refs.slot_weights
 
     def octet(part, _):

@@ -40,7 +40,8 @@ class ForwardConfig:
     alternate: bool = True  # every second thread block begins with keys
     piles: int = 1  # sorted tiles are dealt from so many piles, so that heavy and light ones mix
     depth_warpgroup: bool = False  # slots are read by a warpgroup of their own
-    slot_stages: int = 3  # blocks of slots that it has in flight
+    slot_block: int = 8  # slots of its blocks: 8 or 16
+    slot_stages: int = 3  # blocks that it has in flight
     slot_boxes: bool = True  # one TMA load for all slots of a depth block, where layouts allow it
 
     @property

@@ -78,7 +78,6 @@ class Refs(NamedTuple):
     slot_weights: Any = None
     slots_loaded: Any = None
     box_loaded: Any = None
-    depth_rows: Any = None
     depth_full: Any = None
 
     def read_scalars(self) -> "Refs":

@@ -209,9 +209,11 @@ def _with_slot_stages(plan, stages: int, results: Results) -> forward_tiles.Plan
     faster).
     """
     more = plan._replace(config=dataclasses.replace(plan.config, stages=stages))
-    is_deep = 10 * cdiv(plan.slots, plan.block_slots) >= _key_blocks(plan)
-    fits = sequence_dq.shared_memory(more, results) <= common.SMEM_LIMIT
-    return more if fits and (is_deep or results.slots_dtype is None) else plan
+    if sequence_dq.shared_memory(more, results) > common.SMEM_LIMIT:
+        return plan
+    if results.slots_dtype is None:
+        return more
+    return more if 10 * cdiv(plan.slots, plan.block_slots) >= _key_blocks(plan) else plan
 
 
 def _with_piles(plan, results: Results) -> forward_tiles.Plan:

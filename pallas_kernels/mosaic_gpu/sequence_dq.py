@@ -123,8 +123,8 @@ def scratch(plan: Plan, results: Results) -> dict[str, Any]:
         "do_smem": rows,
         "q_full": common.barrier(2 * count * plan.row_copies, 1),
     }
-    if jnp.dtype(results.dq_dtype).itemsize == 4:
-        memory["dq_smem"] = row_memory(plan, results.dq_dtype, count)
+    if _separate_dq(plan, results):
+        memory["dq_smem"] = row_memory(plan, jnp.float32, count)
     if plan.depth_warpgroup:
         memory |= depth_warpgroup.memory(plan)
     if results.slots_dtype is not None:
@@ -141,12 +141,17 @@ def scratch(plan: Plan, results: Results) -> dict[str, Any]:
     return memory
 
 
+def _separate_dq(plan: Plan, results: Results) -> bool:
+    """Whether there is memory for float32 rows: dq's, and before them the depth warpgroup's part."""
+    return plan.depth_warpgroup or jnp.dtype(results.dq_dtype).itemsize == 4
+
+
 def shared_memory(plan: Plan, results: Results) -> int:
     """Bytes that a thread block needs, barriers rounded up."""
     config, dim = plan.config, plan.head_dim
     rows = 2 * config.warpgroups * ROWS * dim * 2
     ring = 2 * config.stages * plan.stage_keys * dim * 2 + config.stages * config.block_kv * 4
-    out = config.warpgroups * ROWS * dim * 4 * (jnp.dtype(results.dq_dtype).itemsize == 4)
+    out = config.warpgroups * ROWS * dim * 4 * _separate_dq(plan, results)
     slots = depth_warpgroup.shared_memory(plan) if plan.depth_warpgroup else 0
     if results.slots_dtype is not None:
         size = jnp.dtype(results.slots_dtype).itemsize
@@ -386,7 +391,7 @@ def _store_dq(worker: _Worker, dq: jax.Array) -> None:
     plgpu = common.mosaic()
     plan, refs, tile = worker.plan, worker.refs, worker.tile
     memories = refs.dq_smem, refs.dq_smem_boxes
-    if refs.dq_smem is None:
+    if jnp.dtype(refs.out.dtype).itemsize < 4:
         memories = refs.q_smem, refs.q_smem_boxes
         plgpu.commit_smem()  # every warp has finished its products with the queries
     memory, boxes = (None if x is None else x.at[worker.warpgroup] for x in memories)

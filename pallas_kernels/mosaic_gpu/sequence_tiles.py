@@ -33,7 +33,8 @@ class SequenceBackwardConfig:
     dkv_warpgroups: int = 2
     dq_piles: int | None = None  # sorted tiles are dealt from so many piles; None: by the shapes
     depth_warpgroup: bool = True  # dq's slots in a warpgroup of their own, without their gradients
-    slot_stages: int = 3  # blocks of slots that it has in flight
+    slot_block: int = 8  # slots of its blocks: 8 or 16
+    slot_stages: int = 3  # blocks that it has in flight
     fuse_depth: bool = True  # the slots' gradients in the dq kernel, where a tile has all heads
 
     @property
@@ -42,7 +43,7 @@ class SequenceBackwardConfig:
         return ForwardConfig(
             block_kv=self.dq_block_kv, stages=self.dq_stages, warpgroups=self.dq_warpgroups,
             persistent=False, turns=False, depth_parts=1, alternate=False,
-            piles=self.dq_piles or 1, slot_stages=self.slot_stages,
+            piles=self.dq_piles or 1, slot_block=self.slot_block, slot_stages=self.slot_stages,
         )  # fmt: skip
 
     def shared_memory(self, head_dim: int) -> int:

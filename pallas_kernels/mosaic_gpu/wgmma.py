@@ -91,7 +91,7 @@ def split_roles(
     warpgroup = lax.axis_index("warpgroup")
     registers: tuple[int, ...] = {1: (240, 40), 2: (232, 40), 3: (160, 32)}[count]
     if depth is not None:
-        registers = {1: (240, 24, 112), 2: (200, 24, 88)}[count]
+        registers = {1: (240, 24, 112), 2: (192, 24, 104)}[count]
 
     def compute_role():
         plgpu.set_max_registers(registers[0], action="increase")
