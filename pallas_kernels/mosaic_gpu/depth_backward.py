@@ -166,7 +166,7 @@ def _scratch(tile: Tile, config: DepthConfig, dtype: Any, grad_dtype: Any) -> di
         "kd": tile.buffer(dtype, config.stages),
         "vd": tile.buffer(dtype, config.stages),
         "rows_loaded": barrier(2 * tile.copies[0] + 2, 1),
-        **slot_barriers(tile, config),
+        **slot_barriers(tile, config.stages),
         "d_query_loaded": barrier(tile.copies[0], 1),
     }
     if grad_dtype is not None:
@@ -189,7 +189,7 @@ def _kernel(
     blocks = Blocks.of(slots_ref, tile)
     _load_rows(here, q_ref, do_ref, lse_ref, delta_ref, scratch)
     load = functools.partial(load_slots, here, blocks, kd_ref, vd_ref, scratch)
-    clear_slots(scratch, tile, config)
+    clear_slots(scratch, tile, range(config.stages))
     for stage in range(config.stages):
         common.when(stage < blocks.count, functools.partial(load, jnp.int32(stage), stage))
     plgpu.barrier_wait(scratch["rows_loaded"].at[0])

@@ -126,7 +126,7 @@ def _call(launch: Launch, query, depth_key, depth_value, out, lse, *, scale, con
             "kd": tile.buffer(query.dtype, config.stages),
             "vd": tile.buffer(query.dtype, config.stages),
             "rows_loaded": barrier(tile.copies[0] * (1 if out is None else 2) + 1, 1),
-            **slot_barriers(tile, config),
+            **slot_barriers(tile, config.stages),
         },
     )(*operands)
     new_lse = common.untile_rows(
@@ -185,7 +185,7 @@ def _kernel(
     here = Place.here(lse_ref.shape[2] // tile.rows, tile)
     blocks = Blocks.of(slots_ref, tile)
     _load_rows(here, q_ref, lse_ref, refs[0] if has_out else None, scratch)
-    clear_slots(scratch, tile, config)
+    clear_slots(scratch, tile, range(config.stages))
     load = functools.partial(load_slots, here, blocks, kd_ref, vd_ref, scratch)
     for stage in range(config.stages):
         common.when(stage < blocks.count, functools.partial(load, jnp.int32(stage), stage))

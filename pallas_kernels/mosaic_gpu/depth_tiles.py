@@ -11,7 +11,7 @@ of that head. Rows are (token, query head) pairs, columns (token, slot) pairs, i
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -256,11 +256,11 @@ def _log2(n: int) -> int:
     return n.bit_length() - 1
 
 
-def clear_slots(scratch, tile: Tile, config: DepthConfig) -> None:
+def clear_slots(scratch, tile: Tile, stages: Iterable[Any]) -> None:
     """Zeros in every stage: columns of slots that are not loaded keep what was there, and
     0 · NaN must not come from it.
     """
-    for stage in range(config.stages):
+    for stage in stages:
         for name in ("kd", "vd"):
             zeros = common.zeros((tile.columns, tile.head_dim)).astype(scratch[name].dtype)
             tile.matrix(scratch[name].at[stage])[...] = zeros
@@ -311,11 +311,11 @@ def wait_slots(blocks: Blocks, scratch, block, stage) -> None:
         wait("slots_loaded")
 
 
-def slot_barriers(tile: Tile, config: DepthConfig) -> dict[str, Any]:
+def slot_barriers(tile: Tile, stages: int) -> dict[str, Any]:
     """Barriers of `load_slots`, by name."""
-    barriers = {"slots_loaded": common.barrier(2 * tile.copies[1], config.stages)}
+    barriers = {"slots_loaded": common.barrier(2 * tile.copies[1], stages)}
     if tile.boxes:
-        barriers["box_loaded"] = common.barrier(2, config.stages)
+        barriers["box_loaded"] = common.barrier(2, stages)
     return barriers
 
 

@@ -9,7 +9,6 @@ Reading and computing are this warpgroup's own affair: it starts the copy of a l
 is through with one. What comes out goes through shared memory to the warpgroups that have the rows.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from jax import lax
 
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common, depth_tiles
-from pallas_kernels.mosaic_gpu.depth_tiles import DepthConfig, Place, load_slots, wait_slots
+from pallas_kernels.mosaic_gpu.depth_tiles import Place, load_slots, wait_slots
 from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, locate_rows, unit
 from pallas_kernels.mosaic_gpu.ring import Refs
 from pallas_kernels.mosaic_gpu.sequence_tiles import two_products
@@ -28,6 +27,7 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     TOKEN_ALIGNMENT,
     cdiv,
     divmod_i32,
+    end_reads,
     i32,
     iota,
     rem,
@@ -47,14 +47,12 @@ class Blocks(depth_tiles.Blocks):
         size = self.tile.slots
         return jnp.where(stop - first >= size, jnp.minimum(start, stop - size), start), stop
 
-    def seen(self, block, shape: tuple[int, int]):
-        """Of pairs (slot, token), (head, token): those of one token, and of this block's slots."""
+    def within(self, block, shape: tuple[int, int]):
+        """Of pairs (slot, token), (head, token): those of this block's slots."""
         base, stop = self.bounds(block)
         start, _ = super().bounds(block)
-        row, column = iota(shape, 0), iota(shape, 1)
-        slot = row >> _OCTET_BITS
-        same_token = ((row ^ column) & (TOKEN_ALIGNMENT - 1)) == 0
-        return same_token & (slot >= start - base) & (slot < stop - base)
+        slot = iota(shape, 0) >> _OCTET_BITS
+        return (slot >= start - base) & (slot < stop - base)
 
     def has_part(self):
         """Whether a range has slots, but fewer than a block."""
@@ -66,15 +64,17 @@ class Blocks(depth_tiles.Blocks):
 
 def memory(plan: Plan) -> dict[str, Any]:
     """Shared memory and barriers, by the names of `Refs`."""
-    config, tile = _config(plan), _tile(plan)
-    barriers = depth_tiles.slot_barriers(tile, config)
-    slots = tile.buffer(plan.dtype, config.stages)
+    config, tile = plan.config, _tile(plan)
+    stages = config.depth_warpgroups * config.slot_stages
+    barriers = depth_tiles.slot_barriers(tile, stages)
+    slots = tile.buffer(plan.dtype, stages)
+    weights = (config.depth_warpgroups, _columns(plan), tile.columns)
     return {
         "slot_keys": slots,
         "slot_values": slots,
-        "slot_weights": common.smem((_columns(plan), tile.columns), plan.dtype),
+        "slot_weights": common.smem(weights, plan.dtype),
         "slots_loaded": barriers["slots_loaded"],
-        "depth_full": common.barrier(plan.octets, plan.config.warpgroups),
+        "depth_full": common.barrier(plan.octets, config.warpgroups),
     } | ({"box_loaded": barriers["box_loaded"]} if tile.boxes else {})
 
 
@@ -82,7 +82,7 @@ def shared_memory(plan: Plan) -> int:
     """Bytes of `memory`, without barriers."""
     pairs = _tile(plan).columns
     ring = 2 * plan.config.slot_stages * pairs * plan.head_dim * 2
-    return ring + _columns(plan) * pairs * 2
+    return plan.config.depth_warpgroups * (ring + _columns(plan) * pairs * 2)
 
 
 def flat(plan: Plan, x: jax.Array) -> jax.Array:
@@ -101,67 +101,91 @@ def _tile(plan: Plan) -> depth_tiles.Tile:
     )
 
 
-def _config(plan: Plan) -> DepthConfig:
-    return DepthConfig(stages=plan.config.slot_stages)
+class Cursor(NamedTuple):
+    """Which block of slots of which octet is the next to be loaded."""
+
+    part: jax.Array
+    block: jax.Array
+
+    def after(self, blocks: Any) -> "Cursor":
+        block = self.block + 1
+        done = block >= blocks
+        return Cursor(jnp.where(done, self.part + 1, self.part), jnp.where(done, 0, block))
 
 
 class Reader(NamedTuple):
-    """The ring of slots: a tile's warpgroups, their octets of tokens, the blocks of slots."""
+    """A warpgroup's ring of slots: its octets of tokens, the blocks of slots of each."""
 
     plan: Plan
     refs: Refs
+    own: jax.Array  # which of the warpgroups
     blocks: Blocks
     memory: dict[str, Any]
 
     @classmethod
-    def of(cls, plan: Plan, refs: Refs) -> "Reader":
+    def of(cls, plan: Plan, refs: Refs, own: jax.Array) -> "Reader":
         names = {"kd": "slot_keys", "vd": "slot_values"}
         names |= {name: name for name in ("slots_loaded", "box_loaded")}
         views = {name: getattr(refs, view) for name, view in names.items()}
-        blocks = Blocks.of(refs.slots, _tile(plan))
-        reader = cls(plan, refs, blocks, views)
-        clear = functools.partial(depth_tiles.clear_slots, views, blocks.tile, _config(plan))
-        common.when(blocks.has_part(), clear)
+        reader = cls(plan, refs, own, Blocks.of(refs.slots, _tile(plan)), views)
+        common.when(reader.blocks.has_part(), reader._clear)
         return reader
+
+    def _clear(self) -> None:
+        stages = [self._stage(i32(i)) for i in range(self.plan.config.slot_stages)]
+        depth_tiles.clear_slots(self.memory, self.blocks.tile, stages)
 
     @property
     def parts(self) -> int:
-        """Octets of all warpgroups' tiles."""
-        return self.plan.config.warpgroups * self.plan.octets
+        """Octets of its tiles."""
+        config = self.plan.config
+        return config.warpgroups * self.plan.octets // config.depth_warpgroups
 
-    def start(self, tiles: Any, steps: jax.Array) -> None:
-        """The first loads. tiles: number of a tile -> where it lies; steps: of all tiles."""
-        for stage in range(self.plan.config.slot_stages):
-            common.when(stage < steps, functools.partial(self.load, tiles, i32(stage)))
+    def start(self, tile: Tile) -> Cursor:
+        """The first loads; where to go on."""
+        cursor = Cursor(i32(0), i32(0))
+        for step in range(self.plan.config.slot_stages):
+            cursor = self.load(tile, cursor, i32(step))
+        return cursor
 
-    def load(self, tiles: Any, step: jax.Array) -> None:
-        part, block = lax.div(step, self.blocks.count), lax.rem(step, self.blocks.count)
-        number, part = divmod_i32(part, self.parts)
-        place = self._place(tiles(number), part)
-        stage = rem(step, self.plan.config.slot_stages)
-        load_slots(
-            place, self.blocks, self.refs.depth_key, self.refs.depth_value, self.memory, block,
-            stage,
-        )  # fmt: skip
+    def load(self, tile: Tile, cursor: Cursor, step: jax.Array) -> Cursor:
+        """Starts a block's copies into the stage of `step`, if there is one; where to go on."""
+
+        def load():
+            place = self._place(tile, cursor.part)
+            load_slots(
+                place, self.blocks, self.refs.depth_key, self.refs.depth_value, self.memory,
+                cursor.block, self._stage(step),
+            )  # fmt: skip
+
+        common.when((cursor.part < self.parts) & (self.blocks.count > 0), load)
+        return cursor.after(self.blocks.count)
+
+    def _stage(self, step: jax.Array) -> jax.Array:
+        stages = self.plan.config.slot_stages
+        return self.own * stages + rem(step, stages)
 
     def _place(self, tile: Tile, part: jax.Array) -> Place:
         plan = self.plan
-        warpgroup, octet = divmod_i32(part, plan.octets)
+        warpgroup, octet = self._octet(part)
         token, _ = unit(plan, tile, warpgroup)
         octets = cdiv(plan.q_len, TOKEN_ALIGNMENT)
         index = token // TOKEN_ALIGNMENT + octet
         return Place(tile.batch, tile.kv_head, index, octets, self.blocks.tile)
 
+    def _octet(self, part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The warpgroup whose tile has it, and where in the tile."""
+        return divmod_i32(self.own * self.parts + part, self.plan.octets)
+
     def wait(self, block: jax.Array, step: jax.Array) -> tuple[Any, Any]:
         """A block's keys and values."""
-        stage = rem(step, self.plan.config.slot_stages)
+        stage, tile = self._stage(step), self.blocks.tile
         wait_slots(self.blocks, self.memory, block, stage)
-        tile = self.blocks.tile
         return tuple(tile.matrix(self.memory[name].at[stage]) for name in ("kd", "vd"))
 
     def octet_rows(self, part: jax.Array) -> tuple[jax.Array, Any]:
         """The warpgroup of an octet, and its rows in that one's tile."""
-        warpgroup, octet = divmod_i32(part, self.plan.octets)
+        warpgroup, octet = self._octet(part)
         columns = _columns(self.plan)
         return warpgroup, common.ds(octet * columns, columns)
 
@@ -190,43 +214,38 @@ def depth_rows(refs: Refs, warpgroup: jax.Array) -> jax.Array:
     return plgpu.load(rows, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
-def depth_dq(plan: Plan, refs: Refs) -> None:
+def depth_dq(plan: Plan, refs: Refs, own: jax.Array) -> None:
     """The slots' part of dq / scale for a thread block's tile."""
     plgpu = common.mosaic()
-    reader = Reader.of(plan, refs)
+    reader = Reader.of(plan, refs, own)
     count = reader.blocks.count
-    steps = count * reader.parts
-
     tile = locate_rows(plan, lax.axis_index("block"))
-
-    def tiles(_number):
-        return tile
-
-    reader.start(tiles, steps)
+    cursor = reader.start(tile)
     plgpu.barrier_wait(refs.q_full.at[0])
     shape = (reader.blocks.tile.columns, _columns(plan))
-    weights_ref = refs.slot_weights
+    weights_ref = refs.slot_weights.at[own]
 
-    def octet(part, _):
-        warpgroup, octet_rows = reader.octet_rows(part)
+    def octet(part, carry):
+        warpgroup, rows = reader.octet_rows(part)
         number = tile.place * plan.config.warpgroups + warpgroup
         lse, delta = (
             plgpu.load(
-                x.at[tile.batch, tile.kv_head, number, octet_rows],
+                x.at[tile.batch, tile.kv_head, number, rows],
                 layout=plgpu.Layout.WGMMA.reduce(0), optimized=False,
             )
             for x in (refs.lse, refs.delta)
         )  # fmt: skip
-        query, d_out = (x.at[warpgroup, octet_rows] for x in (refs.q_smem, refs.do_smem))
+        same_token = ((iota(shape, 0) ^ iota(shape, 1)) & (TOKEN_ALIGNMENT - 1)) == 0
+        bias = jnp.where(same_token, -spread(lse, shape, 1), -jnp.inf)
+        query, d_out = (x.at[warpgroup, rows] for x in (refs.q_smem, refs.do_smem))
 
-        def block_step(block, total):
-            step = part * count + block
+        def block_step(block, carry):
+            cursor, step, total = carry
             key, value = reader.wait(block, step)
-            seen = reader.blocks.seen(block, shape)
 
             def weigh(scores):
-                scores = jnp.where(seen, scores * (plan.scale * LOG2E), -jnp.inf)
-                return jnp.exp2(scores - spread(lse, shape, 1))
+                shown = jnp.where(reader.blocks.within(block, shape), bias, -jnp.inf)
+                return jnp.exp2(scores * (plan.scale * LOG2E) + shown)
 
             first = key, query.transpose((1, 0))
             p, dp = two_products(first, (value, d_out.transpose((1, 0))), shape, weigh)
@@ -234,12 +253,13 @@ def depth_dq(plan: Plan, refs: Refs) -> None:
             _store_transposed(weights_ref, ds.astype(plan.dtype))
             plgpu.commit_smem()
             total = common.multiply_add(total, key.transpose((1, 0)), weights_ref.transpose((1, 0)))
-            plgpu.commit_smem()  # everyone has read the stage before it is loaded again
-            following = step + plan.config.slot_stages
-            common.when(following < steps, functools.partial(reader.load, tiles, following))
-            return total
+            end_reads()  # and on the chip a load waits until every warp of this one has read
+            return reader.load(tile, cursor, step), step + 1, total
 
-        total = lax.fori_loop(0, count, block_step, common.zeros((plan.head_dim, _columns(plan))))
+        cursor, step = carry
+        zeros = common.zeros((plan.head_dim, _columns(plan)))
+        cursor, step, total = lax.fori_loop(0, count, block_step, (cursor, step, zeros))
         reader.hand_over(part, total)
+        return cursor, step
 
-    lax.fori_loop(0, reader.parts, octet, None)
+    lax.fori_loop(0, reader.parts, octet, (cursor, i32(0)))

@@ -39,7 +39,7 @@ class ForwardConfig:
     depth_parts: int = 4  # in so many parts the slots are read, in turn with parts of the keys
     alternate: bool = True  # every second thread block begins with keys
     piles: int = 1  # sorted tiles are dealt from so many piles, so that heavy and light ones mix
-    depth_warpgroup: bool = False  # slots are read by a warpgroup of their own
+    depth_warpgroups: int = 0  # of their own, which read the slots
     slot_block: int = 8  # slots of its blocks: 8 or 16
     slot_stages: int = 3  # blocks that it has in flight
     slot_boxes: bool = True  # one TMA load for all slots of a depth block, where layouts allow it
@@ -133,11 +133,11 @@ class Plan(NamedTuple):
     @property
     def ring_slots(self) -> int:
         """Slots of which blocks go through the ring."""
-        return 0 if self.depth_warpgroup else self.slots
+        return 0 if self.depth_warpgroups else self.slots
 
     @property
-    def depth_warpgroup(self) -> bool:
-        return self.config.depth_warpgroup and self.slots > 0 and self.kv_len > 0
+    def depth_warpgroups(self) -> int:
+        return self.config.depth_warpgroups if self.slots and self.kv_len else 0
 
     @property
     def stage_keys(self) -> int:

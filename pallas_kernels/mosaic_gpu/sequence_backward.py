@@ -168,6 +168,14 @@ def sequence_backward(
 
 
 def _dq(config, plan, arrays, base2, delta, segments, depth, dq_dtype):
+    results = Results(dq_dtype)
+    if depth is not None:
+        deferred = depth.first is not None
+        results = Results(dq_dtype, depth.slots_dtype, depth.running is not None, deferred)
+        plan = _with_slots(config, plan, results)
+    if config.dq_piles is None:
+        plan = _with_piles(plan, results)
+    common.check_smem(sequence_dq.shared_memory(plan, results), "sequence backward, dq")
     inputs = dict(arrays)
     inputs |= {name: pad_rows(arrays[name], plan.tokens) for name in ("query", "d_out")}
     inputs["lse"] = forward_tiles.rows_by_tile(plan, base2, jnp.inf)
@@ -176,30 +184,32 @@ def _dq(config, plan, arrays, base2, delta, segments, depth, dq_dtype):
         inputs["query_segments"] = forward_tiles.segment_rows(plan, segments[0])
         inputs["key_segments"] = pad_tokens(segments[1], 1)
         inputs["ranges"] = forward_tiles.segment_ranges(plan, *segments)
-    results = Results(dq_dtype)
     running: tuple = ()
     if depth is not None:
         inputs["depth_key"], inputs["depth_value"] = (pad_tokens(x, 2) for x in depth[:2])
         slots = jnp.asarray(depth.slots)
         inputs["slots"] = slots if depth.first is None else jnp.append(slots, depth.first)
         running = tuple(pad_tokens(x, 2) for x in depth.running or ())
-        deferred = depth.first is not None
-        results = Results(dq_dtype, depth.slots_dtype, depth.running is not None, deferred)
-        plan = _with_depth_warpgroup(config, plan, results)
-        plan = _with_slot_stages(plan, config.dq_slot_stages, results)
-    if config.dq_piles is None:
-        plan = _with_piles(plan, results)
-    common.check_smem(sequence_dq.shared_memory(plan, results), "sequence backward, dq")
     return dq_kernel(plan, inputs, results, running if results.slots_dtype is not None else ())
 
 
-def _with_depth_warpgroup(config, plan, results: Results) -> forward_tiles.Plan:
-    """With a warpgroup for the slots, where it is faster and fits: it does not do gradients."""
-    if not config.depth_warpgroup or results.slots_dtype is not None or plan.head_dim > 64:
+def _with_slots(config, plan, results: Results) -> forward_tiles.Plan:
+    more = _with_depth_warpgroups(config, plan, results)
+    return more if more.depth_warpgroups else _with_slot_stages(plan, config.dq_slot_stages, results)
+
+
+def _with_depth_warpgroups(config, plan, results: Results) -> forward_tiles.Plan:
+    """With warpgroups for the slots, where they fit: they do not do gradients."""
+    count = config.depth_warpgroups
+    if not count or results.slots_dtype is not None or plan.head_dim > 64:
         return plan
-    more = plan._replace(config=dataclasses.replace(plan.config, depth_warpgroup=True))
+    tiles = dataclasses.replace(
+        plan.config, depth_warpgroups=count, block_kv=config.depth_block_kv,
+        stages=config.depth_stages,
+    )  # fmt: skip
+    more = plan._replace(config=tiles)
     fits = sequence_dq.shared_memory(more, results) <= common.SMEM_LIMIT
-    return more if fits and plan.config.warpgroups < 3 else plan
+    return more if fits and plan.config.warpgroups == 2 else plan
 
 
 def _with_slot_stages(plan, stages: int, results: Results) -> forward_tiles.Plan:

@@ -69,7 +69,7 @@ def dq_kernel(
     types = scratch(plan, results)
     query = inputs["query"]
     inputs = inputs | {name: flat_heads(inputs[name]) for name in ("query", "d_out")}
-    if plan.depth_warpgroup:
+    if plan.depth_warpgroups:
         depth = ("depth_key", "depth_value")
         inputs |= {name: depth_warpgroup.flat(plan, inputs[name]) for name in depth}
     outputs = [jax.ShapeDtypeStruct(inputs["query"].shape, results.dq_dtype)]
@@ -88,7 +88,8 @@ def dq_kernel(
             plan.config.warpgroups,
             lambda warpgroup: _compute(plan, refs, results, warpgroup),
             lambda: _load(plan, refs),
-            functools.partial(depth_dq, plan, refs) if plan.depth_warpgroup else None,
+            functools.partial(depth_dq, plan, refs),
+            plan.depth_warpgroups,
         )
 
     refs = [jax.new_ref(_flat(plan, x)) for x in running]
@@ -98,7 +99,7 @@ def dq_kernel(
         grid={"block": plan.tiles},
         out_type=outputs,
         scratch=types,
-        threads=plan.config.warpgroups + (2 if plan.depth_warpgroup else 1),
+        threads=plan.config.warpgroups + 1 + plan.depth_warpgroups,
     )(*inputs.values(), *refs)
     dq = new[0].reshape(query.shape)
     if not slots:
@@ -125,7 +126,7 @@ def scratch(plan: Plan, results: Results) -> dict[str, Any]:
     }
     if _separate_dq(plan, results):
         memory["dq_smem"] = row_memory(plan, jnp.float32, count)
-    if plan.depth_warpgroup:
+    if plan.depth_warpgroups:
         memory |= depth_warpgroup.memory(plan)
     if results.slots_dtype is not None:
         shape: tuple[int, ...] = (plan.depth_keys, plan.head_dim)
@@ -143,7 +144,7 @@ def scratch(plan: Plan, results: Results) -> dict[str, Any]:
 
 def _separate_dq(plan: Plan, results: Results) -> bool:
     """Whether there is memory for float32 rows: dq's, and before them the depth warpgroup's part."""
-    return plan.depth_warpgroup or jnp.dtype(results.dq_dtype).itemsize == 4
+    return plan.depth_warpgroups > 0 or jnp.dtype(results.dq_dtype).itemsize == 4
 
 
 def shared_memory(plan: Plan, results: Results) -> int:
@@ -152,7 +153,7 @@ def shared_memory(plan: Plan, results: Results) -> int:
     rows = 2 * config.warpgroups * ROWS * dim * 2
     ring = 2 * config.stages * plan.stage_keys * dim * 2 + config.stages * config.block_kv * 4
     out = config.warpgroups * ROWS * dim * 4 * _separate_dq(plan, results)
-    slots = depth_warpgroup.shared_memory(plan) if plan.depth_warpgroup else 0
+    slots = depth_warpgroup.shared_memory(plan) if plan.depth_warpgroups else 0
     if results.slots_dtype is not None:
         size = jnp.dtype(results.slots_dtype).itemsize
         slots = 2 * config.warpgroups * plan.depth_keys * (ROWS * 2 + dim * size)
@@ -236,7 +237,7 @@ def _compute(plan: Plan, refs: Refs, results: Results, warpgroup: jax.Array) -> 
     plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
     carry = (i32(0), common.zeros((ROWS, plan.head_dim)))
     _, dq = visit_blocks(plan, worker.tile, depth, plain, edge, carry)
-    if plan.depth_warpgroup:
+    if plan.depth_warpgroups:
         dq += depth_rows(refs, warpgroup)
     _store_dq(worker, dq)
     if results.slots_dtype is not None and not results.add:

@@ -32,9 +32,11 @@ class SequenceBackwardConfig:
     dkv_stages: int = 2
     dkv_warpgroups: int = 2
     dq_piles: int | None = None  # sorted tiles are dealt from so many piles; None: by the shapes
-    depth_warpgroup: bool = True  # dq's slots in a warpgroup of their own, without their gradients
-    slot_block: int = 8  # slots of its blocks: 8 or 16
-    slot_stages: int = 3  # blocks that it has in flight
+    depth_warpgroups: int = 1  # of their own for dq's slots, where their gradients are not wanted
+    depth_block_kv: int = 64  # instead of dq_block_kv with them
+    depth_stages: int = 3
+    slot_block: int = 16  # slots of their blocks: 8 or 16
+    slot_stages: int = 3  # blocks that each has in flight
     fuse_depth: bool = True  # the slots' gradients in the dq kernel, where a tile has all heads
 
     @property

@@ -51,11 +51,11 @@ def load_columns(ref: Any) -> jax.Array:
     """A vector of a ring stage, along a tile's columns."""
     plgpu = common.mosaic()
     vector = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0))
-    _end_reads()
+    end_reads()
     return vector
 
 
-def _end_reads() -> None:
+def end_reads() -> None:
     """Tells the interpreter that ordinary reads of a stage precede the copy that overwrites it.
 
     It asks for a fence between the two; on the chip the barrier that frees the stage orders them.
@@ -70,7 +70,7 @@ def accumulate(total: jax.Array, *products: tuple[jax.Array, Any]) -> jax.Array:
     if platforms.interpreted():  # which multiplies references only, and from zero
         for a, b in products:
             total += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-        _end_reads()
+        end_reads()
         return total
 
     def add(acc):
@@ -84,14 +84,15 @@ def split_roles(
     count: int,
     compute: Callable[[jax.Array], None],
     load: Callable[[], None],
-    depth: Callable[[], None] | None = None,
+    depth: Callable[[jax.Array], None] | None = None,
+    depth_count: int = 0,
 ) -> None:
-    """The first `count` warpgroups compute, the next one loads, one more may care for slots."""
+    """The first `count` warpgroups compute, the next one loads, the others care for slots."""
     plgpu = common.mosaic()
     warpgroup = lax.axis_index("warpgroup")
     registers: tuple[int, ...] = {1: (240, 40), 2: (232, 40), 3: (160, 32)}[count]
-    if depth is not None:
-        registers = {1: (240, 24, 112), 2: (192, 24, 104)}[count]
+    if depth_count:
+        registers = {1: (176, 24, 136), 2: (144, 24, 80)}[depth_count]
 
     def compute_role():
         plgpu.set_max_registers(registers[0], action="increase")
@@ -102,13 +103,14 @@ def split_roles(
         load()
 
     def depth_role():
-        plgpu.set_max_registers(registers[2], action="decrease")
-        depth()
+        action = "increase" if registers[2] > 128 else "decrease"
+        plgpu.set_max_registers(registers[2], action=action)
+        depth(warpgroup - count - 1)
 
     common.when(warpgroup < count, compute_role)
     common.when(warpgroup == count, load_role)
-    if depth is not None:
-        common.when(warpgroup == count + 1, depth_role)
+    if depth_count:
+        common.when(warpgroup > count, depth_role)
 
 
 def wait_free(barriers: Any, step: jax.Array, stages: int) -> None:
