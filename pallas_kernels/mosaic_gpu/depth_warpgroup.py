@@ -1,12 +1,12 @@
-"""A warpgroup of its own for the depth slots, beside those that read the keys of a sequence.
+"""Warpgroups of their own for the depth slots, one beside each that reads the keys of a sequence.
 
 While tensor cores are busy with the keys of a tile, its slots arrive and are worked on: their
 traffic hides under the sequence's products. Products are transposed: rows are 8 slots of 8 tokens,
 columns the query heads of these tokens. So one pair in 8 is of one token, where a product of a
 tile's 64 rows with the slots of all its tokens has one in 64 / heads.
 
-Reading and computing are this warpgroup's own affair: it starts the copy of a later block when it
-is through with one. What comes out goes through shared memory to the warpgroups that have the rows.
+Reading and computing are such a warpgroup's own affair: it starts the copy of a later block when
+it is through with one. What comes out goes through shared memory to the one that has the rows.
 """
 
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     spread,
 )
 
+_BLOCK = 8  # slots
 _OCTET_BITS = TOKEN_ALIGNMENT.bit_length() - 1
 
 
@@ -65,10 +66,10 @@ class Blocks(depth_tiles.Blocks):
 def memory(plan: Plan) -> dict[str, Any]:
     """Shared memory and barriers, by the names of `Refs`."""
     config, tile = plan.config, _tile(plan)
-    stages = config.depth_warpgroups * config.slot_stages
+    stages = config.warpgroups * config.slot_stages
     barriers = depth_tiles.slot_barriers(tile, stages)
     slots = tile.buffer(plan.dtype, stages)
-    weights = (config.depth_warpgroups, _columns(plan), tile.columns)
+    weights = (config.warpgroups, _columns(plan), tile.columns)
     return {
         "slot_keys": slots,
         "slot_values": slots,
@@ -82,7 +83,7 @@ def shared_memory(plan: Plan) -> int:
     """Bytes of `memory`, without barriers."""
     pairs = _tile(plan).columns
     ring = 2 * plan.config.slot_stages * pairs * plan.head_dim * 2
-    return plan.config.depth_warpgroups * (ring + _columns(plan) * pairs * 2)
+    return plan.config.warpgroups * (ring + _columns(plan) * pairs * 2)
 
 
 def flat(plan: Plan, x: jax.Array) -> jax.Array:
@@ -96,50 +97,42 @@ def _columns(plan: Plan) -> int:
 
 def _tile(plan: Plan) -> depth_tiles.Tile:
     boxes = not platforms.interpreted()  # which does not read through a reshaped buffer
-    return depth_tiles.Tile(
-        1, TOKEN_ALIGNMENT, plan.config.slot_block, plan.head_dim, boxes=boxes
-    )
+    return depth_tiles.Tile(1, TOKEN_ALIGNMENT, _BLOCK, plan.head_dim, boxes=boxes)
 
 
 class Cursor(NamedTuple):
     """Which block of slots of which octet is the next to be loaded."""
 
-    part: jax.Array
+    octet: jax.Array
     block: jax.Array
 
     def after(self, blocks: Any) -> "Cursor":
         block = self.block + 1
         done = block >= blocks
-        return Cursor(jnp.where(done, self.part + 1, self.part), jnp.where(done, 0, block))
+        return Cursor(jnp.where(done, self.octet + 1, self.octet), jnp.where(done, 0, block))
 
 
 class Reader(NamedTuple):
-    """A warpgroup's ring of slots: its octets of tokens, the blocks of slots of each."""
+    """A warpgroup's ring of slots: the octets of a tile's tokens, the blocks of slots of each."""
 
     plan: Plan
     refs: Refs
-    own: jax.Array  # which of the warpgroups
+    warpgroup: jax.Array  # which has the tile
     blocks: Blocks
     memory: dict[str, Any]
 
     @classmethod
-    def of(cls, plan: Plan, refs: Refs, own: jax.Array) -> "Reader":
+    def of(cls, plan: Plan, refs: Refs, warpgroup: jax.Array) -> "Reader":
         names = {"kd": "slot_keys", "vd": "slot_values"}
         names |= {name: name for name in ("slots_loaded", "box_loaded")}
         views = {name: getattr(refs, view) for name, view in names.items()}
-        reader = cls(plan, refs, own, Blocks.of(refs.slots, _tile(plan)), views)
+        reader = cls(plan, refs, warpgroup, Blocks.of(refs.slots, _tile(plan)), views)
         common.when(reader.blocks.has_part(), reader._clear)
         return reader
 
     def _clear(self) -> None:
         stages = [self._stage(i32(i)) for i in range(self.plan.config.slot_stages)]
         depth_tiles.clear_slots(self.memory, self.blocks.tile, stages)
-
-    @property
-    def parts(self) -> int:
-        """Octets of its tiles."""
-        config = self.plan.config
-        return config.warpgroups * self.plan.octets // config.depth_warpgroups
 
     def start(self, tile: Tile) -> Cursor:
         """The first loads; where to go on."""
@@ -152,30 +145,25 @@ class Reader(NamedTuple):
         """Starts a block's copies into the stage of `step`, if there is one; where to go on."""
 
         def load():
-            place = self._place(tile, cursor.part)
+            place = self._place(tile, cursor.octet)
             load_slots(
                 place, self.blocks, self.refs.depth_key, self.refs.depth_value, self.memory,
                 cursor.block, self._stage(step),
             )  # fmt: skip
 
-        common.when((cursor.part < self.parts) & (self.blocks.count > 0), load)
+        common.when((cursor.octet < self.plan.octets) & (self.blocks.count > 0), load)
         return cursor.after(self.blocks.count)
 
     def _stage(self, step: jax.Array) -> jax.Array:
         stages = self.plan.config.slot_stages
-        return self.own * stages + rem(step, stages)
+        return self.warpgroup * stages + rem(step, stages)
 
-    def _place(self, tile: Tile, part: jax.Array) -> Place:
+    def _place(self, tile: Tile, octet: jax.Array) -> Place:
         plan = self.plan
-        warpgroup, octet = self._octet(part)
-        token, _ = unit(plan, tile, warpgroup)
+        token, _ = unit(plan, tile, self.warpgroup)
         octets = cdiv(plan.q_len, TOKEN_ALIGNMENT)
         index = token // TOKEN_ALIGNMENT + octet
         return Place(tile.batch, tile.kv_head, index, octets, self.blocks.tile)
-
-    def _octet(self, part: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The warpgroup whose tile has it, and where in the tile."""
-        return divmod_i32(self.own * self.parts + part, self.plan.octets)
 
     def wait(self, block: jax.Array, step: jax.Array) -> tuple[Any, Any]:
         """A block's keys and values."""
@@ -183,17 +171,15 @@ class Reader(NamedTuple):
         wait_slots(self.blocks, self.memory, block, stage)
         return tuple(tile.matrix(self.memory[name].at[stage]) for name in ("kd", "vd"))
 
-    def octet_rows(self, part: jax.Array) -> tuple[jax.Array, Any]:
-        """The warpgroup of an octet, and its rows in that one's tile."""
-        warpgroup, octet = self._octet(part)
+    def rows(self, octet: jax.Array) -> Any:
+        """An octet's rows in the tile."""
         columns = _columns(self.plan)
-        return warpgroup, common.ds(octet * columns, columns)
+        return common.ds(octet * columns, columns)
 
-    def hand_over(self, part: jax.Array, columns: jax.Array) -> None:
+    def hand_over(self, octet: jax.Array, columns: jax.Array) -> None:
         """Puts [H, (head, token)] of an octet to where its rows' warpgroup finds them."""
-        warpgroup, rows = self.octet_rows(part)
-        _store_transposed(self.refs.dq_smem.at[warpgroup, rows], columns)
-        common.mosaic().barrier_arrive(self.refs.depth_full.at[warpgroup])
+        _store_transposed(self.refs.dq_smem.at[self.warpgroup, self.rows(octet)], columns)
+        common.mosaic().barrier_arrive(self.refs.depth_full.at[self.warpgroup])
 
 
 def _store_transposed(target: Any, x: jax.Array) -> None:
@@ -214,20 +200,20 @@ def depth_rows(refs: Refs, warpgroup: jax.Array) -> jax.Array:
     return plgpu.load(rows, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
-def depth_dq(plan: Plan, refs: Refs, own: jax.Array) -> None:
-    """The slots' part of dq / scale for a thread block's tile."""
+def depth_dq(plan: Plan, refs: Refs, warpgroup: jax.Array) -> None:
+    """The slots' part of dq / scale for a warpgroup's tile."""
     plgpu = common.mosaic()
-    reader = Reader.of(plan, refs, own)
+    reader = Reader.of(plan, refs, warpgroup)
     count = reader.blocks.count
     tile = locate_rows(plan, lax.axis_index("block"))
     cursor = reader.start(tile)
     plgpu.barrier_wait(refs.q_full.at[0])
     shape = (reader.blocks.tile.columns, _columns(plan))
-    weights_ref = refs.slot_weights.at[own]
+    weights_ref = refs.slot_weights.at[warpgroup]
+    number = tile.place * plan.config.warpgroups + warpgroup
 
-    def octet(part, carry):
-        warpgroup, rows = reader.octet_rows(part)
-        number = tile.place * plan.config.warpgroups + warpgroup
+    def octet_step(octet, carry):
+        rows = reader.rows(octet)
         lse, delta = (
             plgpu.load(
                 x.at[tile.batch, tile.kv_head, number, rows],
@@ -259,7 +245,7 @@ def depth_dq(plan: Plan, refs: Refs, own: jax.Array) -> None:
         cursor, step = carry
         zeros = common.zeros((plan.head_dim, _columns(plan)))
         cursor, step, total = lax.fori_loop(0, count, block_step, (cursor, step, zeros))
-        reader.hand_over(part, total)
+        reader.hand_over(octet, total)
         return cursor, step
 
-    lax.fori_loop(0, reader.parts, octet, (cursor, i32(0)))
+    lax.fori_loop(0, plan.octets, octet_step, (cursor, i32(0)))

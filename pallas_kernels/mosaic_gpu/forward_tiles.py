@@ -39,9 +39,8 @@ class ForwardConfig:
     depth_parts: int = 4  # in so many parts the slots are read, in turn with parts of the keys
     alternate: bool = True  # every second thread block begins with keys
     piles: int = 1  # sorted tiles are dealt from so many piles, so that heavy and light ones mix
-    depth_warpgroups: int = 0  # of their own, which read the slots
-    slot_block: int = 8  # slots of its blocks: 8 or 16
-    slot_stages: int = 3  # blocks that it has in flight
+    depth_warpgroups: bool = False  # one for each compute warpgroup's slots
+    slot_stages: int = 3  # blocks of 8 slots that each has in flight
     slot_boxes: bool = True  # one TMA load for all slots of a depth block, where layouts allow it
 
     @property
@@ -136,8 +135,8 @@ class Plan(NamedTuple):
         return 0 if self.depth_warpgroups else self.slots
 
     @property
-    def depth_warpgroups(self) -> int:
-        return self.config.depth_warpgroups if self.slots and self.kv_len else 0
+    def depth_warpgroups(self) -> bool:
+        return self.config.depth_warpgroups and self.slots > 0 and self.kv_len > 0
 
     @property
     def stage_keys(self) -> int:

@@ -173,7 +173,7 @@ def _dq(config, plan, arrays, base2, delta, segments, depth, dq_dtype):
         deferred = depth.first is not None
         results = Results(dq_dtype, depth.slots_dtype, depth.running is not None, deferred)
         plan = _with_slots(config, plan, results)
-    if config.dq_piles is None:
+    if config.dq_piles is None and not plan.depth_warpgroups:
         plan = _with_piles(plan, results)
     common.check_smem(sequence_dq.shared_memory(plan, results), "sequence backward, dq")
     inputs = dict(arrays)
@@ -194,22 +194,20 @@ def _dq(config, plan, arrays, base2, delta, segments, depth, dq_dtype):
 
 
 def _with_slots(config, plan, results: Results) -> forward_tiles.Plan:
-    more = _with_depth_warpgroups(config, plan, results)
-    return more if more.depth_warpgroups else _with_slot_stages(plan, config.dq_slot_stages, results)
-
-
-def _with_depth_warpgroups(config, plan, results: Results) -> forward_tiles.Plan:
-    """With warpgroups for the slots, where they fit: they do not do gradients."""
-    count = config.depth_warpgroups
-    if not count or results.slots_dtype is not None or plan.head_dim > 64:
-        return plan
-    tiles = dataclasses.replace(
-        plan.config, depth_warpgroups=count, block_kv=config.depth_block_kv,
-        stages=config.depth_stages,
-    )  # fmt: skip
-    more = plan._replace(config=tiles)
+    more = _with_depth_warpgroups(config, plan)
+    gradients = results.slots_dtype is not None  # which these warpgroups do not do
     fits = sequence_dq.shared_memory(more, results) <= common.SMEM_LIMIT
-    return more if fits and plan.config.warpgroups == 2 else plan
+    if config.depth_warpgroups and not gradients and fits and plan.head_dim == 64:
+        return more
+    return _with_slot_stages(plan, config.dq_slot_stages, results)
+
+
+def _with_depth_warpgroups(config, plan) -> forward_tiles.Plan:
+    tiles = dataclasses.replace(
+        plan.config, warpgroups=2, block_kv=config.depth_block_kv, stages=config.depth_stages,
+        piles=config.depth_piles, depth_warpgroups=True, slot_stages=config.slot_stages,
+    )  # fmt: skip
+    return plan._replace(config=tiles)
 
 
 def _with_slot_stages(plan, stages: int, results: Results) -> forward_tiles.Plan:

@@ -88,8 +88,7 @@ def dq_kernel(
             plan.config.warpgroups,
             lambda warpgroup: _compute(plan, refs, results, warpgroup),
             lambda: _load(plan, refs),
-            functools.partial(depth_dq, plan, refs),
-            plan.depth_warpgroups,
+            functools.partial(depth_dq, plan, refs) if plan.depth_warpgroups else None,
         )
 
     refs = [jax.new_ref(_flat(plan, x)) for x in running]
@@ -99,7 +98,7 @@ def dq_kernel(
         grid={"block": plan.tiles},
         out_type=outputs,
         scratch=types,
-        threads=plan.config.warpgroups + 1 + plan.depth_warpgroups,
+        threads=1 + plan.config.warpgroups * (2 if plan.depth_warpgroups else 1),
     )(*inputs.values(), *refs)
     dq = new[0].reshape(query.shape)
     if not slots:
@@ -144,7 +143,7 @@ def scratch(plan: Plan, results: Results) -> dict[str, Any]:
 
 def _separate_dq(plan: Plan, results: Results) -> bool:
     """Whether there is memory for float32 rows: dq's, and before them the depth warpgroup's part."""
-    return plan.depth_warpgroups > 0 or jnp.dtype(results.dq_dtype).itemsize == 4
+    return plan.depth_warpgroups or jnp.dtype(results.dq_dtype).itemsize == 4
 
 
 def shared_memory(plan: Plan, results: Results) -> int:

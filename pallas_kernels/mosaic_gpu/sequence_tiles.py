@@ -32,11 +32,11 @@ class SequenceBackwardConfig:
     dkv_stages: int = 2
     dkv_warpgroups: int = 2
     dq_piles: int | None = None  # sorted tiles are dealt from so many piles; None: by the shapes
-    depth_warpgroups: int = 1  # of their own for dq's slots, where their gradients are not wanted
-    depth_block_kv: int = 64  # instead of dq_block_kv with them
+    depth_warpgroups: bool = True  # for dq's slots, where their gradients are not wanted, ...
+    depth_block_kv: int = 64  # ... and with them instead of dq_block_kv, dq_stages, dq_piles
     depth_stages: int = 3
-    slot_block: int = 16  # slots of their blocks: 8 or 16
-    slot_stages: int = 3  # blocks that each has in flight
+    depth_piles: int = 2
+    slot_stages: int = 3  # blocks of 8 slots that each such warpgroup has in flight
     fuse_depth: bool = True  # the slots' gradients in the dq kernel, where a tile has all heads
 
     @property
@@ -45,7 +45,7 @@ class SequenceBackwardConfig:
         return ForwardConfig(
             block_kv=self.dq_block_kv, stages=self.dq_stages, warpgroups=self.dq_warpgroups,
             persistent=False, turns=False, depth_parts=1, alternate=False,
-            piles=self.dq_piles or 1, slot_block=self.slot_block, slot_stages=self.slot_stages,
+            piles=self.dq_piles or 1, slot_stages=self.slot_stages,
         )  # fmt: skip
 
     def shared_memory(self, head_dim: int) -> int:

@@ -85,14 +85,13 @@ def split_roles(
     compute: Callable[[jax.Array], None],
     load: Callable[[], None],
     depth: Callable[[jax.Array], None] | None = None,
-    depth_count: int = 0,
 ) -> None:
-    """The first `count` warpgroups compute, the next one loads, the others care for slots."""
+    """The first `count` warpgroups compute, the next one loads, `count` others care for slots."""
     plgpu = common.mosaic()
     warpgroup = lax.axis_index("warpgroup")
     registers: tuple[int, ...] = {1: (240, 40), 2: (232, 40), 3: (160, 32)}[count]
-    if depth_count:
-        registers = {1: (176, 24, 136), 2: (144, 24, 80)}[depth_count]
+    if depth is not None:  # of the 96 that each of five begins with
+        registers = (136, 24, 88)
 
     def compute_role():
         plgpu.set_max_registers(registers[0], action="increase")
@@ -103,13 +102,12 @@ def split_roles(
         load()
 
     def depth_role():
-        action = "increase" if registers[2] > 128 else "decrease"
-        plgpu.set_max_registers(registers[2], action=action)
+        plgpu.set_max_registers(registers[2], action="decrease")
         depth(warpgroup - count - 1)
 
     common.when(warpgroup < count, compute_role)
     common.when(warpgroup == count, load_role)
-    if depth_count:
+    if depth is not None:
         common.when(warpgroup > count, depth_role)
 
 
