@@ -110,6 +110,23 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec) if sizes else x
 
 
+def unwritten(shape: tuple[int, ...], dtype: Any, *logical_axes: str | None) -> jax.Array:
+    """Memory that nobody has written to, with anything in it, sharded as `constrain` does.
+
+    Every device makes its part: what is made whole and split is whole on every device first. On a
+    CPU JAX fills it with zeros.
+    """
+    sizes = compiler_axes()
+    if not sizes:
+        return jax.lax.empty(shape, dtype)
+    spec = partition_spec(logical_axes, shape, sizes)
+    part = NamedSharding(jax.sharding.get_abstract_mesh(), spec).shard_shape(shape)
+    return jax.shard_map(
+        lambda: jax.lax.empty(part, dtype), in_specs=(), out_specs=spec, axis_names=set(sizes),
+        check_vma=False,
+    )()  # fmt: skip
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over (data, fsdp), everything else replicated: for arrays [B, ...]."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))

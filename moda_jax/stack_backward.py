@@ -25,6 +25,7 @@ from moda_jax.block import AttentionInputs, KeyValue, Rope
 from moda_jax.depth_cache import DepthCache
 from moda_jax.layers import compute_dtype
 from moda_jax.sharded_attention import AttentionCall, DeferredDepth, GatheredDepth
+from moda_jax.sharding import compiler_axes
 from moda_jax.stack_layer import StackParams, StackSpec, Tokens
 
 
@@ -188,8 +189,10 @@ def _scan_blocks(context: _Context, carry: _Carry, visit: Any) -> tuple[_Carry, 
     def body(both, n):
         return visit(*both, rest + n * size, size, is_rest=False), None
 
-    # Written in place, layer by layer: stacking the blocks' parts would need a second copy.
-    d_blocks = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), context.params.blocks)
+    # Written in place, layer by layer: stacking the blocks' parts would need a second copy. All are
+    # written, so it need not begin with zeros; but those are what the compiler can split.
+    memory = jnp.zeros if compiler_axes() else lax.empty
+    d_blocks = jax.tree.map(lambda p: memory(p.shape, jnp.float32), context.params.blocks)
     both, _ = lax.scan(body, (carry, d_blocks), jnp.arange(num_blocks), reverse=True)
     return visit(*both, jnp.int32(0), rest, is_rest=True) if rest else both
 

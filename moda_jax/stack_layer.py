@@ -14,7 +14,8 @@ from moda_jax.block import AttentionInputs, Block, KeyValue, KVProjection, Rope
 from moda_jax.config import ModelConfig
 from moda_jax.depth_cache import DepthCache
 from moda_jax.layers import compute_dtype, rope_table
-from moda_jax.sharding import constrain
+from moda_jax.sharding import constrain, unwritten
+from pallas_kernels import platforms
 
 
 class StackParams(NamedTuple):
@@ -67,7 +68,10 @@ def attention_call(spec: StackSpec, layer, inputs: AttentionInputs, cache, token
 
 
 def empty_cache(config: ModelConfig, shape: tuple[int, ...], *, ring: bool) -> DepthCache | None:
-    """The cache for one pass over x [B, T, D]; None for a stack without depth slots."""
+    """The cache for one pass over x [B, T, D]; None for a stack without depth slots.
+
+    A slot that was not written yet holds anything, NaN included: attention reads only written ones.
+    """
     if not config.depth_slots:
         return None
     cache = DepthCache.empty(
@@ -75,8 +79,18 @@ def empty_cache(config: ModelConfig, shape: tuple[int, ...], *, ring: bool) -> D
         compute_dtype(config), window=config.depth_window, reserved=config.depth_reserved,
         ring=ring,
     )  # fmt: skip
-    key, value = two_zeros(cache.key.shape, cache.key.dtype)
+    key, value = two_unwritten(cache.key.shape, cache.key.dtype)
     return dataclasses.replace(cache, key=key, value=value)
+
+
+_CACHE_AXES = (None, "batch", None, "kv_heads", None)
+
+
+def two_unwritten(shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Memory of a cache's keys and values that nobody has written to, with anything in it."""
+    if platforms.current() == "cpu":  # memory is filled there, and equal arrays are made once
+        return two_zeros(shape, dtype)
+    return unwritten(shape, dtype, *_CACHE_AXES), unwritten(shape, dtype, *_CACHE_AXES)
 
 
 def two_zeros(shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -86,11 +100,7 @@ def two_zeros(shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, jax.Array]
     """
     zero = jnp.zeros((), dtype)
     key, value = (jnp.broadcast_to(x, shape) for x in lax.optimization_barrier((zero, zero)))
-    return constrain_cache(key), constrain_cache(value)
-
-
-def constrain_cache(cache_SxBxTxKxH: jax.Array) -> jax.Array:
-    return constrain(cache_SxBxTxKxH, None, "batch", None, "kv_heads", None)
+    return constrain(key, *_CACHE_AXES), constrain(value, *_CACHE_AXES)
 
 
 def rope_of(spec: StackSpec, tokens: Tokens) -> Rope:

@@ -240,6 +240,10 @@ def test_sharded_train_step_compiles(chip, block):
     local = (model.depth_slots, 2, 1, 64, 256)  # rows and key heads of a chip, tokens in the lanes
     assert all(f"f32[{','.join(map(str, local))}]" in line for line in in_place)
     assert not whole_copies(compiled, local)
+    # Both caches begin as memory that nobody fills.
+    made = re.findall(r"= bf16\[([\d,]+)\]\S* (broadcast|custom-call)\(", compiled.as_text())
+    kinds = [op for dims, op in made if sorted(map(int, dims.split(","))) == sorted(local)]
+    assert kinds == ["custom-call"] * 2
 
 
 def test_the_interpreter_is_not_asked_when_compiling():
