@@ -23,10 +23,8 @@ from pallas_kernels.mosaic_gpu.ring import Refs
 from pallas_kernels.mosaic_gpu.sequence_tiles import two_products
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
-    ROWS,
     TOKEN_ALIGNMENT,
     cdiv,
-    divmod_i32,
     end_reads,
     i32,
     iota,

@@ -142,7 +142,7 @@ def scratch(plan: Plan, results: Results) -> dict[str, Any]:
 
 
 def _separate_dq(plan: Plan, results: Results) -> bool:
-    """Whether there is memory for float32 rows: dq's, and before them the depth warpgroup's part."""
+    """Whether there is memory for float32 rows: dq's, and before them the slots' part of it."""
     return plan.depth_warpgroups or jnp.dtype(results.dq_dtype).itemsize == 4
 
 
