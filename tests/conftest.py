@@ -15,6 +15,10 @@ if "xla_force_host_platform_device_count" not in _flags:
 if "xla_backend_optimization_level" not in _flags:
     # Tests compile much and run little, and machine code that is not optimised takes half the time.
     _flags += " --xla_backend_optimization_level=0"
+if "xla_backend_extra_options" not in _flags:
+    # With JAX 0.10 XLA's older emitters halve that again. Not --xla_cpu_use_fusion_emitters=false:
+    # libtpu and later versions do not know that flag, and end the process when they see it.
+    _flags += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 os.environ["XLA_FLAGS"] = _flags.strip()
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
