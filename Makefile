@@ -8,7 +8,8 @@ WORKERS ?= auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
+# Tests in a row share what they compiled: a worker takes many, and from another's when it is done.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 RUN_STAMP := $(VENV)/.installed-run$(if $(EXTRAS),-$(EXTRAS))
 DEV_STAMP := $(VENV)/.installed-dev
 
