@@ -23,9 +23,7 @@ from moda_jax.train_step import make_train_functions
 from pallas_kernels import mosaic_gpu, platforms
 from pallas_kernels.mosaic_gpu import common, cudnn, operator
 
-needs_mosaic = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="Pallas Mosaic GPU needs JAX >= 0.11"
-)
+needs_mosaic = pytest.mark.newer_jax(reason="Pallas Mosaic GPU needs JAX >= 0.11")
 HALF = ("bfloat16", "float16")
 TAKEN = [case for case in CASES if case.query_offset is None and case.kv_length is None]
 ON_GPU = platforms.current() == "gpu"
