@@ -24,6 +24,13 @@ os.environ["XLA_FLAGS"] = _flags.strip()
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
 
+    # A process for each core keeps to its own: threads of one that run at once wait for Python's
+    # lock, and Mosaic GPU's interpreter, a thread for each warpgroup, takes half as long again.
+    _worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    _cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else ()
+    if 1 < len(_cores) <= int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")):
+        os.sched_setaffinity(0, {_cores[int(_worker) % len(_cores)]})
+
     # libtpu, as a compiler for chips that are not here: it asks no metadata server which chip this
     # is, lets several processes load it at once (pytest-xdist), and writes no log files.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
