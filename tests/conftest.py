@@ -40,6 +40,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from pallas_kernels.mosaic_gpu import operator  # noqa: E402
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -64,6 +66,24 @@ def pytest_collection_modifyitems(config, items):
         (kept if wanted or item.get_closest_marker("newer_jax") else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = kept
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """A function that makes another backend, and other devices, the default ones of a test.
+
+    What was concluded from them is forgotten: a mosaic_gpu call that is compiled later in the same
+    process must not be refused.
+    """
+
+    def set_default(backend, *devices):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        if devices:
+            monkeypatch.setattr(jax, "devices", lambda: list(devices))
+        operator._device_refusal.cache_clear()
+
+    yield set_default
+    operator._device_refusal.cache_clear()
 
 
 @pytest.fixture(autouse=True)

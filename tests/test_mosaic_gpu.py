@@ -21,7 +21,7 @@ from moda_jax.config import Config, MeshConfig, ModelConfig
 from moda_jax.sharding import batch_sharding, make_mesh
 from moda_jax.train_step import make_train_functions
 from pallas_kernels import mosaic_gpu, platforms
-from pallas_kernels.mosaic_gpu import common, cudnn, operator
+from pallas_kernels.mosaic_gpu import common, cudnn
 
 needs_mosaic = pytest.mark.newer_jax(reason="Pallas Mosaic GPU needs JAX >= 0.11")
 HALF = ("bfloat16", "float16")
@@ -108,19 +108,12 @@ def test_refusals(changes, reason):
     assert reason in choice.refusals["mosaic_gpu"]
 
 
-def test_refuses_other_chips(monkeypatch):
+def test_refuses_other_chips(pretend):
     operands, options = check(*(jnp.zeros((1, 8, 2, 64), jnp.bfloat16),) * 3)
     assert "NVIDIA GPU" in mosaic_gpu.refusal(operands, options, "tpu")
     chip = types.SimpleNamespace(compute_capability="8.0", device_kind="NVIDIA A100")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [chip])
-    operator._device_refusal.cache_clear()
-    try:
-        assert "9.0 (H100, H200), NVIDIA A100 has 8.0" in mosaic_gpu.refusal(
-            operands, options, "gpu"
-        )
-    finally:
-        operator._device_refusal.cache_clear()
+    pretend("gpu", chip)
+    assert "9.0 (H100, H200), NVIDIA A100 has 8.0" in mosaic_gpu.refusal(operands, options, "gpu")
 
 
 @needs_mosaic
