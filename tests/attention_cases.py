@@ -88,12 +88,15 @@ CASES = (
 
 
 def smaller(case: Case) -> Case:
-    """The same loops for an interpreter: one row, one key head, some blocks of tokens.
+    """The same loops for an interpreter: one row, one key head, some blocks of tokens, few lengths.
 
     For cases without `query_offset` and `kv_length`.
     """
-    group = case.heads // case.kv_heads
-    return dataclasses.replace(case, batch=1, heads=group, kv_heads=1, q_len=min(case.q_len, 300))
+    few = case.depth_lengths[:: 2 if len(case.depth_lengths) > 2 else 1]
+    return dataclasses.replace(
+        case, batch=1, heads=case.heads // case.kv_heads, kv_heads=1, q_len=min(case.q_len, 220),
+        depth_lengths=few,
+    )  # fmt: skip
 
 
 class Problem(NamedTuple):
