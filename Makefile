@@ -8,12 +8,13 @@ WORKERS ?= auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
+# Tests in a row share what they compiled: a worker takes many, and from another's when it is done.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 RUN_STAMP := $(VENV)/.installed-run$(if $(EXTRAS),-$(EXTRAS))
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help train bench test test-fast test-slow test-all lint format clean
+.PHONY: help train bench test test-fast test-slow test-newer test-all lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -31,6 +32,9 @@ test-fast: $(DEV_STAMP)  ## the tests that are not slow, without lint
 
 test-slow: $(DEV_STAMP)  ## the slow tests only
 	@$(PYTEST) -m slow $(ARGS)
+
+test-newer: $(DEV_STAMP)  ## what an older JAX skips, and some of the fast tests
+	@$(PYTEST) --newer-pair $(ARGS)
 
 test-all: lint $(DEV_STAMP)  ## lint, then every test
 	@$(PYTEST) $(ARGS)

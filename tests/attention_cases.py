@@ -87,6 +87,18 @@ CASES = (
 )  # fmt: skip
 
 
+def smaller(case: Case) -> Case:
+    """The same loops for an interpreter: one row, one key head, some blocks of tokens, few lengths.
+
+    For cases without `query_offset` and `kv_length`.
+    """
+    few = case.depth_lengths[:: 2 if len(case.depth_lengths) > 2 else 1]
+    return dataclasses.replace(
+        case, batch=1, heads=case.heads // case.kv_heads, kv_heads=1, q_len=min(case.q_len, 220),
+        depth_lengths=few,
+    )  # fmt: skip
+
+
 class Problem(NamedTuple):
     """Inputs that are exact in bfloat16 and float16, so that one expectation serves all dtypes."""
 

@@ -5,6 +5,7 @@ every mesh is tested without hardware. What is not sharded runs on one of them a
 kernels run in Triton's interpreter there.
 """
 
+import collections
 import os
 from pathlib import Path
 
@@ -15,9 +16,20 @@ if "xla_force_host_platform_device_count" not in _flags:
 if "xla_backend_optimization_level" not in _flags:
     # Tests compile much and run little, and machine code that is not optimised takes half the time.
     _flags += " --xla_backend_optimization_level=0"
+if "xla_backend_extra_options" not in _flags:
+    # With JAX 0.10 XLA's older emitters halve that again. Not --xla_cpu_use_fusion_emitters=false:
+    # libtpu and later versions do not know that flag, and end the process when they see it.
+    _flags += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 os.environ["XLA_FLAGS"] = _flags.strip()
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
+
+    # A process for each core keeps to its own: threads of one that run at once wait for Python's
+    # lock, and Mosaic GPU's interpreter, a thread for each warpgroup, takes half as long again.
+    _worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    _cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else ()
+    if 1 < len(_cores) <= int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")):
+        os.sched_setaffinity(0, {_cores[int(_worker) % len(_cores)]})
 
     # libtpu, as a compiler for chips that are not here: it asks no metadata server which chip this
     # is, lets several processes load it at once (pytest-xdist), and writes no log files.
@@ -27,6 +39,51 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+from pallas_kernels.mosaic_gpu import operator  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--newer-pair", action="store_true",
+        help="what an older JAX skips, slow or not, and of the other fast tests every fourth case",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config, items):
+    if jax.__version_info__ < (0, 11):
+        for item in items:
+            if mark := item.get_closest_marker("newer_jax"):
+                item.add_marker(pytest.mark.skip(reason=mark.kwargs["reason"]))
+    if not config.getoption("--newer-pair"):
+        return
+    seen, kept, others = collections.Counter(), [], []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        fourth = seen[function] % 4 == 0
+        seen[function] += 1
+        wanted = fourth and not item.get_closest_marker("slow")
+        (kept if wanted or item.get_closest_marker("newer_jax") else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = kept
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """A function that makes another backend, and other devices, the default ones of a test.
+
+    What was concluded from them is forgotten: a mosaic_gpu call that is compiled later in the same
+    process must not be refused.
+    """
+
+    def set_default(backend, *devices):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        if devices:
+            monkeypatch.setattr(jax, "devices", lambda: list(devices))
+        operator._device_refusal.cache_clear()
+
+    yield set_default
+    operator._device_refusal.cache_clear()
 
 
 @pytest.fixture(autouse=True)

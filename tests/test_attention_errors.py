@@ -204,9 +204,9 @@ def test_explain_takes_shapes_alone_and_every_argument():
         explain_attention(**shapes, depth_length=4)
 
 
-def test_slow_fallback_warns_once_and_only_where_nobody_asked_for_it(fake, monkeypatch):
+def test_slow_fallback_warns_once_and_only_where_nobody_asked_for_it(fake, pretend):
     fake(refusing)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    pretend("gpu")
     backends.warn_once.cache_clear()
     assert explain_attention(**arrays()).is_slow
     assert "no kernel built for gpu takes this call" in str(explain_attention(**arrays()))
@@ -222,8 +222,8 @@ def test_slow_fallback_warns_once_and_only_where_nobody_asked_for_it(fake, monke
 
 
 @pytest.mark.parametrize(("device", "platform"), [("cuda", "gpu"), ("rocm", "gpu"), ("tpu", "tpu")])
-def test_platform_names(monkeypatch, device, platform):
-    monkeypatch.setattr(jax, "default_backend", lambda: device)
+def test_platform_names(pretend, device, platform):
+    pretend(device)
     assert explain_attention(**arrays(), implementation="reference").platform == platform
 
 

@@ -54,10 +54,8 @@ def table(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    device = types.SimpleNamespace(device_kind="NVIDIA H200")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+def gpu(pretend):
+    pretend("gpu", types.SimpleNamespace(device_kind="NVIDIA H200"))
 
 
 CALL = {"head_dim": 64, "group": 8, "is_causal": True}

@@ -15,9 +15,7 @@ from pallas_kernels.mosaic_gpu.forward_tiles import ForwardConfig, forward_confi
 from pallas_kernels.mosaic_gpu.wgmma import Walk
 from pallas_kernels.segments import segment_bounds
 
-needs_mosaic = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="Pallas Mosaic GPU needs JAX >= 0.11"
-)
+needs_mosaic = pytest.mark.newer_jax(reason="Pallas Mosaic GPU needs JAX >= 0.11")
 SMALL = ForwardConfig(block_kv=64, stages=2, warpgroups=2)  # the ring is reused early
 
 

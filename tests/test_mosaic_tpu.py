@@ -75,7 +75,10 @@ class TestMosaicTpu:
 class TestMosaicTpuWhole(AttentionSuite):
     implementation = "mosaic_tpu"
     dtypes = HALF
-    cases = narrowed(CASES)
+    cases = tuple(
+        dataclasses.replace(case, dtypes=case.dtypes[case.name in FAST :])  # float32 is above
+        for case in narrowed(CASES)
+    )
 
 
 def run_case(case: Case) -> None:
