@@ -182,10 +182,15 @@ def test_slots_go_along(capfd, group, num_slots, slots, running, documents):
         assert gradient.dtype == (running or "bfloat16")
         untouched = np.asarray(before)[hidden] if running else 0
         np.testing.assert_array_equal(np.asarray(gradient)[hidden], untouched)
-    *alone, nothing = run(*made[:1], lse, made[1], segments, True, None,
+    split = group != 4  # slots and keys of dq are summed in turn, or by two warpgroups each
+    *alone, nothing = run(*made[:1], lse, made[1], segments, True,
+                          SequenceBackwardConfig(depth_warpgroups=split),
                           depth=depth._replace(want_slots=False))  # fmt: skip
     assert nothing is None
-    np.testing.assert_array_equal(alone[0], got[0])
+    if split:
+        close(alone[0], wanted[0], tolerance)
+    else:
+        np.testing.assert_array_equal(alone[0], got[0])
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 

@@ -56,16 +56,17 @@ class SequenceBackwardConfig:
 
     def check(self, head_dim: int) -> None:
         """Raises ValueError for a config that the kernels or the chip cannot run."""
-        blocks = (self.dq_block_kv, self.dkv_block_q)
+        blocks = (self.dq_block_kv, self.depth_block_kv, self.dkv_block_q)
         counts = (self.dq_warpgroups, self.dkv_warpgroups)
         if any(block % ROWS or block > 256 for block in blocks) or not set(counts) <= {1, 2, 3}:
             raise ValueError(
                 f"config needs blocks of 64, 128, 192 or 256 and 1 to 3 warpgroups, got {self}"
             )
-        if min(self.dq_stages, self.dq_slot_stages, self.dkv_stages) < 2:
-            raise ValueError(f"config needs at least 2 stages, got {self}")
-        if self.dq_piles is not None and self.dq_piles < 1:
-            raise ValueError(f"config needs dq_piles >= 1 or None, got {self}")
+        stages = (self.dq_stages, self.dq_slot_stages, self.depth_stages, self.dkv_stages)
+        if min(*stages, self.slot_stages + 1) < 2:
+            raise ValueError(f"config needs at least 2 stages (slot_stages: 1), got {self}")
+        if min(self.depth_piles, 1 if self.dq_piles is None else self.dq_piles) < 1:
+            raise ValueError(f"config needs depth_piles and dq_piles >= 1 or None, got {self}")
         common.check_smem(self.shared_memory(head_dim), "sequence backward, dk, dv")
 
 
