@@ -381,6 +381,7 @@ class AttentionSuite:
                     (1, 2, 128, 16, 7, ("bfloat16", "float32")),
                     (1, 4, 64, 12, 1, ("float32", "float32")),
                     (1, 3, 128, 5, 2, ("float16", "float32")),
+                    (1, 3, 128, 1, 2, ("float16", "float32")),
                 )
             ),
         ],
