@@ -295,9 +295,12 @@ def _finished(context: _Context, running: Any, layer) -> tuple[Any, tuple[Any, A
 def _split(spec: StackSpec, layer, grads) -> tuple[KeyValue | None, KeyValue | None]:
     """(dkd, dvd) [1 or 2, ...] for a layer's attention's and its FFN's slot; 0 if it has none."""
     dtype = compute_dtype(spec.config)
+    if spec.config.depth_write_every > 1:
+        grads = [jnp.where(spec.writes(layer), g, 0) for g in grads]
+    # Else only the last layer has none: it comes first, when nobody has added to any slot.
 
     def take(slot):
-        return tuple(jnp.where(spec.writes(layer), g[slot], 0).astype(dtype) for g in grads)
+        return tuple(g[slot].astype(dtype) for g in grads)
 
     return take(0), take(1) if spec.config.slots_per_writer == 2 else None
 

@@ -164,9 +164,10 @@ def write(spec: StackSpec, layer, cache: DepthCache | None, inputs: AttentionInp
     """
     if cache is None:
         return None, y
-    cache, y = lax.optimization_barrier((cache, y))
     writes = spec.writes(layer)
     depth = (inputs.key, inputs.value) if inputs.depth is None else inputs.depth
+    # The slots, too: a key's norm and rotation inside of the write made it three times as long.
+    cache, y, depth, ffn = lax.optimization_barrier((cache, y, depth, ffn))
     if ffn is not None:  # both at once: two updates in a row cost a copy of the cache, too
         depth = jax.tree.map(lambda *slots: jnp.stack(slots), tuple(depth), tuple(ffn))
     return cache.append(*depth, where=writes), y
