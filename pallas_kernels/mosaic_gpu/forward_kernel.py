@@ -13,11 +13,13 @@ from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, locate, rounds, 
 from pallas_kernels.mosaic_gpu.ring import (
     Block,
     Refs,
-    depth_mask,
     drain_parts,
+    from_own_octet,
     key_mask,
     load_blocks,
     load_rows,
+    own_octet,
+    own_token_mask,
     ring_memory,
     row_memory,
     row_pieces,
@@ -151,8 +153,9 @@ def _depth_step(worker: _Worker, _, i: jax.Array, carry):
     step, state = carry
     first, stop = slot_block(plan, worker.refs.slots, worker.tile, i)
     block = Block.at(plan, worker.refs, worker.warpgroup, step, stop - first)
-    mask = functools.partial(depth_mask, plan, worker.row_segment, stop - first)
-    return step + 1, _attend(worker, block, mask, state)
+    mask = functools.partial(own_token_mask, plan, worker.row_segment, stop - first)
+    fold, unfold = (functools.partial(f, plan) for f in (own_octet, from_own_octet))
+    return step + 1, _attend(worker, block, mask, state, fold, unfold)
 
 
 def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
@@ -168,15 +171,22 @@ def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
     return step + 1, _attend(worker, block, mask if masked else None, state)
 
 
-def _attend(worker: _Worker, block: Block, mask: Callable[[], jax.Array] | None, state):
+def _attend(
+    worker: _Worker,
+    block: Block,
+    mask: Callable[[], jax.Array] | None,
+    state: Any,
+    fold: Callable = lambda x: x,
+    unfold: Callable = lambda x: x,
+):
     """Scores, softmax, weighted values of a block; has the turn before and after."""
     plgpu = common.mosaic()
-    scores = _scores(worker, block)
+    scores = fold(_scores(worker, block))
     if mask is not None:
         scores = jnp.where(mask(), scores, -jnp.inf)
     plgpu.barrier_arrive(block.key_free)
     weights, (acc, row_max, row_sum) = _softmax(scores, worker.plan.scale * LOG2E, state)
-    weights = weights.astype(worker.plan.dtype)
+    weights = unfold(weights.astype(worker.plan.dtype))
     acc, row_max, row_sum, weights = lax.optimization_barrier((acc, row_max, row_sum, weights))
     block.wait_value()
     worker.take_turn()
