@@ -101,14 +101,20 @@ class DepthCache:
         return jnp.where(self.length < self.reserved, self.length, wrapped)
 
     def append(
-        self, key: jax.Array, value: jax.Array, *, where: jax.Array | bool = True
+        self,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        where: jax.Array | bool = True,
+        fits: bool = False,
     ) -> "DepthCache":
         """The cache with one more slot: key and value [B, T, K, H], one contiguous write each.
 
         With a leading axis, [n, B, T, K, H], n slots: still one write each, unless it is a ring.
         `where` (bool scalar, may be traced): False leaves the cache as it is. Raises ValueError on
         a wrong shape, and on a full cache where the length is concrete; where it is traced, an
-        append to a full cache that is no ring is dropped.
+        append to a full cache that is no ring is dropped. `fits`: the caller knows that there is
+        room; with `where` True, too, the write need not read what it overwrites.
         """
         for name, x in (("key", key), ("value", value)):
             if x.shape[-4:] != self.key.shape[1:] or x.ndim > 5 or x.shape != key.shape:
@@ -124,15 +130,15 @@ class DepthCache:
             for n in range(count):
                 cache = cache.append(key[n], value[n], where=where)
             return cache
-        if not self.ring:
-            fits = self.length + count <= self.capacity
-            overflows = ~fits & where
+        if not (self.ring or fits):
+            room = self.length + count <= self.capacity
+            overflows = ~room & where
             if not isinstance(overflows, jax.core.Tracer) and overflows:
                 raise ValueError(
                     f"append: expected at most {self.capacity} slots in all, got {count} more "
                     f"after {self.length}"
                 )
-            where = fits & where
+            where = room & where
         index = self._next_index()
         return dataclasses.replace(
             self,
@@ -155,6 +161,8 @@ class DepthCache:
 
 def _write(buffer: jax.Array, slots: jax.Array, index: jax.Array, where: jax.Array | bool):
     """buffer[index : index + n] = slots if `where`; touches nothing else: it stays in place."""
+    if where is True:
+        return lax.dynamic_update_slice_in_dim(buffer, slots.astype(buffer.dtype), index, 0)
     if buffer.shape[0] < slots.shape[0]:
         return buffer
     old = lax.dynamic_slice_in_dim(buffer, index, slots.shape[0], 0)

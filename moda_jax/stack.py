@@ -79,10 +79,11 @@ def _forward(spec: StackSpec, params: StackParams, x, tokens: Tokens, *, save: b
         y, inputs, ffn, saved = stack_layer.run(
             spec, rope, layer, weights, x, cache, tokens, save=save
         )
-        cache, y = stack_layer.write(spec, layer, cache, inputs, y, ffn)
+        cache, y = stack_layer.write(spec, layer, cache, inputs, y, ffn, keeps_all=spec.keeps_all)
         return (y, cache), saved
 
-    cache = stack_layer.empty_cache(spec.config, x.shape, ring=False)
+    unread = spec.config.slots_per_writer if spec.keeps_all else 0
+    cache = stack_layer.empty_cache(spec.config, x.shape, unread=unread)
     xs = jnp.arange(spec.config.num_layers), params.blocks
     (y, cache), saved = lax.scan(body, (x, cache), xs)
     return y, saved, cache

@@ -126,7 +126,7 @@ def _by_gathering(context: _Context, carry: _Carry, gathered: GatheredDepth) -> 
     """
     spec, cache = context.spec, context.cache
     assert cache is not None
-    config, num_layers, num_slots = spec.config, spec.config.num_layers, cache.key.shape[0]
+    config, num_layers, num_slots = spec.config, spec.config.num_layers, spec.config.depth_slots
     per_layer = config.slots_per_writer
     query = stack_layer.saved_query(spec, context.saved)
 

@@ -34,6 +34,19 @@ class StackSpec:
     block: nnx.GraphDef[Block]
     projection: nnx.GraphDef[KVProjection]
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether a pass that is differentiated keeps the slots of every layer.
+
+        Nobody reads the last one's; but where all layers append, no append depends on which it is.
+        """
+        return self.config.depth_slots > 0 and self.config.depth_write_every == 1
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether the cache, then, has every layer's own keys and values for the backward."""
+        return self.keeps_all and self.config.depth_attention_kv == "reuse"
+
     def slots_before(self, layer: jax.Array) -> jax.Array:
         """Slots written by the layers before `layer`: what its attention sees."""
         writers = (layer + self.config.depth_write_every - 1) // self.config.depth_write_every
@@ -67,15 +80,18 @@ def attention_call(spec: StackSpec, layer, inputs: AttentionInputs, cache, token
     )  # fmt: skip
 
 
-def empty_cache(config: ModelConfig, shape: tuple[int, ...], *, ring: bool) -> DepthCache | None:
+def empty_cache(
+    config: ModelConfig, shape: tuple[int, ...], *, ring: bool = False, unread: int = 0
+) -> DepthCache | None:
     """The cache for one pass over x [B, T, D]; None for a stack without depth slots.
 
-    A slot that was not written yet holds anything, NaN included: attention reads only written ones.
+    `unread`: slots beyond those that are ever read. One that was not written yet holds anything,
+    NaN included: attention reads only written ones.
     """
     if not config.depth_slots:
         return None
     cache = DepthCache.empty(
-        config.depth_slots, shape[0], shape[1], config.num_kv_heads, config.head_dim,
+        config.depth_slots + unread, shape[0], shape[1], config.num_kv_heads, config.head_dim,
         compute_dtype(config), window=config.depth_window, reserved=config.depth_reserved,
         ring=ring,
     )  # fmt: skip
@@ -156,21 +172,22 @@ def _project(spec: StackSpec, block: Block, weights: Any, layer, source, rope) -
     return lax.cond(spec.writes(layer), project, nothing, source)
 
 
-def write(spec: StackSpec, layer, cache: DepthCache | None, inputs: AttentionInputs, y, ffn):
+def write(spec: StackSpec, layer, cache, inputs: AttentionInputs, y, ffn, *, keeps_all=False):
     """Appends what the layer writes, the attention's keys and values, then its FFN's; (cache, y).
 
     The layer's output `y` holds the writes back until the attention has read the cache: what
-    could come first would make the compiler keep a copy of the whole cache.
+    could come first would make the compiler keep a copy of the whole cache. `keeps_all`: the cache
+    has room for the last layer's, too.
     """
     if cache is None:
         return None, y
-    writes = spec.writes(layer)
+    writes = True if keeps_all else spec.writes(layer)
     depth = (inputs.key, inputs.value) if inputs.depth is None else inputs.depth
     # The slots, too: a key's norm and rotation inside of the write made it three times as long.
     cache, y, depth, ffn = lax.optimization_barrier((cache, y, depth, ffn))
     if ffn is not None:  # both at once: two updates in a row cost a copy of the cache, too
         depth = jax.tree.map(lambda *slots: jnp.stack(slots), tuple(depth), tuple(ffn))
-    return cache.append(*depth, where=writes), y
+    return cache.append(*depth, where=writes, fits=keeps_all), y
 
 
 def run(
@@ -190,7 +207,9 @@ def run(
     else:
         inputs, before_vjp = before(spec, rope, layer, weights, x), None
     out, lse = attention_call(spec, layer, inputs, cache, tokens).forward()
-    read = inputs._replace(depth=None)  # what an own projection wrote is in the cache already
+    read: Any = inputs._replace(depth=None)  # what an own projection wrote is in the cache already
+    if spec.keeps_inputs:
+        read = _Query(inputs.query)
     saved: tuple[Any, ...]
     if before_vjp is not None:
         (y, ffn), after_vjp = jax.vjp(
@@ -207,15 +226,34 @@ def restore(spec: StackSpec, rope: Rope, layer, weights: StackParams, saved, cac
     """(inputs, o, lse, vjp of before, vjp of after) of a layer: kept, or computed again."""
     if spec.config.remat == "none":
         inputs, out, lse, before_vjp, after_vjp = saved
+        inputs = _from_cache(spec, layer, inputs, cache)
         return inputs, out, lse, _unstrip(before_vjp, weights), _unstrip(after_vjp, weights)
     x = saved[0]
     inputs, before_vjp = jax.vjp(lambda w, x: before(spec, rope, layer, w, x), weights, x)
     if spec.config.remat == "save_attention":
         inputs, out, lse = saved[1:]
-    else:
+    inputs = _from_cache(spec, layer, inputs, cache)
+    if spec.config.remat == "full":
         out, lse = attention_call(spec, layer, inputs, cache, tokens).forward()
     _, after_vjp = jax.vjp(lambda w, x, o: after(spec, rope, layer, w, x, o), weights, x, out)
     return inputs, out, lse, before_vjp, after_vjp
+
+
+class _Query(NamedTuple):
+    """What is kept of a layer's `AttentionInputs` if the cache has the rest."""
+
+    query: jax.Array
+
+
+def _from_cache(spec: StackSpec, layer, inputs: Any, cache) -> AttentionInputs:
+    """A layer's inputs, their keys and values from its slots if they are there."""
+    if not spec.keeps_inputs:
+        return inputs
+    key, value = (
+        lax.dynamic_index_in_dim(x, spec.slots_before(layer), 0, keepdims=False)
+        for x in (cache.key, cache.value)
+    )
+    return AttentionInputs(inputs.query, key, value)
 
 
 def saved_query(spec: StackSpec, saved: Any) -> jax.Array | None:
