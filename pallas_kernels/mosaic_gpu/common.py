@@ -100,7 +100,7 @@ def launch(
         grid_names=tuple(grid),
         num_threads=threads,
         thread_name=None if threads is None else "warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=128),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
         kernel_name=name,
     )

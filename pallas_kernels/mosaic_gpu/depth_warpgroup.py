@@ -99,15 +99,15 @@ def _tile(plan: Plan) -> depth_tiles.Tile:
 
 
 class Cursor(NamedTuple):
-    """Which block of slots of which tokens (an octet, or a tile) is the next to be loaded."""
+    """Which block of slots of which octet is the next to be loaded."""
 
-    tokens: jax.Array
+    octet: jax.Array
     block: jax.Array
 
     def after(self, blocks: Any) -> "Cursor":
         block = self.block + 1
         done = block >= blocks
-        return Cursor(jnp.where(done, self.tokens + 1, self.tokens), jnp.where(done, 0, block))
+        return Cursor(jnp.where(done, self.octet + 1, self.octet), jnp.where(done, 0, block))
 
 
 class Reader(NamedTuple):
@@ -143,13 +143,13 @@ class Reader(NamedTuple):
         """Starts a block's copies into the stage of `step`, if there is one; where to go on."""
 
         def load():
-            place = self._place(tile, cursor.tokens)
+            place = self._place(tile, cursor.octet)
             load_slots(
                 place, self.blocks, self.refs.depth_key, self.refs.depth_value, self.memory,
                 cursor.block, self._stage(step),
             )  # fmt: skip
 
-        common.when((cursor.tokens < self.plan.octets) & (self.blocks.count > 0), load)
+        common.when((cursor.octet < self.plan.octets) & (self.blocks.count > 0), load)
         return cursor.after(self.blocks.count)
 
     def _stage(self, step: jax.Array) -> jax.Array:

@@ -15,13 +15,12 @@ under way while the last tile computes.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.forward_kernel import attend_slots, attend_tiles, load_tiles, scratch
+from pallas_kernels.mosaic_gpu.forward_kernel import attend_tiles, load_tiles, scratch
 from pallas_kernels.mosaic_gpu.forward_tiles import (
     ForwardConfig,
     Plan,
@@ -129,8 +128,6 @@ def _run(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array
             config.warpgroups,
             lambda warpgroup: attend_tiles(plan, refs, blocks, warpgroup),
             lambda: load_tiles(plan, refs, blocks),
-            functools.partial(attend_slots, plan, refs, blocks) if plan.depth_warpgroups else None,
-            (144, 24, 80),
         )
 
     lse_shape = (plan.batch, plan.kv_heads, plan.steps_per_head * config.warpgroups, ROWS)
@@ -143,7 +140,7 @@ def _run(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array
             jax.ShapeDtypeStruct(lse_shape, jnp.float32),
         ),
         scratch=types,
-        threads=1 + config.warpgroups * (2 if plan.depth_warpgroups else 1),
+        threads=config.warpgroups + 1,
     )(*inputs.values())
     return out.reshape(query.shape), lse
 

@@ -9,17 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.depth_warpgroup import Cursor
-from pallas_kernels.mosaic_gpu.forward_tiles import (
-    Plan,
-    Tile,
-    locate,
-    locate_rows,
-    rounds,
-    slot_block,
-    unit,
-    with_slots,
-)
+from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, locate, rounds, slot_block, unit
 from pallas_kernels.mosaic_gpu.ring import (
     Block,
     Refs,
@@ -28,15 +18,12 @@ from pallas_kernels.mosaic_gpu.ring import (
     key_mask,
     load_blocks,
     load_rows,
-    load_slots,
     own_octet,
     own_token_mask,
     ring_memory,
     row_memory,
     row_pieces,
     row_segments,
-    slot_memory,
-    slot_waiter,
     visit_blocks,
 )
 from pallas_kernels.mosaic_gpu.wgmma import (
@@ -44,7 +31,6 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     ROWS,
     accumulate,
     drain,
-    end_reads,
     i32,
     rem,
     spread,
@@ -60,22 +46,12 @@ def scratch(plan: Plan) -> dict[str, Any]:
     """Shared memory and barriers, by the names of `Refs`."""
     plgpu = common.mosaic()
     config = plan.config
-    readers = config.warpgroups * (2 if plan.depth_warpgroups else 1)
     memory = ring_memory(plan) | {
         "q_smem": row_memory(plan, plan.dtype, 2, config.warpgroups),
         "lse_smem": plgpu.SMEM((config.warpgroups, ROWS), jnp.float32),
         "q_full": common.barrier(config.warpgroups * plan.row_copies, 2),
-        "q_free": common.barrier(readers, 2),
+        "q_free": common.barrier(config.warpgroups, 2),
     }
-    if plan.depth_warpgroups:
-        rows = config.warpgroups * plan.depth_keys
-        memory |= slot_memory(plan, ("slot_keys", "slot_values"), config.slot_stages, rows)
-        memory |= {
-            "depth_out": common.smem((config.warpgroups, ROWS, plan.head_dim), jnp.float32),
-            "depth_state": plgpu.SMEM((config.warpgroups, 2, ROWS), jnp.float32),
-            "depth_full": common.barrier(1, config.warpgroups),
-            "depth_free": common.barrier(1, config.warpgroups),
-        }
     if config.turns:
         memory["turn"] = common.barrier(1, config.warpgroups)
     return memory
@@ -121,23 +97,13 @@ class _Worker(NamedTuple):
     query_boxes: Any
     token: jax.Array  # the tile's first
     row_segment: jax.Array | None
-    turns: bool
-
-    @classmethod
-    def of(cls, plan: Plan, refs: Refs, warpgroup, tile: Tile, buffer, turns: bool) -> "_Worker":
-        token, _ = unit(plan, tile, warpgroup)
-        query, boxes = (
-            None if x is None else x.at[buffer, warpgroup] for x in (refs.q_smem, refs.q_smem_boxes)
-        )
-        row_segment = row_segments(plan, refs, tile, token)
-        return cls(plan, refs, warpgroup, tile, query, boxes, token, row_segment, turns)
 
     def take_turn(self) -> None:
-        if self.turns:
+        if self.plan.config.turns:
             common.mosaic().barrier_wait(self.refs.turn.at[self.warpgroup])
 
     def pass_turn(self) -> None:
-        if self.turns:
+        if self.plan.config.turns:
             following = rem(self.warpgroup + 1, self.plan.config.warpgroups)
             common.mosaic().barrier_arrive(self.refs.turn.at[following])
 
@@ -150,7 +116,12 @@ def attend_tiles(plan: Plan, refs: Refs, blocks: int, warpgroup: jax.Array) -> N
     def attend_tile(r, step):
         tile = locate(plan, refs.slots, refs.ranges, nth(r))
         buffer = rem(r, 2)
-        worker = _Worker.of(plan, refs, warpgroup, tile, buffer, plan.config.turns)
+        token, _ = unit(plan, tile, warpgroup)
+        row_segment = row_segments(plan, refs, tile, token)
+        query, boxes = (
+            None if x is None else x.at[buffer, warpgroup] for x in (refs.q_smem, refs.q_smem_boxes)
+        )
+        worker = _Worker(plan, refs, warpgroup, tile, query, boxes, token, row_segment)
         plgpu.barrier_wait(refs.q_full.at[buffer])
         plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
         depth = functools.partial(_depth_step, worker)
@@ -158,8 +129,6 @@ def attend_tiles(plan: Plan, refs: Refs, blocks: int, warpgroup: jax.Array) -> N
         carry = visit_blocks(plan, tile, depth, plain, edge, (step, _empty_state(plan.head_dim)))
         worker.pass_turn()
         step, state = carry
-        if plan.depth_warpgroups:
-            state = _with_slots(worker, state)
         _store(worker, state)
         plgpu.barrier_arrive(refs.q_free.at[buffer])
         return step
@@ -184,14 +153,9 @@ def _depth_step(worker: _Worker, _, i: jax.Array, carry):
     step, state = carry
     first, stop = slot_block(plan, worker.refs.slots, worker.tile, i)
     block = Block.at(plan, worker.refs, worker.warpgroup, step, stop - first)
-    return step + 1, _attend_slots(worker, block, stop - first, state)
-
-
-def _attend_slots(worker: _Worker, block: Block, slots_left: jax.Array, state):
-    plan = worker.plan
-    mask = functools.partial(own_token_mask, plan, worker.row_segment, slots_left)
+    mask = functools.partial(own_token_mask, plan, worker.row_segment, stop - first)
     fold, unfold = (functools.partial(f, plan) for f in (own_octet, from_own_octet))
-    return _attend(worker, block, mask, state, fold, unfold)
+    return step + 1, _attend(worker, block, mask, state, fold, unfold)
 
 
 def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
@@ -220,16 +184,14 @@ def _attend(
     scores = fold(_scores(worker, block))
     if mask is not None:
         scores = jnp.where(mask(), scores, -jnp.inf)
-    if block.key_free is not None:
-        plgpu.barrier_arrive(block.key_free)
+    plgpu.barrier_arrive(block.key_free)
     weights, (acc, row_max, row_sum) = _softmax(scores, worker.plan.scale * LOG2E, state)
     weights = unfold(weights.astype(worker.plan.dtype))
     acc, row_max, row_sum, weights = lax.optimization_barrier((acc, row_max, row_sum, weights))
     block.wait_value()
     worker.take_turn()
     acc = accumulate(acc, (weights, block.value))
-    if block.value_free is not None:
-        plgpu.barrier_arrive(block.value_free)
+    plgpu.barrier_arrive(block.value_free)
     return acc, row_max, row_sum
 
 
@@ -256,25 +218,6 @@ def _softmax(scores: jax.Array, scale: float, state):
     return weights, (acc, new_max, row_sum)
 
 
-def _with_slots(worker: _Worker, state):
-    """The state with what the warpgroup for slots has found."""
-    plgpu = common.mosaic()
-    refs, warpgroup = worker.refs, worker.warpgroup
-    acc, row_max, row_sum = state
-    plgpu.barrier_wait(refs.depth_full.at[warpgroup])
-    rows = refs.depth_out.at[warpgroup]
-    slot_acc = plgpu.load(rows, layout=plgpu.Layout.WGMMA, optimized=False)
-    slot_max, slot_sum = (
-        plgpu.load(refs.depth_state.at[warpgroup, i], layout=plgpu.Layout.WGMMA.reduce(1))
-        for i in (0, 1)
-    )
-    plgpu.barrier_arrive(refs.depth_free.at[warpgroup])
-    new_max = jnp.maximum(row_max, slot_max)
-    rescale, slot_rescale = jnp.exp2(row_max - new_max), jnp.exp2(slot_max - new_max)
-    acc = acc * spread(rescale, acc.shape, 0) + slot_acc * spread(slot_rescale, acc.shape, 0)
-    return acc, new_max, row_sum * rescale + slot_sum * slot_rescale
-
-
 def _store(worker: _Worker, state) -> None:
     """o over the query's buffer, which nobody reads any more; lse as it lies in the tile."""
     plgpu = common.mosaic()
@@ -294,69 +237,3 @@ def _store(worker: _Worker, state) -> None:
     plgpu.copy_smem_to_gmem(lse_ref, target, commit_group=False)
     plgpu.commit_smem_to_gmem_group()
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-# the warpgroups for slots
-
-
-def attend_slots(plan: Plan, refs: Refs, blocks: int, warpgroup: jax.Array) -> None:
-    """A warpgroup for the slots of another's tiles, of which it reads ahead by itself."""
-    plgpu = common.mosaic()
-    count, nth = rounds(plan, blocks)
-    stages = plan.config.slot_stages
-    full = (refs.kd_full, refs.kd_box_full), (refs.vd_full, refs.vd_box_full)
-    rings = (
-        (refs.depth_key, refs.slot_keys, refs.slot_keys_boxes, *full[0]),
-        (refs.depth_value, refs.slot_values, refs.slot_values_boxes, *full[1]),
-    )
-
-    def tile_of(r):
-        return with_slots(plan, refs.slots, locate_rows(plan, nth(r)))
-
-    num_blocks = tile_of(i32(0)).depth_blocks
-
-    def load(cursor: Cursor, step) -> Cursor:
-        def start():
-            tile = tile_of(cursor.tokens)
-            first, stop = slot_block(plan, refs.slots, tile, cursor.block)
-            for ring in rings:
-                load_slots(plan, tile, warpgroup, ring, rem(step, stages), first, stop)
-
-        common.when((cursor.tokens < count) & (num_blocks > 0), start)
-        return cursor.after(num_blocks)
-
-    def attend_tile(r, carry):
-        tile, buffer = tile_of(r), rem(r, 2)
-        worker = _Worker.of(plan, refs, warpgroup, tile, buffer, turns=False)
-        plgpu.barrier_wait(refs.q_full.at[buffer])
-
-        def attend_block(i, carry):
-            step, cursor, state = carry
-            stage, rows = rem(step, stages), common.ds(warpgroup * ROWS, ROWS)
-            first, stop = slot_block(plan, refs.slots, tile, i)
-            part = stage * plan.config.warpgroups + warpgroup
-            block = Block(
-                refs.slot_keys.at[stage, rows], refs.slot_values.at[stage, rows],
-                *(slot_waiter(plan, stop - first, part, *barriers) for barriers in full),
-            )  # fmt: skip
-            state = _attend_slots(worker, block, stop - first, state)
-            end_reads()  # and on the chip a load waits until every warp of this one has read
-            return step + 1, load(cursor, step), state
-
-        step, cursor, state = lax.fori_loop(
-            0, num_blocks, attend_block, (*carry, _empty_state(plan.head_dim))
-        )
-        plgpu.barrier_arrive(refs.q_free.at[buffer])
-        common.when(r > 0, lambda: plgpu.barrier_wait(refs.depth_free.at[warpgroup]))
-        acc, *rest = state
-        refs.depth_out.at[warpgroup][...] = acc
-        for i, x in enumerate(rest):
-            refs.depth_state.at[warpgroup, i][...] = x
-        plgpu.barrier_arrive(refs.depth_full.at[warpgroup])
-        return step, cursor
-
-    cursor = Cursor(i32(0), i32(0))
-    for step in range(stages):
-        cursor = load(cursor, i32(step))
-    lax.fori_loop(0, count, attend_tile, (i32(0), cursor))
-    common.when(count > 0, lambda: plgpu.barrier_wait(refs.depth_free.at[warpgroup]))

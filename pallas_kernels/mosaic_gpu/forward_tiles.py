@@ -46,18 +46,13 @@ class ForwardConfig:
     @property
     def stage_keys(self) -> int:
         """Rows of a ring stage: a sequence block, or 64 depth keys for every warpgroup."""
-        return (
-            self.block_kv if self.depth_warpgroups else max(self.block_kv, ROWS * self.warpgroups)
-        )
+        return max(self.block_kv, ROWS * self.warpgroups)
 
     def shared_memory(self, head_dim: int) -> int:
         """Bytes of shared memory, barriers rounded up."""
         tile = self.warpgroups * ROWS * head_dim * 2
         ring = 2 * self.stages * self.stage_keys * head_dim * 2
-        rows = self.warpgroups * ROWS * 4
-        if self.depth_warpgroups:  # blocks of slots; float32 rows with their maxima and sums
-            ring += 2 * self.slot_stages * tile + 2 * tile + 2 * rows
-        return 2 * tile + ring + self.stages * self.block_kv * 4 + rows + 1024
+        return 2 * tile + ring + self.stages * self.block_kv * 4 + self.warpgroups * ROWS * 4 + 4096
 
     def check(self, head_dim: int) -> None:
         """Raises ValueError for a config that the kernel or the chip cannot run."""
@@ -150,9 +145,7 @@ class Plan(NamedTuple):
 
     @property
     def depth_keys(self) -> int:
-        """(slot, token) pairs that a stage holds for one warpgroup."""
-        if self.depth_warpgroups:
-            return ROWS
+        """(slot, token) pairs that a ring stage holds for one warpgroup."""
         return self.stage_keys // self.config.warpgroups // ROWS * ROWS
 
     @property
@@ -171,9 +164,8 @@ class Plan(NamedTuple):
         The interpreter cannot see one memory as two arrays.
         """
         config = self.config
-        fits = self.depth_warpgroups or self.depth_keys * config.warpgroups == self.stage_keys
-        wanted = config.slot_boxes and self.slots > 0 and self.head_dim == 64
-        return fits and wanted and not platforms.interpreted()
+        fits = self.head_dim == 64 and self.depth_keys * config.warpgroups == self.stage_keys
+        return fits and config.slot_boxes and self.ring_slots > 0 and not platforms.interpreted()
 
 
 class Tile(NamedTuple):
@@ -240,18 +232,13 @@ def locate(plan: Plan, slots: Any, ranges: Any, number: jax.Array) -> Tile:
     """The `number`-th tile; `slots` and `ranges` are the kernel's references to those inputs."""
     tile = locate_rows(plan, number)
     if plan.ring_slots:
-        tile = with_slots(plan, slots, tile)
+        size = plan.block_slots
+        first = div(slots[1] - slots[0] + (size - 1), size)
+        second = div(slots[3] - slots[2] + (size - 1), size)
+        tile = tile._replace(depth_first=first, depth_blocks=first + second)
     if plan.kv_len:
         tile = tile._replace(kv=_kv_blocks(plan, ranges, tile))
     return tile
-
-
-def with_slots(plan: Plan, slots: Any, tile: Tile) -> Tile:
-    """The tile with its blocks of slots."""
-    size = plan.block_slots
-    first = div(slots[1] - slots[0] + (size - 1), size)
-    second = div(slots[3] - slots[2] + (size - 1), size)
-    return tile._replace(depth_first=first, depth_blocks=first + second)
 
 
 def _kv_blocks(plan: Plan, ranges: Any, tile: Tile) -> Walk:

@@ -79,11 +79,6 @@ class Refs(NamedTuple):
     slots_loaded: Any = None
     box_loaded: Any = None
     depth_full: Any = None
-    depth_free: Any = None
-    slot_keys_boxes: Any = None
-    slot_values_boxes: Any = None
-    depth_out: Any = None
-    depth_state: Any = None
 
     def read_scalars(self) -> "Refs":
         """With `slots` as values: from global memory they would come late in every depth block."""
@@ -103,25 +98,14 @@ def ring_memory(plan: Plan) -> dict[str, Any]:
     if plan.kv_len:
         memory |= {"k_full": barrier(2 if plan.segments else 1), "v_full": barrier(1)}
     if plan.ring_slots:
-        memory |= slot_memory(plan, ("k_smem", "v_smem"), config.stages, plan.stage_keys)
+        memory |= {"kd_full": parts(plan.block_slots), "vd_full": parts(plan.block_slots)}
+    if plan.boxes:
+        shape = (config.stages, config.warpgroups, plan.block_slots, plan.tokens)
+        boxes = common.smem((*shape, plan.head_dim), plan.dtype)
+        memory |= dict.fromkeys(("k_smem", "v_smem"), plgpu.RefUnion(ring, boxes))
+        memory |= dict.fromkeys(("kd_box_full", "vd_box_full"), parts(1))
     if plan.kv_len and plan.segments:
         memory["segment_smem"] = plgpu.SMEM((config.stages, config.block_kv), jnp.int32)
-    return memory
-
-
-def slot_memory(plan: Plan, names: tuple[str, str], stages: int, rows: int) -> dict[str, Any]:
-    """`stages` of `rows` keys and of as many values, which can hold blocks of slots."""
-    count = plan.config.warpgroups
-    memory: dict[str, Any] = dict.fromkeys(
-        names, common.smem((stages, rows, plan.head_dim), plan.dtype)
-    )
-    pieces = common.barrier(plan.block_slots, stages * count)
-    memory |= dict.fromkeys(("kd_full", "vd_full"), pieces)
-    if plan.boxes:
-        shape = (stages, count, plan.block_slots, plan.tokens, plan.head_dim)
-        union = common.mosaic().RefUnion(memory[names[0]], common.smem(shape, plan.dtype))
-        memory |= dict.fromkeys(names, union)
-        memory |= dict.fromkeys(("kd_box_full", "vd_box_full"), common.barrier(1, stages * count))
     return memory
 
 
@@ -293,19 +277,12 @@ def _load_depth(plan: Plan, refs: Refs, tile: Tile, run, block, step: jax.Array)
         for warpgroup in range(config.warpgroups):
             part = stage * config.warpgroups + warpgroup
             common.when(own, functools.partial(plgpu.barrier_wait, free.at[part]))
-            load_slots(plan, tile, warpgroup, ring, stage, first, stop)
+            tokens = common.ds(unit(plan, tile, warpgroup)[0], plan.tokens)
+            where = warpgroup, tokens
+            box = functools.partial(_load_box, plan, tile, where, ring, stage, first)
+            slots = functools.partial(_load_slots, plan, tile, where, ring, stage, first, stop)
+            either(plan, stop - first, box, slots)
     return step + 1
-
-
-def load_slots(plan: Plan, tile: Tile, warpgroup: Any, ring: tuple, stage, first, stop) -> None:
-    """Starts to fill a warpgroup's part of a stage with the slots from `first` on.
-
-    ring: the array; memory and its boxes, by stage and warpgroup; barriers for slots, for boxes.
-    """
-    where = warpgroup, common.ds(unit(plan, tile, warpgroup)[0], plan.tokens)
-    box = functools.partial(_load_box, plan, tile, where, ring, stage, first)
-    slots = functools.partial(_load_slots, plan, tile, where, ring, stage, first, stop)
-    either(plan, stop - first, box, slots)
 
 
 def _load_box(plan: Plan, tile: Tile, where: tuple, ring: tuple, stage, first) -> None:
@@ -344,8 +321,8 @@ class Block(NamedTuple):
     value: Any
     wait_key: Callable[[], None]
     wait_value: Callable[[], None]
-    key_free: Any = None
-    value_free: Any = None
+    key_free: Any
+    value_free: Any
 
     @classmethod
     def at(
@@ -362,7 +339,13 @@ class Block(NamedTuple):
         def waiter(full, slot_full, box_full):
             if slots_left is None:
                 return functools.partial(plgpu.barrier_wait, full.at[stage])
-            return slot_waiter(plan, slots_left, part, slot_full, box_full)
+            box, slots = (
+                None
+                if barriers is None
+                else functools.partial(plgpu.barrier_wait, barriers.at[part])
+                for barriers in (box_full, slot_full)
+            )
+            return functools.partial(either, plan, slots_left, box, slots)
 
         return cls(
             refs.k_smem.at[stage, rows],
@@ -372,17 +355,6 @@ class Block(NamedTuple):
             refs.k_free.at[part],
             refs.v_free.at[part],
         )
-
-
-def slot_waiter(plan: Plan, slots_left: jax.Array, part, slot_full, box_full) -> Callable:
-    """Waits for what `load_slots` started."""
-    box, slots = (
-        None
-        if barriers is None
-        else functools.partial(common.mosaic().barrier_wait, barriers.at[part])
-        for barriers in (box_full, slot_full)
-    )
-    return functools.partial(either, plan, slots_left, box, slots)
 
 
 def row_segments(plan: Plan, refs: Refs, tile: Tile, token: jax.Array) -> jax.Array | None:

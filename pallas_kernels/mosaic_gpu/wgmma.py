@@ -85,14 +85,13 @@ def split_roles(
     compute: Callable[[jax.Array], None],
     load: Callable[[], None],
     depth: Callable[[jax.Array], None] | None = None,
-    depth_registers: tuple[int, int, int] = (136, 24, 88),
 ) -> None:
     """The first `count` warpgroups compute, the next one loads, `count` others care for slots."""
     plgpu = common.mosaic()
     warpgroup = lax.axis_index("warpgroup")
     registers: tuple[int, ...] = {1: (240, 40), 2: (232, 40), 3: (160, 32)}[count]
     if depth is not None:  # of the 96 that each of five begins with
-        registers = depth_registers
+        registers = (136, 24, 88)
 
     def compute_role():
         plgpu.set_max_registers(registers[0], action="increase")
