@@ -239,6 +239,18 @@ def test_extra_memory_over_the_plain_transformer(variant, dtype):
     assert moda - plain < 3.5 * cache, (moda, plain, cache)
 
 
+def test_keys_and_values_are_kept_once():
+    """In the depth cache, which every layer writes to: saving attention adds q, o and lse alone."""
+    layers, tokens, heads = 32, 4 * 256, SMALL.num_heads
+    sizes = {
+        remat: gradient_temp_bytes(num_layers=layers, remat=remat)
+        for remat in ("full", "save_attention")
+    }
+    added = layers * tokens * heads * (2 * 8 + 1) * 4
+    keys = layers * tokens * SMALL.num_kv_heads * 8 * 4  # or values
+    assert sizes["save_attention"] - sizes["full"] < added + keys, (sizes, added, keys)
+
+
 def test_compile_size_does_not_grow_with_depth():
     x, tokens = batch()
 
