@@ -201,7 +201,7 @@ def _call(context: _Context, x: jax.Array) -> AttentionCall:
     """The first layer's attention: every layer's has its shapes."""
     spec, layer = context.spec, jnp.int32(0)
     weights = stack_layer.layer_params(spec, context.params, layer, _at(context.params.blocks, 0))
-    inputs = stack_layer.before(spec, context.rope, layer, weights, x)
+    inputs, _ = stack_layer.before(spec, context.rope, layer, weights, x)
     return stack_layer.attention_call(spec, layer, inputs, context.cache, context.tokens)
 
 

@@ -142,25 +142,42 @@ def layer_params(spec: StackSpec, params: StackParams, layer, block) -> StackPar
     return jax.tree_util.tree_map_with_path(cast, StackParams(block, *own))
 
 
-def before(spec: StackSpec, rope: Rope, layer, weights: StackParams, x) -> AttentionInputs:
+def before(
+    spec: StackSpec, rope: Rope, layer, weights: StackParams, x, product: jax.Array | None = None
+) -> tuple[AttentionInputs, jax.Array | None]:
+    """Attention's inputs, and `_project`'s product."""
     block = nnx.merge(spec.block, weights.blocks)
     inputs, source = block.before_attention(x, rope)
-    return inputs._replace(depth=_project(spec, block, weights.attention_kv, layer, source, rope))
+    depth, product = _project(spec, block, weights.attention_kv, layer, source, rope, product)
+    return inputs._replace(depth=depth), product
 
 
-def after(spec: StackSpec, rope: Rope, layer, weights: StackParams, x, out):
+def after(
+    spec: StackSpec, rope: Rope, layer, weights: StackParams, x, out,
+    product: jax.Array | None = None,
+) -> tuple[tuple[jax.Array, KeyValue | None], jax.Array | None]:  # fmt: skip
+    """(the layer's output, what its FFN writes), and `_project`'s product."""
     block = nnx.merge(spec.block, weights.blocks)
     y, source = block.after_attention(x, out)
-    return y, _project(spec, block, weights.ffn_kv, layer, source, rope)
+    ffn, product = _project(spec, block, weights.ffn_kv, layer, source, rope, product)
+    return (y, ffn), product
 
 
-def _project(spec: StackSpec, block: Block, weights: Any, layer, source, rope) -> KeyValue | None:
-    """Depth keys and values of an own projection; zeros in layers that do not write."""
+def _project(
+    spec: StackSpec, block: Block, weights: Any, layer, source, rope, product: jax.Array | None
+) -> tuple[KeyValue | None, jax.Array | None]:
+    """Depth keys and values of an own projection, zeros in layers that do not write.
+
+    And the keys' product before norm and rotation, where every layer has one: given to the
+    backward, it need not be computed again.
+    """
     if weights is None:
-        return None
+        return None, None
 
     def project(source):
-        return block.keys_values(nnx.merge(spec.projection, weights), source, rope)
+        projection = nnx.merge(spec.projection, weights)
+        key, value, new = block.keys_values(projection, source, rope, product)
+        return (key, value), new
 
     if spec.config.depth_write_every == 1:  # all but the last write: a conditional costs more
         return project(source)
@@ -169,7 +186,7 @@ def _project(spec: StackSpec, block: Block, weights: Any, layer, source, rope) -
     def nothing(source):
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    return lax.cond(spec.writes(layer), project, nothing, source)
+    return lax.cond(spec.writes(layer), project, nothing, source)[0], None
 
 
 def write(spec: StackSpec, layer, cache, inputs: AttentionInputs, y, ffn, *, keeps_all=False):
@@ -203,22 +220,26 @@ def run(
 ):
     """(y, attention's inputs, what the FFN writes, what `restore` needs to `save` or None)."""
     if save and spec.config.remat == "none":
-        inputs, before_vjp = jax.vjp(lambda w, x: before(spec, rope, layer, w, x), weights, x)
+        inputs, before_vjp, _ = jax.vjp(
+            lambda w, x: before(spec, rope, layer, w, x), weights, x, has_aux=True
+        )
     else:
-        inputs, before_vjp = before(spec, rope, layer, weights, x), None
+        (inputs, depth_product), before_vjp = before(spec, rope, layer, weights, x), None
     out, lse = attention_call(spec, layer, inputs, cache, tokens).forward()
     read: Any = inputs._replace(depth=None)  # what an own projection wrote is in the cache already
     if spec.keeps_inputs:
         read = _Query(inputs.query)
     saved: tuple[Any, ...]
     if before_vjp is not None:
-        (y, ffn), after_vjp = jax.vjp(
-            lambda w, x, o: after(spec, rope, layer, w, x, o), weights, x, out
+        (y, ffn), after_vjp, _ = jax.vjp(
+            lambda w, x, o: after(spec, rope, layer, w, x, o), weights, x, out, has_aux=True
         )
         saved = (read, out, lse, _strip(before_vjp, weights), _strip(after_vjp, weights))
     else:
-        y, ffn = after(spec, rope, layer, weights, x, out)
-        saved = (x, read, out, lse) if spec.config.remat == "save_attention" else (x,)
+        (y, ffn), ffn_product = after(spec, rope, layer, weights, x, out)
+        saved = (x,)
+        if spec.config.remat == "save_attention":
+            saved = x, read, out, lse, (depth_product, ffn_product)
     return y, inputs, ffn, saved if save else None
 
 
@@ -228,14 +249,20 @@ def restore(spec: StackSpec, rope: Rope, layer, weights: StackParams, saved, cac
         inputs, out, lse, before_vjp, after_vjp = saved
         inputs = _from_cache(spec, layer, inputs, cache)
         return inputs, out, lse, _unstrip(before_vjp, weights), _unstrip(after_vjp, weights)
-    x = saved[0]
-    inputs, before_vjp = jax.vjp(lambda w, x: before(spec, rope, layer, w, x), weights, x)
-    if spec.config.remat == "save_attention":
-        inputs, out, lse = saved[1:]
+    x, *kept = saved
+    depth_product, ffn_product = kept.pop() if kept else (None, None)
+    inputs, before_vjp, _ = jax.vjp(
+        lambda w, x: before(spec, rope, layer, w, x, depth_product), weights, x, has_aux=True
+    )
+    if kept:
+        inputs, out, lse = kept
     inputs = _from_cache(spec, layer, inputs, cache)
-    if spec.config.remat == "full":
+    if not kept:
         out, lse = attention_call(spec, layer, inputs, cache, tokens).forward()
-    _, after_vjp = jax.vjp(lambda w, x, o: after(spec, rope, layer, w, x, o), weights, x, out)
+    _, after_vjp, _ = jax.vjp(
+        lambda w, x, o: after(spec, rope, layer, w, x, o, ffn_product), weights, x, out,
+        has_aux=True,
+    )  # fmt: skip
     return inputs, out, lse, before_vjp, after_vjp
 
 
