@@ -147,4 +147,5 @@ def test_sharded_train_step_lowers_for_gpus(mode, block):
     # A layer adds in its kernel for dq; what waits for the block's other layers, one kernel adds.
     names = [re.findall(r"moda_sequence_dq\b|moda_depth_backward\b", call)[:1] for call in in_place]
     assert names == [["moda_sequence_dq"], ["moda_depth_backward"]][:block]
-    assert all(f"{model.depth_slots}x512x64x" in call for call in in_place)  # local rows and heads
+    slots = model.depth_slots + model.slots_per_writer  # the last layer's, too
+    assert all(f"{slots}x512x64x" in call for call in in_place)  # local rows and heads

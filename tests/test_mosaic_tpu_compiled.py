@@ -237,7 +237,8 @@ def test_sharded_train_step_compiles(chip, block):
         if "moda_depth_backward" in line and "output_to_operand_aliasing" in line
     ]  # fmt: skip
     assert len(in_place) == block  # the layer's own addition, and the block's
-    local = (model.depth_slots, 2, 1, 64, 256)  # rows and key heads of a chip, tokens in the lanes
+    slots = model.depth_slots + model.slots_per_writer  # the last layer's, too
+    local = (slots, 2, 1, 64, 256)  # rows and key heads of a chip, tokens in the lanes
     assert all(f"f32[{','.join(map(str, local))}]" in line for line in in_place)
     assert not whole_copies(compiled, local)
     # Both caches begin as memory that nobody fills.
