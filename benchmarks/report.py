@@ -178,13 +178,14 @@ def _speeds(results: dict[str, Any], names: list[str], variant: str) -> list[tup
 def write(path: Path) -> None:
     """Writes the .md and the .png beside the .json at `path`."""
     results = json.loads(path.read_text())
+    note = f"{results['note']}\n\n" if "note" in results else ""  # put there by hand
     text = (
         f"# Attention, {results['device']}\n\n"
         f"`{results['command']}`, then "
         f"`python -m benchmarks.report docs/benchmarks/{path.name}`; JAX {results['jax']}. "
         f"Measured in the run: copy {results['copy TB/s']:.2f} TB/s, bfloat16 matrix product "
         f"{results['matmul TFLOP/s']:.0f} TFLOP/s. Implementation: {results['implementation']}.\n\n"
-        f"{_NOTES}\n## Forward and backward\n\n{table(results, 'total')}\n\n## Forward\n\n"
+        f"{note}{_NOTES}\n## Forward and backward\n\n{table(results, 'total')}\n\n## Forward\n\n"
         f"{table(results, 'forward')}\n\n{other_tables(results)}"
         f"![Speed relative to cuDNN]({path.with_suffix('.png').name})\n"
     )
