@@ -112,7 +112,7 @@ def test_under_a_mesh_each_device_makes_its_part(mode, poison):
     made = poison()
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         got = gradients(rows=8, num_layers=LAYERS, **mode)
-    assert made[:2] == [(2 * (LAYERS - 1), 2, 9, 1, SMALL.head_dim)] * 2
+    assert made[:2] == [(2 * LAYERS, 2, 9, 1, SMALL.head_dim)] * 2
     assert_trees_close(got, expected)
 
 
