@@ -41,6 +41,17 @@ def test_append_fills_slot_after_slot_and_leaves_the_old_cache_alone():
     assert DepthCache.empty(1, *SHAPE).key.dtype == jnp.bfloat16
 
 
+def test_an_append_that_fits_does_not_read_the_cache():
+    def program(**settings):
+        return str(jax.make_jaxpr(lambda cache: cache.append(*slot(2), **settings))(filled(2, 4)))
+
+    assert "dynamic_slice" in program()
+    assert "dynamic_slice" not in program(fits=True)
+    after = jax.jit(lambda cache: cache.append(*slot(2), fits=True))(filled(2, 4))
+    assert written(after) == [0, 1, 2, -1]
+    assert int(after.length) == 3
+
+
 def test_bounded_cache_keeps_every_slot_and_evicts_none():
     cache = filled(4, 6, window=2, reserved=1)
     assert written(cache) == [0, 1, 2, 3, -1, -1]
