@@ -180,7 +180,7 @@ def layer_call(config: Config, slots: int) -> Call:
         tokens=config.data.seq_len, slots=slots, heads=model.num_heads // mesh.tensor,
         kv_heads=model.num_kv_heads // mesh.tensor, head_dim=model.head_dim,
         batch=config.batch_size // (mesh.fsdp * mesh.data * config.accumulation_steps),
-        segments=True, grads_dtype=model.depth_grad_dtype,
+        segments=True, grads_dtype=model.running_grad_dtype,
     )  # fmt: skip
 
 

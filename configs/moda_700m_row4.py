@@ -4,14 +4,14 @@ An OLMo 2 block (reordered norms, QK-norm over the full vector, no biases) with 
 recipe: learning rate 3e-4 to 3e-5, 2000 warm-up steps, 1024 rows of 4096 tokens a step, 400B
 tokens. Unlike OLMo 2, rows are packed documents that do not see each other. The mesh, the
 accumulation steps, the remat policy and depth_grad_mode, _block and _dtype are our choice; but for
-the mesh, which is untried on hardware, by measurements on one H200 (docs/benchmarks/README.md).
+the mesh, which is untried on hardware, by measurements on one H200 (docs/benchmarks/train_step.md).
 
 Command:  python train.py configs/moda_700m_row4.py    (8 devices: mesh.fsdp)
           with text in data/text/*.txt and the dolma2 tokenizer (V = 100278) in
           data/tokenizer.json
 Cost:     computed, not measured: 2.44e21 FLOP (3 * 8.33 TFLOP forward per row, by Table 3),
           8.8 days of eight devices that sustain 400 TFLOP/s each; measured on one H200:
-          64,468 tokens/s with 32 rows at a time
+          64,468 tokens/s with 32 rows at a time, before the last change (docs/benchmarks)
 Expected: not measured here; our notes of the paper give no score for this row
 """
 

@@ -87,7 +87,9 @@ class Block(nnx.Module):
         rope: Rope,
         product: jax.Array | None = None,
     ) -> KeysValues:
-        """Sequence and depth keys get the same norm and rotation; `product`: if it is known.
+        """Sequence and depth keys get the same norm and rotation.
+
+        `product`: `KeysValues.product` of the same input, if it was kept.
 
         A query and the depth keys of its token share a position, so their rotations cancel; a key
         cached before its rotation would make depth scores depend on where the token stands.

@@ -118,7 +118,8 @@ class ModelConfig:
     depth_grad_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the running gradient cache, into which up to 2L layers add: bfloat16 halves its memory and
     traffic, and rounds the sum at every addition. Gathering: of what the layers after a block owe
-    to its slots, which is rounded once; of no effect with blocks of 1."""
+    to its slots, which is rounded once; of no effect with blocks of 1, and layers that add because
+    their backend cannot gather do so in float32."""
     depth_grad_block: int = 1
     """Layers that share one pass. "add": over the older slots, which divides the running cache's
     traffic and keeps that many layers' queries and output gradients; "gather": over the later
@@ -127,8 +128,8 @@ class ModelConfig:
     compute_dtype: ComputeDtype = "bfloat16"
     """Matrix products and the depth cache; parameters, norms, softmax and loss are float32."""
     remat: RematPolicy = "full"
-    """What the backward recomputes: a whole layer, all but attention (and but the products that
-    become depth keys), or nothing."""
+    """What the backward recomputes: a whole layer, all but attention (and, where every layer
+    writes, but the key products of own depth projections), or nothing."""
     attention: str | None = None
     """Attention implementation by name; None picks the fastest that supports the call."""
 
@@ -168,13 +169,18 @@ class ModelConfig:
         return math.ceil((self.num_layers - 1) / self.depth_write_every)
 
     @property
+    def running_grad_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of the running gradient cache, where there is one."""
+        return self.depth_grad_dtype if self.depth_grad_mode == "add" else "float32"
+
+    @property
     def slots_per_writer(self) -> int:
         """Depth slots that a writing layer appends (s): 1, or 2 with an FFN projection."""
         return 2 if self.depth_ffn_kv == "project" else 1
 
     @property
     def depth_slots(self) -> int:
-        """S, the slots of the full depth cache."""
+        """S, the slots that some layer reads. Training may keep the last layer's, too."""
         return self.depth_writers * self.slots_per_writer
 
 

@@ -113,8 +113,9 @@ class DepthCache:
         With a leading axis, [n, B, T, K, H], n slots: still one write each, unless it is a ring.
         `where` (bool scalar, may be traced): False leaves the cache as it is. Raises ValueError on
         a wrong shape, and on a full cache where the length is concrete; where it is traced, an
-        append to a full cache that is no ring is dropped. `fits`: the caller knows that there is
-        room; with `where` True, too, the write need not read what it overwrites.
+        append to a full cache that is no ring is dropped. `fits`: the caller vouches for room under
+        a traced length, and nothing is dropped; with `where` True, too, the write need not read
+        what it overwrites.
         """
         for name, x in (("key", key), ("value", value)):
             if x.shape[-4:] != self.key.shape[1:] or x.ndim > 5 or x.shape != key.shape:
@@ -130,7 +131,7 @@ class DepthCache:
             for n in range(count):
                 cache = cache.append(key[n], value[n], where=where)
             return cache
-        if not (self.ring or fits):
+        if not self.ring:
             room = self.length + count <= self.capacity
             overflows = ~room & where
             if not isinstance(overflows, jax.core.Tracer) and overflows:
@@ -138,7 +139,7 @@ class DepthCache:
                     f"append: expected at most {self.capacity} slots in all, got {count} more "
                     f"after {self.length}"
                 )
-            where = room & where
+            where = where if fits else room & where
         index = self._next_index()
         return dataclasses.replace(
             self,

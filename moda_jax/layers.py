@@ -53,7 +53,7 @@ class Linear(nnx.Module):
         self.num_inputs = len(inputs)
 
     def __call__(self, x: jax.Array, known: jax.Array | None = None) -> jax.Array:
-        """`known`: the result, where it has been kept: no product then but for the gradients."""
+        """`known`: the result, if it was kept: it is returned, with the product's gradients."""
         kernel = self.kernel[...].astype(x.dtype)
         out = jnp.tensordot(x, kernel, self.num_inputs)
         out = out if self.bias is None else out + self.bias[...].astype(x.dtype)

@@ -79,7 +79,7 @@ def _forward(spec: StackSpec, params: StackParams, x, tokens: Tokens, *, save: b
         y, inputs, ffn, saved = stack_layer.run(
             spec, rope, layer, weights, x, cache, tokens, save=save
         )
-        cache, y = stack_layer.write(spec, layer, cache, inputs, y, ffn, keeps_all=spec.keeps_all)
+        cache, y = stack_layer.write(spec, layer, cache, inputs, y, ffn, has_room=spec.keeps_all)
         return (y, cache), saved
 
     unread = spec.config.slots_per_writer if spec.keeps_all else 0

@@ -63,7 +63,7 @@ def backward(
         carry, d_blocks = _by_gathering(context, carry, together)
     else:
         if cache is not None:
-            zeros = stack_layer.two_zeros(cache.key.shape, spec.config.depth_grad_dtype)
+            zeros = stack_layer.two_zeros(cache.key.shape, spec.config.running_grad_dtype)
             carry = carry._replace(depth=zeros)
         if together is None:
             carry, d_blocks = _one_by_one(context, carry)
@@ -297,7 +297,8 @@ def _split(spec: StackSpec, layer, grads) -> tuple[KeyValue | None, KeyValue | N
     dtype = compute_dtype(spec.config)
     if spec.config.depth_write_every > 1:
         grads = [jnp.where(spec.writes(layer), g, 0) for g in grads]
-    # Else only the last layer has none: it comes first, when nobody has added to any slot.
+    # Else only the last layer has none, and comes first: nobody has added to any slot yet, or, of
+    # an empty range of layers, zeros were gathered.
 
     def take(slot):
         return tuple(g[slot].astype(dtype) for g in grads)

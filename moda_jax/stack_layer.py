@@ -36,7 +36,7 @@ class StackSpec:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether a pass that is differentiated keeps the slots of every layer.
+        """Whether the training stack's pass (not `scan_layers`) keeps the slots of every layer.
 
         Nobody reads the last one's; but where all layers append, no append depends on which it is.
         """
@@ -44,7 +44,7 @@ class StackSpec:
 
     @property
     def keeps_inputs(self) -> bool:
-        """Whether the cache, then, has every layer's own keys and values for the backward."""
+        """Whether a layer's own keys and values can be read back from its slots, then."""
         return self.keeps_all and self.config.depth_attention_kv == "reuse"
 
     def slots_before(self, layer: jax.Array) -> jax.Array:
@@ -181,30 +181,30 @@ def _project(
 
     if spec.config.depth_write_every == 1:  # all but the last write: a conditional costs more
         return project(source)
-    shapes = jax.eval_shape(project, source)
+    shapes, _ = jax.eval_shape(project, source)
 
     def nothing(source):
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    return lax.cond(spec.writes(layer), project, nothing, source)[0], None
+    return lax.cond(spec.writes(layer), lambda x: project(x)[0], nothing, source), None
 
 
-def write(spec: StackSpec, layer, cache, inputs: AttentionInputs, y, ffn, *, keeps_all=False):
+def write(spec: StackSpec, layer, cache, inputs: AttentionInputs, y, ffn, *, has_room=False):
     """Appends what the layer writes, the attention's keys and values, then its FFN's; (cache, y).
 
     The layer's output `y` holds the writes back until the attention has read the cache: what
-    could come first would make the compiler keep a copy of the whole cache. `keeps_all`: the cache
+    could come first would make the compiler keep a copy of the whole cache. `has_room`: the cache
     has room for the last layer's, too.
     """
     if cache is None:
         return None, y
-    writes = True if keeps_all else spec.writes(layer)
+    writes = True if has_room else spec.writes(layer)
     depth = (inputs.key, inputs.value) if inputs.depth is None else inputs.depth
     # The slots, too: a key's norm and rotation inside of the write made it three times as long.
     cache, y, depth, ffn = lax.optimization_barrier((cache, y, depth, ffn))
     if ffn is not None:  # both at once: two updates in a row cost a copy of the cache, too
         depth = jax.tree.map(lambda *slots: jnp.stack(slots), tuple(depth), tuple(ffn))
-    return cache.append(*depth, where=writes, fits=keeps_all), y
+    return cache.append(*depth, where=writes, fits=has_room), y
 
 
 def run(
@@ -249,15 +249,18 @@ def restore(spec: StackSpec, rope: Rope, layer, weights: StackParams, saved, cac
         inputs, out, lse, before_vjp, after_vjp = saved
         inputs = _from_cache(spec, layer, inputs, cache)
         return inputs, out, lse, _unstrip(before_vjp, weights), _unstrip(after_vjp, weights)
-    x, *kept = saved
-    depth_product, ffn_product = kept.pop() if kept else (None, None)
+    depth_product = ffn_product = None
+    if spec.config.remat == "save_attention":
+        x, read, out, lse, (depth_product, ffn_product) = saved
+    else:
+        (x,) = saved
     inputs, before_vjp, _ = jax.vjp(
         lambda w, x: before(spec, rope, layer, w, x, depth_product), weights, x, has_aux=True
     )
-    if kept:
-        inputs, out, lse = kept
+    if spec.config.remat == "save_attention":
+        inputs = read
     inputs = _from_cache(spec, layer, inputs, cache)
-    if not kept:
+    if spec.config.remat == "full":
         out, lse = attention_call(spec, layer, inputs, cache, tokens).forward()
     _, after_vjp, _ = jax.vjp(
         lambda w, x, o: after(spec, rope, layer, w, x, o, ffn_product), weights, x, out,

@@ -50,6 +50,8 @@ def test_an_append_that_fits_does_not_read_the_cache():
     after = jax.jit(lambda cache: cache.append(*slot(2), fits=True))(filled(2, 4))
     assert written(after) == [0, 1, 2, -1]
     assert int(after.length) == 3
+    with pytest.raises(ValueError, match="append: expected at most 2 slots in all, got 1 more"):
+        filled(2, 2).append(*slot(2), fits=True)
 
 
 def test_bounded_cache_keeps_every_slot_and_evicts_none():

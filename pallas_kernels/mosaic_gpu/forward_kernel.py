@@ -179,7 +179,10 @@ def _attend(
     fold: Callable = lambda x: x,
     unfold: Callable = lambda x: x,
 ):
-    """Scores, softmax, weighted values of a block; has the turn before and after."""
+    """Scores, softmax, weighted values of a block; has the turn before and after.
+
+    fold, unfold: the columns that the softmax looks at, and its weights back in their columns.
+    """
     plgpu = common.mosaic()
     scores = fold(_scores(worker, block))
     if mask is not None:

@@ -380,7 +380,7 @@ def depth_mask(plan: Plan, row_segment: jax.Array | None, slots_left: jax.Array)
 def own_octet(plan: Plan, x: jax.Array) -> jax.Array:
     """[64, (slot, token)] to [64, (slot, token of the octet)], of the octet of each row's token.
 
-    The others are of other tokens: what is to be done for each pair is done for fewer.
+    The other columns belong to other tokens and would be masked: the softmax skips them.
     """
     if plan.octets == 1:
         return x
@@ -395,7 +395,7 @@ def own_octet(plan: Plan, x: jax.Array) -> jax.Array:
 
 
 def from_own_octet(plan: Plan, x: jax.Array) -> jax.Array:
-    """The inverse of `own_octet`, with zeros for the other tokens."""
+    """Puts what `own_octet` took back to its place, with zeros for the other tokens."""
     if plan.octets == 1:
         return x
     zero = jnp.zeros((), x.dtype)
