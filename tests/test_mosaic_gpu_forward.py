@@ -140,10 +140,14 @@ def test_odd_lengths(capfd, head_dim, is_causal):
 
 
 @needs_mosaic
-def test_packed_documents(capfd):
-    """Blocks outside the documents of a tile are skipped, padding sees nothing."""
-    slots, segments = (0, 4, 4, 4), packed(2, 200, 4)
-    check(capfd, make(200, 200, 2, 64, 4, slots, batch=2), slots, segments, config=SMALL)
+@pytest.mark.parametrize(("group", "length"), [(2, 200), (1, 72), (4, 72)])
+def test_packed_documents(capfd, group, length):
+    """Blocks outside the documents of a tile are skipped, padding sees nothing.
+
+    A row's token is in one of 4, 8 or 2 octets of its tile.
+    """
+    slots, segments = (0, 3, 4, 9), packed(2, length, 4)
+    check(capfd, make(length, length, group, 64, 9, slots, batch=2), slots, segments, config=SMALL)
 
 
 @needs_mosaic

@@ -21,6 +21,7 @@ from tests.tolerances import SHIFTED_POSITIONS, STACK, STACK_BFLOAT16
 # The stack has no embedding to tie.
 STACKS = {name: changes for name, changes in VARIANTS.items() if name != "tied"} | {
     "one-layer": {"num_layers": 1},
+    "two-layer": {"num_layers": 2},  # one writes slots that somebody reads
     "reference": {"attention": "reference"},
 }
 

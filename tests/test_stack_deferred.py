@@ -28,7 +28,7 @@ CHANGES = {
     name: changes | {"num_layers": LAYERS}
     for name, changes in VARIANTS.items()
     if name not in ("bounded", "tied")  # refused; the stack has no embedding
-} | {"one-layer": {"num_layers": 1}}
+} | {"one-layer": {"num_layers": 1}, "two-layer": {"num_layers": 2}}
 
 
 REMATS = ("full", "save_attention", "none")

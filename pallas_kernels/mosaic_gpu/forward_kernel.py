@@ -14,12 +14,9 @@ from pallas_kernels.mosaic_gpu.ring import (
     Block,
     Refs,
     drain_parts,
-    from_own_octet,
     key_mask,
     load_blocks,
     load_rows,
-    own_octet,
-    own_token_mask,
     ring_memory,
     row_memory,
     row_pieces,
@@ -28,10 +25,14 @@ from pallas_kernels.mosaic_gpu.ring import (
 )
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
+    NO_SEGMENT,
     ROWS,
+    TOKEN_ALIGNMENT,
     accumulate,
+    div,
     drain,
     i32,
+    iota,
     rem,
     spread,
     wait_free,
@@ -153,8 +154,8 @@ def _depth_step(worker: _Worker, _, i: jax.Array, carry):
     step, state = carry
     first, stop = slot_block(plan, worker.refs.slots, worker.tile, i)
     block = Block.at(plan, worker.refs, worker.warpgroup, step, stop - first)
-    mask = functools.partial(own_token_mask, plan, worker.row_segment, stop - first)
-    fold, unfold = (functools.partial(f, plan) for f in (own_octet, from_own_octet))
+    mask = functools.partial(_own_token_mask, plan, worker.row_segment, stop - first)
+    fold, unfold = (functools.partial(f, plan) for f in (_own_octet, _from_own_octet))
     return step + 1, _attend(worker, block, mask, state, fold, unfold)
 
 
@@ -196,6 +197,56 @@ def _attend(
     acc = accumulate(acc, (weights, block.value))
     plgpu.barrier_arrive(block.value_free)
     return acc, row_max, row_sum
+
+
+def _own_octet(plan: Plan, x: jax.Array) -> jax.Array:
+    """[64, (slot, token)] to [64, (slot, token of the octet)], of the octet of each row's token.
+
+    The other columns belong to other tokens and would be masked: the softmax skips them.
+    """
+    if plan.octets == 1:
+        return x
+    pieces = []
+    for slot in range(plan.block_slots):
+        octets = [_octet(plan, x, slot * plan.octets + i) for i in range(plan.octets)]
+        own = octets[0]
+        for i in range(1, plan.octets):
+            own = jnp.where(_is_own(plan, i), octets[i], own)
+        pieces.append(own)
+    return lax.concatenate(pieces, 1) if len(pieces) > 1 else pieces[0]
+
+
+def _from_own_octet(plan: Plan, x: jax.Array) -> jax.Array:
+    """Puts what `_own_octet` took back to its place, with zeros for the other tokens."""
+    if plan.octets == 1:
+        return x
+    zero = jnp.zeros((), x.dtype)
+    slots = [_octet(plan, x, slot) for slot in range(plan.block_slots)]
+    return lax.concatenate(
+        [jnp.where(_is_own(plan, i), own, zero) for own in slots for i in range(plan.octets)], 1
+    )
+
+
+def _octet(plan: Plan, x: jax.Array, index: int) -> jax.Array:
+    start = index * TOKEN_ALIGNMENT
+    return lax.slice(x, (0, start), (ROWS, start + TOKEN_ALIGNMENT))
+
+
+def _is_own(plan: Plan, octet: int) -> jax.Array:
+    """Whether a row's token is in that octet of the tile."""
+    rows = iota((ROWS, TOKEN_ALIGNMENT), 0)
+    return div(rows, TOKEN_ALIGNMENT * plan.heads) == octet
+
+
+def _own_token_mask(plan: Plan, row_segment: jax.Array | None, slots_left: jax.Array) -> jax.Array:
+    """`depth_mask` of what `_own_octet` returns."""
+    shape = (ROWS, plan.block_slots * TOKEN_ALIGNMENT)
+    row, column = iota(shape, 0), iota(shape, 1)
+    mask = ((row ^ column) & (TOKEN_ALIGNMENT - 1)) == 0
+    mask &= column < slots_left * TOKEN_ALIGNMENT
+    if row_segment is not None:
+        mask &= spread(row_segment, shape, 0) != NO_SEGMENT
+    return mask
 
 
 def _scores(worker: _Worker, block: Block) -> jax.Array:

@@ -377,56 +377,6 @@ def depth_mask(plan: Plan, row_segment: jax.Array | None, slots_left: jax.Array)
     return mask
 
 
-def own_octet(plan: Plan, x: jax.Array) -> jax.Array:
-    """[64, (slot, token)] to [64, (slot, token of the octet)], of the octet of each row's token.
-
-    The other columns belong to other tokens and would be masked: the softmax skips them.
-    """
-    if plan.octets == 1:
-        return x
-    pieces = []
-    for slot in range(plan.block_slots):
-        octets = [_octet(plan, x, slot * plan.octets + i) for i in range(plan.octets)]
-        own = octets[0]
-        for i in range(1, plan.octets):
-            own = jnp.where(_is_own(plan, i), octets[i], own)
-        pieces.append(own)
-    return lax.concatenate(pieces, 1) if len(pieces) > 1 else pieces[0]
-
-
-def from_own_octet(plan: Plan, x: jax.Array) -> jax.Array:
-    """Puts what `own_octet` took back to its place, with zeros for the other tokens."""
-    if plan.octets == 1:
-        return x
-    zero = jnp.zeros((), x.dtype)
-    slots = [_octet(plan, x, slot) for slot in range(plan.block_slots)]
-    return lax.concatenate(
-        [jnp.where(_is_own(plan, i), own, zero) for own in slots for i in range(plan.octets)], 1
-    )
-
-
-def _octet(plan: Plan, x: jax.Array, index: int) -> jax.Array:
-    start = index * TOKEN_ALIGNMENT
-    return lax.slice(x, (0, start), (ROWS, start + TOKEN_ALIGNMENT))
-
-
-def _is_own(plan: Plan, octet: int) -> jax.Array:
-    """Whether a row's token is in that octet of the tile."""
-    rows = iota((ROWS, TOKEN_ALIGNMENT), 0)
-    return div(rows, TOKEN_ALIGNMENT * plan.heads) == octet
-
-
-def own_token_mask(plan: Plan, row_segment: jax.Array | None, slots_left: jax.Array) -> jax.Array:
-    """`depth_mask` of what `own_octet` returns."""
-    shape = (ROWS, plan.block_slots * TOKEN_ALIGNMENT)
-    row, column = iota(shape, 0), iota(shape, 1)
-    mask = ((row ^ column) & (TOKEN_ALIGNMENT - 1)) == 0
-    mask &= column < slots_left * TOKEN_ALIGNMENT
-    if row_segment is not None:
-        mask &= spread(row_segment, shape, 0) != NO_SEGMENT
-    return mask
-
-
 def key_mask(plan: Plan, token, row_segment, start: jax.Array, segments: Any) -> jax.Array:
     """Which of the keys from `start` on each row sees; `token`: the tile's first."""
     shape = (ROWS, plan.config.block_kv)
