@@ -17,14 +17,6 @@ KeyValue = tuple[jax.Array, jax.Array]  # [B, T, K, H] each
 Rope = tuple[jax.Array, jax.Array]
 
 
-class KeysValues(NamedTuple):
-    """What a projection gives."""
-
-    key: jax.Array  # [B, T, K, H], after QK-norm and RoPE
-    value: jax.Array  # [B, T, K, H]
-    product: jax.Array  # the keys before both
-
-
 class AttentionInputs(NamedTuple):
     """What attention reads at a layer, and what it writes to the depth cache."""
 
@@ -69,8 +61,7 @@ class Block(nnx.Module):
         query = self.query(source)
         query = query if self.query_norm is None else self.query_norm(query)
         query = constrain(rotate(query, rope), "batch", None, "heads", None)
-        key, value, _ = self.keys_values(self.key_value, source, rope)
-        return AttentionInputs(query, key, value), source
+        return AttentionInputs(query, *self.keys_values(self.key_value, source, rope)), source
 
     def after_attention(
         self, x_BxTxD: jax.Array, out_BxTxNxH: jax.Array
@@ -80,25 +71,16 @@ class Block(nnx.Module):
         source = self.mlp_norm(x_BxTxD) if self.placement == "pre" else x_BxTxD
         return self._join(x_BxTxD, self.mlp(source), self.mlp_norm), source
 
-    def keys_values(
-        self,
-        projection: KVProjection,
-        x_BxTxD: jax.Array,
-        rope: Rope,
-        product: jax.Array | None = None,
-    ) -> KeysValues:
+    def keys_values(self, projection: KVProjection, x_BxTxD: jax.Array, rope: Rope) -> KeyValue:
         """Sequence and depth keys get the same norm and rotation.
-
-        `product`: `KeysValues.product` of the same input, if it was kept.
 
         A query and the depth keys of its token share a position, so their rotations cancel; a key
         cached before its rotation would make depth scores depend on where the token stands.
         """
-        product, value = projection.key(x_BxTxD, product), projection.value(x_BxTxD)
-        key = product if self.key_norm is None else self.key_norm(product)
+        key, value = projection.key(x_BxTxD), projection.value(x_BxTxD)
+        key = key if self.key_norm is None else self.key_norm(key)
         axes = ("batch", None, "kv_heads", None)
-        key, value = constrain(rotate(key, rope), *axes), constrain(value, *axes)
-        return KeysValues(key, value, product)
+        return constrain(rotate(key, rope), *axes), constrain(value, *axes)
 
     def _join(self, x_BxTxD: jax.Array, branch: jax.Array, norm: RMSNorm) -> jax.Array:
         if self.placement == "reordered":

@@ -52,29 +52,10 @@ class Linear(nnx.Module):
         self.bias = nnx.data(parameter(zeros, (*outputs,)) if config.use_bias else None)
         self.num_inputs = len(inputs)
 
-    def __call__(self, x: jax.Array, known: jax.Array | None = None) -> jax.Array:
-        """`known`: the result, if it was kept: it is returned, with the product's gradients."""
+    def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         out = jnp.tensordot(x, kernel, self.num_inputs)
-        out = out if self.bias is None else out + self.bias[...].astype(x.dtype)
-        return out if known is None else _known(known, out)
-
-
-@jax.custom_vjp
-def _known(known: jax.Array, computed: jax.Array) -> jax.Array:
-    """`known`, with the gradient of `computed`, of which nobody needs the value then."""
-    return known
-
-
-def _known_forward(known: jax.Array, computed: jax.Array) -> tuple[jax.Array, None]:
-    return known, None
-
-
-def _known_backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros_like(gradient), gradient
-
-
-_known.defvjp(_known_forward, _known_backward)
+        return out if self.bias is None else out + self.bias[...].astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):

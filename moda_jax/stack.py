@@ -45,9 +45,9 @@ def scan_layers(
         x, cache, state = carry
         layer, block = layer_and_block
         weights = stack_layer.layer_params(spec, params, layer, block)
-        inputs, _ = stack_layer.before(spec, rope, layer, weights, x)
+        inputs = stack_layer.before(spec, rope, layer, weights, x)
         out, state, emitted = attend(layer, inputs, cache, state)
-        (y, ffn), _ = stack_layer.after(spec, rope, layer, weights, x, out)
+        y, ffn = stack_layer.after(spec, rope, layer, weights, x, out)
         cache, y = stack_layer.write(spec, layer, cache, inputs, y, ffn)
         return (y, cache, state), emitted
 

@@ -158,7 +158,9 @@ def _by_gathering(context: _Context, carry: _Carry, gathered: GatheredDepth) -> 
                 offset=jnp.clip(own - base, 0, size - per_layer),
             )  # fmt: skip
             # Gathered before this layer's are written: later, the compiler would copy all layers'.
-            before, finished = lax.optimization_barrier((carry.depth, _split(spec, layer, grads)))
+            # Not split before: behind the barrier its readers take a slot where it is.
+            before, grads = lax.optimization_barrier((carry.depth, grads))
+            finished = _split(spec, layer, grads)
 
             def attend(call, out, lse, d_out):
                 d, kept = gathered.gradients(call, out, lse, d_out)
@@ -201,7 +203,7 @@ def _call(context: _Context, x: jax.Array) -> AttentionCall:
     """The first layer's attention: every layer's has its shapes."""
     spec, layer = context.spec, jnp.int32(0)
     weights = stack_layer.layer_params(spec, context.params, layer, _at(context.params.blocks, 0))
-    inputs, _ = stack_layer.before(spec, context.rope, layer, weights, x)
+    inputs = stack_layer.before(spec, context.rope, layer, weights, x)
     return stack_layer.attention_call(spec, layer, inputs, context.cache, context.tokens)
 
 

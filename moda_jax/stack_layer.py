@@ -142,42 +142,25 @@ def layer_params(spec: StackSpec, params: StackParams, layer, block) -> StackPar
     return jax.tree_util.tree_map_with_path(cast, StackParams(block, *own))
 
 
-def before(
-    spec: StackSpec, rope: Rope, layer, weights: StackParams, x, product: jax.Array | None = None
-) -> tuple[AttentionInputs, jax.Array | None]:
-    """Attention's inputs, and `_project`'s product."""
+def before(spec: StackSpec, rope: Rope, layer, weights: StackParams, x) -> AttentionInputs:
     block = nnx.merge(spec.block, weights.blocks)
     inputs, source = block.before_attention(x, rope)
-    depth, product = _project(spec, block, weights.attention_kv, layer, source, rope, product)
-    return inputs._replace(depth=depth), product
+    return inputs._replace(depth=_project(spec, block, weights.attention_kv, layer, source, rope))
 
 
-def after(
-    spec: StackSpec, rope: Rope, layer, weights: StackParams, x, out,
-    product: jax.Array | None = None,
-) -> tuple[tuple[jax.Array, KeyValue | None], jax.Array | None]:  # fmt: skip
-    """(the layer's output, what its FFN writes), and `_project`'s product."""
+def after(spec: StackSpec, rope: Rope, layer, weights: StackParams, x, out):
     block = nnx.merge(spec.block, weights.blocks)
     y, source = block.after_attention(x, out)
-    ffn, product = _project(spec, block, weights.ffn_kv, layer, source, rope, product)
-    return (y, ffn), product
+    return y, _project(spec, block, weights.ffn_kv, layer, source, rope)
 
 
-def _project(
-    spec: StackSpec, block: Block, weights: Any, layer, source, rope, product: jax.Array | None
-) -> tuple[KeyValue | None, jax.Array | None]:
-    """Depth keys and values of an own projection, zeros in layers that do not write.
-
-    And the keys' product before norm and rotation, where every layer has one: given to the
-    backward, it need not be computed again.
-    """
+def _project(spec: StackSpec, block: Block, weights: Any, layer, source, rope) -> KeyValue | None:
+    """Depth keys and values of an own projection; zeros in layers that do not write."""
     if weights is None:
-        return None, None
+        return None
 
     def project(source):
-        projection = nnx.merge(spec.projection, weights)
-        key, value, new = block.keys_values(projection, source, rope, product)
-        return (key, value), new
+        return block.keys_values(nnx.merge(spec.projection, weights), source, rope)
 
     if spec.config.depth_write_every == 1:  # all but the last write: a conditional costs more
         return project(source)
@@ -186,7 +169,7 @@ def _project(
     def nothing(source):
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    return lax.cond(spec.writes(layer), lambda x: project(x)[0], nothing, source), None
+    return lax.cond(spec.writes(layer), project, nothing, source)
 
 
 def write(spec: StackSpec, layer, cache, inputs: AttentionInputs, y, ffn, *, has_room=False):
@@ -220,26 +203,22 @@ def run(
 ):
     """(y, attention's inputs, what the FFN writes, what `restore` needs to `save` or None)."""
     if save and spec.config.remat == "none":
-        inputs, before_vjp, _ = jax.vjp(
-            lambda w, x: before(spec, rope, layer, w, x), weights, x, has_aux=True
-        )
+        inputs, before_vjp = jax.vjp(lambda w, x: before(spec, rope, layer, w, x), weights, x)
     else:
-        (inputs, depth_product), before_vjp = before(spec, rope, layer, weights, x), None
+        inputs, before_vjp = before(spec, rope, layer, weights, x), None
     out, lse = attention_call(spec, layer, inputs, cache, tokens).forward()
     read: Any = inputs._replace(depth=None)  # what an own projection wrote is in the cache already
     if spec.keeps_inputs:
         read = _Query(inputs.query)
     saved: tuple[Any, ...]
     if before_vjp is not None:
-        (y, ffn), after_vjp, _ = jax.vjp(
-            lambda w, x, o: after(spec, rope, layer, w, x, o), weights, x, out, has_aux=True
+        (y, ffn), after_vjp = jax.vjp(
+            lambda w, x, o: after(spec, rope, layer, w, x, o), weights, x, out
         )
         saved = (read, out, lse, _strip(before_vjp, weights), _strip(after_vjp, weights))
     else:
-        (y, ffn), ffn_product = after(spec, rope, layer, weights, x, out)
-        saved = (x,)
-        if spec.config.remat == "save_attention":
-            saved = x, read, out, lse, (depth_product, ffn_product)
+        y, ffn = after(spec, rope, layer, weights, x, out)
+        saved = (x, read, out, lse) if spec.config.remat == "save_attention" else (x,)
     return y, inputs, ffn, saved if save else None
 
 
@@ -249,23 +228,14 @@ def restore(spec: StackSpec, rope: Rope, layer, weights: StackParams, saved, cac
         inputs, out, lse, before_vjp, after_vjp = saved
         inputs = _from_cache(spec, layer, inputs, cache)
         return inputs, out, lse, _unstrip(before_vjp, weights), _unstrip(after_vjp, weights)
-    depth_product = ffn_product = None
+    x = saved[0]
+    inputs, before_vjp = jax.vjp(lambda w, x: before(spec, rope, layer, w, x), weights, x)
     if spec.config.remat == "save_attention":
-        x, read, out, lse, (depth_product, ffn_product) = saved
-    else:
-        (x,) = saved
-    inputs, before_vjp, _ = jax.vjp(
-        lambda w, x: before(spec, rope, layer, w, x, depth_product), weights, x, has_aux=True
-    )
-    if spec.config.remat == "save_attention":
-        inputs = read
+        inputs, out, lse = saved[1:]
     inputs = _from_cache(spec, layer, inputs, cache)
     if spec.config.remat == "full":
         out, lse = attention_call(spec, layer, inputs, cache, tokens).forward()
-    _, after_vjp, _ = jax.vjp(
-        lambda w, x, o: after(spec, rope, layer, w, x, o, ffn_product), weights, x, out,
-        has_aux=True,
-    )  # fmt: skip
+    _, after_vjp = jax.vjp(lambda w, x, o: after(spec, rope, layer, w, x, o), weights, x, out)
     return inputs, out, lse, before_vjp, after_vjp
 
 
