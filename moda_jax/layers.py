@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from moda_jax.config import ModelConfig
+from pallas_kernels import platforms
 
 Axes = tuple[str | None, ...]
 
@@ -81,12 +83,36 @@ def rope_table(
     return jnp.cos(angle), jnp.sin(angle)
 
 
+@jax.custom_vjp
 def rotate(x_BxTxNxH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding, half-rotation: pairs are (i, i + H/2). In float32, back to x's dtype."""
+    """Rotary embedding, half-rotation: pairs are (i, i + H/2). In float32, back to x's dtype.
+
+    Not differentiated in `rope`.
+    """
     cos, sin = rope
     first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x_BxTxNxH.dtype)
+
+
+def _rotate_back(rope: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple[jax.Array, None]:
+    """The gradient turns the other way round.
+
+    On a GPU the halves change places as an axis that is reversed: XLA makes that part of what reads
+    it, the norm's gradient, and would write split halves to memory first. Without a word about the
+    layout it would transpose everything up to the next matrix product.
+    """
+    cos, sin = rope
+    if platforms.current() != "gpu":
+        return rotate(d, (cos, -sin)), None
+    halves = d.reshape(*d.shape[:-1], 2, -1).astype(jnp.float32)
+    signs = jnp.asarray([[1.0], [-1.0]], jnp.float32)
+    turned = halves * cos[..., None, :] + jnp.flip(halves, -2) * (signs * sin[..., None, :])
+    layout = Layout(major_to_minor=tuple(range(d.ndim)))
+    return with_layout_constraint(turned.reshape(d.shape).astype(d.dtype), layout), None
+
+
+rotate.defvjp(lambda x, rope: (rotate(x, rope), rope), _rotate_back)
 
 
 def compute_dtype(config: ModelConfig) -> Any:

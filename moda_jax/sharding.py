@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -125,6 +126,16 @@ def unwritten(shape: tuple[int, ...], dtype: Any, *logical_axes: str | None) -> 
         lambda: jax.lax.empty(part, dtype), in_specs=(), out_specs=spec, axis_names=set(sizes),
         check_vma=False,
     )()  # fmt: skip
+
+
+def stacked_memory(length: int, one: jax.ShapeDtypeStruct) -> jax.Array:
+    """Memory [length, ...] for results like `one` that are all written, each at its index.
+
+    With anything in it; zeros on a mesh, as those are what the compiler can split by what is
+    written to them.
+    """
+    memory = jnp.zeros if compiler_axes() else jax.lax.empty
+    return memory((length, *one.shape), one.dtype)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

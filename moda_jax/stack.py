@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moda_jax import stack_backward, stack_layer
+from moda_jax.sharding import stacked_memory
 from moda_jax.stack_layer import StackParams, StackSpec, Tokens
 
 __all__ = ["StackParams", "StackSpec", "Tokens", "run_stack", "scan_layers"]
@@ -72,9 +73,9 @@ def _run_stack_forward(spec, params, x, tokens):
 def _forward(spec: StackSpec, params: StackParams, x, tokens: Tokens, *, save: bool):
     rope = stack_layer.rope_of(spec, tokens)
 
-    def body(carry, layer_and_block):
+    def visit(carry, layer):
         x, cache = carry
-        layer, block = layer_and_block
+        block = stack_layer.at(params.blocks, layer)
         weights = stack_layer.layer_params(spec, params, layer, block)
         y, inputs, ffn, saved = stack_layer.run(
             spec, rope, layer, weights, x, cache, tokens, save=save
@@ -84,9 +85,32 @@ def _forward(spec: StackSpec, params: StackParams, x, tokens: Tokens, *, save: b
 
     unread = spec.config.slots_per_writer if spec.keeps_all else 0
     cache = stack_layer.empty_cache(spec.config, x.shape, unread=unread)
-    xs = jnp.arange(spec.config.num_layers), params.blocks
-    (y, cache), saved = lax.scan(body, (x, cache), xs)
+    (y, cache), saved = _stacking(visit, (x, cache), spec.config.num_layers)
     return y, saved, cache
+
+
+def _stacking(body, carry, length: int):
+    """`lax.scan(body, carry, arange(length))`, but by the loop's own counter.
+
+    What it indexes, XLA for GPUs copies beside other work, or hands to a kernel where it lies; by
+    an index out of an array, it copies first. Nor do the stacked results begin with zeros.
+    """
+    shapes = jax.tree.leaves(jax.eval_shape(lambda c: body(c, jnp.int32(0))[1], carry))
+    trees = []
+
+    def step(index, state):
+        carry, stacked = state
+        carry, results = body(carry, index)
+        leaves, tree = jax.tree.flatten(results)
+        trees.append(tree)  # a kept vjp's is another at every trace
+        return carry, [
+            lax.dynamic_update_index_in_dim(all_results, x, index, 0)
+            for all_results, x in zip(stacked, leaves, strict=True)
+        ]
+
+    memory = [stacked_memory(length, x) for x in shapes]
+    carry, stacked = lax.fori_loop(0, length, step, (carry, memory))
+    return carry, jax.tree.unflatten(trees[-1], stacked)
 
 
 def _run_stack_backward(spec: StackSpec, residuals, dy):

@@ -25,7 +25,7 @@ from moda_jax.block import AttentionInputs, KeyValue, Rope
 from moda_jax.depth_cache import DepthCache
 from moda_jax.layers import compute_dtype
 from moda_jax.sharded_attention import AttentionCall, DeferredDepth, GatheredDepth
-from moda_jax.sharding import compiler_axes
+from moda_jax.sharding import stacked_memory
 from moda_jax.stack_layer import StackParams, StackSpec, Tokens
 
 
@@ -75,30 +75,36 @@ def backward(
 def _one_by_one(context: _Context, carry: _Carry) -> tuple[_Carry, Any]:
     """Every layer adds into all the slots that it read."""
 
-    def body(carry, xs):
-        layer, block, saved = xs
+    def visit(layer, state):
+        carry, d_blocks = state
         running, finished = _finished(context, carry.depth, layer)
 
         def attend(call, out, lse, d_out):
             d = call.gradients(out, lse, d_out, running)
             return d, None if running is None else (d.depth_key, d.depth_value)
 
-        return _layer(context, carry, layer, block, saved, finished, attend)
+        return _layer(context, carry, d_blocks, layer, finished, attend)
 
-    layers = jnp.arange(context.spec.config.num_layers)
-    return lax.scan(body, carry, (layers, context.params.blocks, context.saved), reverse=True)
+    return _last_to_first(context, visit, (carry, _memory_of_blocks(context)))
 
 
 def _by_blocks(context: _Context, carry: _Carry, deferred: DeferredDepth) -> tuple[_Carry, Any]:
-    """Blocks of layers share one pass over the slots that were written before the block."""
+    """Blocks of layers share one pass over the slots that were written before the block.
+
+    Counted from the last layer: what is left over for the first block reads no older slots.
+    """
     spec, cache = context.spec, context.cache
     assert cache is not None
+    num_layers = spec.config.num_layers
+    size = min(spec.config.depth_grad_block, num_layers)
+    num_blocks, rest = divmod(num_layers, size)
 
-    def visit(carry, d_blocks, first, count, *, is_rest):
+    def visit(state, first, count):
+        """(state after the layers of a block, what those kept for the older slots)."""
         older = spec.slots_before(first)
 
-        def body(carry, layer):
-            carry, d_blocks = carry
+        def body(state, layer):
+            carry, d_blocks = state
             readers = None
             running, finished = _finished(context, carry.depth, layer)
 
@@ -107,16 +113,20 @@ def _by_blocks(context: _Context, carry: _Carry, deferred: DeferredDepth) -> tup
                 d, readers = deferred.gradients(call, out, lse, d_out, running, older)
                 return d, (d.depth_key, d.depth_value)
 
-            return _at_layer(context, carry, d_blocks, layer, finished, attend), readers
+            return _layer(context, carry, d_blocks, layer, finished, attend), readers
 
-        layers = first + jnp.arange(count)
-        (carry, d_blocks), readers = lax.scan(body, (carry, d_blocks), layers, reverse=True)
-        if not is_rest:
-            depth = deferred.add(readers, cache.key, cache.value, carry.depth, 0, older)
-            carry = carry._replace(depth=depth)
-        return carry, d_blocks
+        return lax.scan(body, state, first + jnp.arange(count), reverse=True)
 
-    return _scan_blocks(context, carry, visit)
+    def block(state, n):
+        first = rest + n * size
+        (carry, d_blocks), readers = visit(state, first, size)
+        older = spec.slots_before(first)
+        depth = deferred.add(readers, cache.key, cache.value, carry.depth, 0, older)
+        return (carry._replace(depth=depth), d_blocks), None
+
+    state = carry, _memory_of_blocks(context)
+    state, _ = lax.scan(block, state, jnp.arange(num_blocks), reverse=True)
+    return visit(state, jnp.int32(0), rest)[0] if rest else state
 
 
 def _by_gathering(context: _Context, carry: _Carry, gathered: GatheredDepth) -> tuple[_Carry, Any]:
@@ -128,6 +138,8 @@ def _by_gathering(context: _Context, carry: _Carry, gathered: GatheredDepth) -> 
     assert cache is not None
     config, num_layers, num_slots = spec.config, spec.config.num_layers, spec.config.depth_slots
     per_layer = config.slots_per_writer
+    size = min(config.depth_grad_block, num_layers)
+    count = min(-(-size // config.depth_write_every) * per_layer, num_slots)
     query = stack_layer.saved_query(spec, context.saved)
 
     def without_saved(kept: Any) -> Any:
@@ -137,72 +149,72 @@ def _by_gathering(context: _Context, carry: _Carry, gathered: GatheredDepth) -> 
         kept = kept._replace(query=kept.query if query is None else query)
         return gathered.gather(kept, cache.key, cache.value, **settings)
 
-    def visit(carry, d_blocks, first, count, *, is_rest):
-        stop = first + count
-        writers = -(-count // config.depth_write_every)
-        size = min(writers * per_layer, num_slots)
-        base = jnp.clip(spec.slots_before(first), 0, num_slots - size)
-        so_far, last = None, num_layers
-        if count > 1:
-            so_far, last = gather(
-                carry.depth, layers=(stop, num_layers), first=base, count=size,
-                dtype=config.depth_grad_dtype,
-            ), stop  # fmt: skip
-
-        def body(carry, layer):
-            carry, d_blocks = carry
-            own = spec.writer(layer) * per_layer
-            grads = gather(
-                carry.depth, layers=(jnp.where(spec.writes(layer), layer + 1, last), last),
-                first=own, count=per_layer, dtype=compute_dtype(config), so_far=so_far,
-                offset=jnp.clip(own - base, 0, size - per_layer),
+    def visit(layer, state):
+        carry, d_blocks, so_far = state
+        first = layer // size * size
+        stop = jnp.minimum(first + size, num_layers)
+        base = jnp.clip(spec.slots_before(first), 0, num_slots - count)
+        last = num_layers if so_far is None else stop
+        if so_far is not None:
+            so_far = lax.cond(
+                layer == stop - 1,
+                lambda kept, _: gather(
+                    kept, layers=(stop, num_layers), first=base, count=count,
+                    dtype=config.depth_grad_dtype,
+                ),
+                lambda _, so_far: so_far,
+                carry.depth, so_far,
             )  # fmt: skip
-            # Gathered before this layer's are written: later, the compiler would copy all layers'.
-            # Not split before: behind the barrier its readers take a slot where it is.
-            before, grads = lax.optimization_barrier((carry.depth, grads))
-            finished = _split(spec, layer, grads)
+        own = spec.writer(layer) * per_layer
+        grads = gather(
+            carry.depth, layers=(jnp.where(spec.writes(layer), layer + 1, last), last),
+            first=own, count=per_layer, dtype=compute_dtype(config), so_far=so_far,
+            offset=jnp.clip(own - base, 0, count - per_layer),
+        )  # fmt: skip
+        # Gathered before this layer's are written: later, the compiler would copy all layers'.
+        # Not split before: behind the barrier its readers take a slot where it is.
+        before, so_far, grads = lax.optimization_barrier((carry.depth, so_far, grads))
+        finished = _split(spec, layer, grads)
 
-            def attend(call, out, lse, d_out):
-                d, kept = gathered.gradients(call, out, lse, d_out)
-                return d, jax.tree.map(
-                    lambda all_layers, x: lax.dynamic_update_index_in_dim(all_layers, x, layer, 0),
-                    before, without_saved(kept),
-                )  # fmt: skip
+        def attend(call, out, lse, d_out):
+            d, kept = gathered.gradients(call, out, lse, d_out)
+            return d, jax.tree.map(
+                lambda all_layers, x: lax.dynamic_update_index_in_dim(all_layers, x, layer, 0),
+                before, without_saved(kept),
+            )  # fmt: skip
 
-            return _at_layer(context, carry, d_blocks, layer, finished, attend), None
-
-        layers = first + jnp.arange(count)
-        both, _ = lax.scan(body, (carry, d_blocks), layers, reverse=True)
-        return both
+        return *_layer(context, carry, d_blocks, layer, finished, attend), so_far
 
     depth = without_saved(gathered.empty(_call(context, carry.x), num_layers))
-    return _scan_blocks(context, carry._replace(depth=depth), visit)
+    so_far = None
+    if size > 1:
+        shape = (count, *cache.key.shape[1:])
+        so_far = stack_layer.two_unwritten(shape, jnp.dtype(config.depth_grad_dtype))
+    state = carry._replace(depth=depth), _memory_of_blocks(context), so_far
+    return _last_to_first(context, visit, state)[:2]
 
 
-def _scan_blocks(context: _Context, carry: _Carry, visit: Any) -> tuple[_Carry, Any]:
-    """visit(carry, d_blocks, first, count, is_rest) for every block of layers, last first.
-
-    Counted from the last layer: what is left over for the first block reads no older slots.
-    """
+def _last_to_first(context: _Context, visit: Any, state: Any) -> Any:
+    """state = visit(layer, state) for all layers, by the loop's own counter (`stack._stacking`)."""
     num_layers = context.spec.config.num_layers
-    size = min(context.spec.config.depth_grad_block, num_layers)
-    num_blocks, rest = divmod(num_layers, size)
+    return lax.fori_loop(0, num_layers, lambda n, state: visit(num_layers - 1 - n, state), state)
 
-    def body(both, n):
-        return visit(*both, rest + n * size, size, is_rest=False), None
 
-    # Written in place, layer by layer: stacking the blocks' parts would need a second copy. All are
-    # written, so it need not begin with zeros; but those are what the compiler can split.
-    memory = jnp.zeros if compiler_axes() else lax.empty
-    d_blocks = jax.tree.map(lambda p: memory(p.shape, jnp.float32), context.params.blocks)
-    both, _ = lax.scan(body, (carry, d_blocks), jnp.arange(num_blocks), reverse=True)
-    return visit(*both, jnp.int32(0), rest, is_rest=True) if rest else both
+def _memory_of_blocks(context: _Context) -> Any:
+    """For the blocks' gradients [L, ...], float32."""
+    num_layers = context.spec.config.num_layers
+    return jax.tree.map(
+        lambda p: stacked_memory(num_layers, jax.ShapeDtypeStruct(p.shape[1:], jnp.float32)),
+        context.params.blocks,
+    )
 
 
 def _call(context: _Context, x: jax.Array) -> AttentionCall:
     """The first layer's attention: every layer's has its shapes."""
     spec, layer = context.spec, jnp.int32(0)
-    weights = stack_layer.layer_params(spec, context.params, layer, _at(context.params.blocks, 0))
+    weights = stack_layer.layer_params(
+        spec, context.params, layer, stack_layer.at(context.params.blocks, 0)
+    )
     inputs = stack_layer.before(spec, context.rope, layer, weights, x)
     return stack_layer.attention_call(spec, layer, inputs, context.cache, context.tokens)
 
@@ -239,24 +251,16 @@ def _together(context: _Context, x: jax.Array) -> GatheredDepth | DeferredDepth 
     return DeferredDepth(backend.deferral, scale)
 
 
-def _at_layer(context: _Context, carry: _Carry, d_blocks, layer, finished, attend):
-    """`_layer` of a layer by its index, its gradients written to `d_blocks` [L, ...]."""
-    block, saved = _at(context.params.blocks, layer), _at(context.saved, layer)
-    carry, d_block = _layer(context, carry, layer, block, saved, finished, attend)
-    return carry, jax.tree.map(
-        lambda total, d: lax.dynamic_update_index_in_dim(total, d, layer, 0), d_blocks, d_block
-    )
-
-
 def _layer(
-    context: _Context, carry: _Carry, layer, block, saved, finished, attend
+    context: _Context, carry: _Carry, d_blocks, layer, finished, attend
 ) -> tuple[_Carry, Any]:
-    """One layer's backward.
+    """One layer's backward, its gradients written to `d_blocks` [L, ...].
 
     finished: gradients of its attention's and its FFN's slot. attend(call, o, lse, do) does its
     attention's and returns what the carry has of depth from then on, too.
     """
-    spec, params, tokens, rope, _, cache = context
+    spec, params, tokens, rope, all_saved, cache = context
+    block, saved = stack_layer.at((params.blocks, all_saved), layer)
     weights = stack_layer.layer_params(spec, params, layer, block)
     inputs, out, lse, before, after = stack_layer.restore(
         spec, rope, layer, weights, saved, cache, tokens
@@ -279,7 +283,11 @@ def _layer(
         lambda total, d: _add_at(total, d, spec.writer(layer), spec.writes(layer)),
         carry.projections, (d_weights.attention_kv, d_weights.ffn_kv),
     )  # fmt: skip
-    return _Carry(dx_after + dx_before, depth, projections), d_weights.blocks
+    d_blocks = jax.tree.map(
+        lambda total, d: lax.dynamic_update_index_in_dim(total, d, layer, 0),
+        d_blocks, d_weights.blocks,
+    )  # fmt: skip
+    return _Carry(dx_after + dx_before, depth, projections), d_blocks
 
 
 def _finished(context: _Context, running: Any, layer) -> tuple[Any, tuple[Any, Any]]:
@@ -312,7 +320,3 @@ def _add_at(total: jax.Array, d: jax.Array, index, where) -> jax.Array:
     old = lax.dynamic_index_in_dim(total, index, 0, keepdims=False)
     new = old + jnp.where(where, d, 0)
     return lax.dynamic_update_index_in_dim(total, new, index, 0)
-
-
-def _at(tree: Any, index) -> Any:
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), tree)

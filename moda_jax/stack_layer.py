@@ -123,16 +123,18 @@ def rope_of(spec: StackSpec, tokens: Tokens) -> Rope:
     return rope_table(tokens.positions, spec.config.head_dim, spec.config.rope_theta)
 
 
+def at(tree: Any, index) -> Any:
+    """What stacked arrays [L, ...] have at an index."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), tree)
+
+
 def layer_params(spec: StackSpec, params: StackParams, layer, block) -> StackParams:
     """One layer's parameters in the types it computes with: matrices cast, norms float32.
 
     Cast here, outside of what is differentiated, so that no residual holds a copy of a matrix.
     """
     index = spec.writer(layer)
-    own = [
-        jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, index, 0, keepdims=False), tree)
-        for tree in (params.attention_kv, params.ffn_kv)
-    ]
+    own = [at(tree, index) for tree in (params.attention_kv, params.ffn_kv)]
     dtype = compute_dtype(spec.config)
 
     def cast(path, leaf):
@@ -164,7 +166,7 @@ def _project(spec: StackSpec, block: Block, weights: Any, layer, source, rope) -
 
     if spec.config.depth_write_every == 1:  # all but the last write: a conditional costs more
         return project(source)
-    shapes, _ = jax.eval_shape(project, source)
+    shapes = jax.eval_shape(project, source)
 
     def nothing(source):
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -181,13 +183,17 @@ def write(spec: StackSpec, layer, cache, inputs: AttentionInputs, y, ffn, *, has
     """
     if cache is None:
         return None, y
-    writes = True if has_room else spec.writes(layer)
     depth = (inputs.key, inputs.value) if inputs.depth is None else inputs.depth
     # The slots, too: a key's norm and rotation inside of the write made it three times as long.
     cache, y, depth, ffn = lax.optimization_barrier((cache, y, depth, ffn))
-    if ffn is not None:  # both at once: two updates in a row cost a copy of the cache, too
+    if has_room:  # at an index of the loop's counter: copies that run beside other work
+        cache = dataclasses.replace(cache, length=spec.slots_before(layer))
+        for slot in (depth,) if ffn is None else (depth, ffn):
+            cache = cache.append(*slot, fits=True)
+        return cache, y
+    if ffn is not None:  # both at once: two such updates in a row cost a copy of the cache, too
         depth = jax.tree.map(lambda *slots: jnp.stack(slots), tuple(depth), tuple(ffn))
-    return cache.append(*depth, where=writes, fits=has_room), y
+    return cache.append(*depth, where=spec.writes(layer)), y
 
 
 def run(
@@ -249,10 +255,7 @@ def _from_cache(spec: StackSpec, layer, inputs: Any, cache) -> AttentionInputs:
     """A layer's inputs, their keys and values from its slots if they are there."""
     if not spec.keeps_inputs:
         return inputs
-    key, value = (
-        lax.dynamic_index_in_dim(x, spec.slots_before(layer), 0, keepdims=False)
-        for x in (cache.key, cache.value)
-    )
+    key, value = at((cache.key, cache.value), spec.slots_before(layer))
     return AttentionInputs(inputs.query, key, value)
 
 
