@@ -184,12 +184,14 @@ def write(spec: StackSpec, layer, cache, inputs: AttentionInputs, y, ffn, *, has
     if cache is None:
         return None, y
     depth = (inputs.key, inputs.value) if inputs.depth is None else inputs.depth
+    ffn_value = None if ffn is None else ffn[1]
     # The slots, too: a key's norm and rotation inside of the write made it three times as long.
     cache, y, depth, ffn = lax.optimization_barrier((cache, y, depth, ffn))
     if has_room:  # at an index of the loop's counter: copies that run beside other work
         cache = dataclasses.replace(cache, length=spec.slots_before(layer))
-        for slot in (depth,) if ffn is None else (depth, ffn):
-            cache = cache.append(*slot, fits=True)
+        cache = cache.append(*depth, fits=True)
+        if ffn is not None:  # its values as they are: the product that makes them writes them there
+            cache = cache.append(ffn[0], ffn_value, fits=True)
         return cache, y
     if ffn is not None:  # both at once: two such updates in a row cost a copy of the cache, too
         depth = jax.tree.map(lambda *slots: jnp.stack(slots), tuple(depth), tuple(ffn))

@@ -14,6 +14,7 @@ from moda_jax.flops import count_flops, count_parameters, visible_slots
 from moda_jax.layers import RMSNorm, rope_table, rotate
 from moda_jax.losses import next_token_loss
 from moda_jax.model import Transformer
+from pallas_kernels import platforms
 from tests import models
 from tests.tolerances import SAME_MODEL
 
@@ -156,6 +157,27 @@ def test_rms_norm_and_rope():
     q, k = rotate(same, rope), rotate(same[:, ::-1], rope)
     scores = jnp.einsum("btnh,bsnh->bnts", q, k)
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_rotation_is_turned_back(platform):
+    """Its transpose, in either of the forms that the gradient has."""
+    rng = np.random.default_rng(1)
+    x, d = (jnp.asarray(rng.normal(size=(2, 3, 4, 6)), jnp.float32) for _ in range(2))
+    rope = rope_table(jnp.asarray([[0, 1, 5], [7, 8, 12]], jnp.int32), 6, 10_000.0)
+    matrix = jax.jacfwd(lambda x: plain_rotation(x, rope))(x)
+    expected = np.tensordot(d, matrix, 4)
+    with platforms.compiling_for(platform):
+        rotated, back = jax.vjp(lambda x: rotate(x, rope), x)
+        (dx,) = back(d)
+    np.testing.assert_allclose(rotated, plain_rotation(x, rope), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(dx, expected, rtol=1e-6, atol=1e-6)
+
+
+def plain_rotation(x, rope):
+    cos, sin = rope
+    first, second = x[..., :3], x[..., 3:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 def plain_loss(model, inputs, z_loss):

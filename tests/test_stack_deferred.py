@@ -308,7 +308,7 @@ def test_one_pass_over_the_later_layers(monkeypatch):
     jax.effects_barrier()
     # (slots, the first of them, the layers that read them); the last layer writes none.
     assert passes == [
-        (4, 4, 5, 5), (2, 6, 5, 5), (2, 6, 4, 5),
-        (4, 2, 3, 5), (2, 4, 3, 3), (2, 2, 2, 3),
-        (2, 0, 1, 5),
+        (4, 4, 5, 5), (2, 6, 5, 5),
+        (4, 4, 4, 5), (2, 6, 4, 4), (2, 4, 3, 4),
+        (4, 0, 2, 5), (2, 2, 2, 2), (2, 0, 1, 2),
     ]  # fmt: skip
