@@ -4,6 +4,7 @@ The stack differentiates the two outer pieces with JAX and calls the attention's
 that the slots' gradients need no cache per layer.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -71,13 +72,21 @@ class Block(nnx.Module):
         source = self.mlp_norm(x_BxTxD) if self.placement == "pre" else x_BxTxD
         return self._join(x_BxTxD, self.mlp(source), self.mlp_norm), source
 
-    def keys_values(self, projection: KVProjection, x_BxTxD: jax.Array, rope: Rope) -> KeyValue:
+    def keys_values(
+        self,
+        projection: KVProjection,
+        x_BxTxD: jax.Array,
+        rope: Rope,
+        through: Callable[[jax.Array], jax.Array] = lambda product: product,
+    ) -> KeyValue:
         """Sequence and depth keys get the same norm and rotation.
 
         A query and the depth keys of its token share a position, so their rotations cancel; a key
         cached before its rotation would make depth scores depend on where the token stands.
+
+        `through`: what stands between the keys' product and their norm, to keep it or to have it.
         """
-        key, value = projection.key(x_BxTxD), projection.value(x_BxTxD)
+        key, value = through(projection.key(x_BxTxD)), projection.value(x_BxTxD)
         key = key if self.key_norm is None else self.key_norm(key)
         axes = ("batch", None, "kv_heads", None)
         return constrain(rotate(key, rope), *axes), constrain(value, *axes)

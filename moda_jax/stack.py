@@ -101,11 +101,13 @@ def _stacking(body, carry, length: int):
     def step(index, state):
         carry, stacked = state
         carry, results = body(carry, index)
-        leaves, tree = jax.tree.flatten(results)
+        results, tree = jax.tree.flatten(results)
         trees.append(tree)  # a kept vjp's is another at every trace
+        # Without a barrier XLA makes a product twice, for its place here and for who else reads it.
+        results = lax.optimization_barrier(results)
         return carry, [
             lax.dynamic_update_index_in_dim(all_results, x, index, 0)
-            for all_results, x in zip(stacked, leaves, strict=True)
+            for all_results, x in zip(stacked, results, strict=True)
         ]
 
     memory = [stacked_memory(length, x) for x in shapes]

@@ -176,16 +176,13 @@ def _by_gathering(context: _Context, carry: _Carry, gathered: GatheredDepth) -> 
         before, so_far, grads = lax.optimization_barrier((carry.depth, so_far, grads))
         finished = _split(spec, layer, grads)
 
-        def put(all_layers, x):
-            return lax.dynamic_update_index_in_dim(all_layers, x, layer, 0)
-
         def attend(call, out, lse, d_out):
-            # Kept first, then read where it lies: else the product that makes it is copied there.
-            all_d_out = lax.optimization_barrier(put(before.d_out, d_out))
-            d, new = gathered.gradients(call, out, lse, stack_layer.at(all_d_out, layer))
-            new = without_saved(new)._replace(d_out=None)
-            kept = jax.tree.map(put, before._replace(d_out=None), new)
-            return d, kept._replace(d_out=all_d_out)
+            d_out = lax.optimization_barrier(d_out)  # or XLA makes it twice: see `stack._stacking`
+            d, kept = gathered.gradients(call, out, lse, d_out)
+            return d, jax.tree.map(
+                lambda all_layers, x: lax.dynamic_update_index_in_dim(all_layers, x, layer, 0),
+                before, without_saved(kept),
+            )  # fmt: skip
 
         return *_layer(context, carry, d_blocks, layer, finished, attend), so_far
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +68,9 @@ class Tokens(NamedTuple):
 
     positions: jax.Array  # [B, T] int32
     segment_ids: jax.Array | None  # [B, T] int32
+
+
+Through = Callable[[jax.Array], jax.Array]
 
 
 def attention_call(spec: StackSpec, layer, inputs: AttentionInputs, cache, tokens: Tokens):
@@ -144,25 +148,41 @@ def layer_params(spec: StackSpec, params: StackParams, layer, block) -> StackPar
     return jax.tree_util.tree_map_with_path(cast, StackParams(block, *own))
 
 
-def before(spec: StackSpec, rope: Rope, layer, weights: StackParams, x) -> AttentionInputs:
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
+def before(
+    spec: StackSpec, rope: Rope, layer, weights: StackParams, x, through: Through = _same
+) -> AttentionInputs:
+    """Attention's inputs; `through`: see `Block.keys_values`, of own depth projections."""
     block = nnx.merge(spec.block, weights.blocks)
     inputs, source = block.before_attention(x, rope)
-    return inputs._replace(depth=_project(spec, block, weights.attention_kv, layer, source, rope))
+    depth = _project(spec, block, weights.attention_kv, layer, source, rope, through)
+    return inputs._replace(depth=depth)
 
 
-def after(spec: StackSpec, rope: Rope, layer, weights: StackParams, x, out):
+def after(
+    spec: StackSpec, rope: Rope, layer, weights: StackParams, x, out, through: Through = _same
+) -> tuple[jax.Array, KeyValue | None]:
+    """The layer's output, and what its FFN writes; `through` as in `before`."""
     block = nnx.merge(spec.block, weights.blocks)
     y, source = block.after_attention(x, out)
-    return y, _project(spec, block, weights.ffn_kv, layer, source, rope)
+    return y, _project(spec, block, weights.ffn_kv, layer, source, rope, through)
 
 
-def _project(spec: StackSpec, block: Block, weights: Any, layer, source, rope) -> KeyValue | None:
+def _project(
+    spec: StackSpec, block: Block, weights: Any, layer, source, rope, through: Through
+) -> KeyValue | None:
     """Depth keys and values of an own projection; zeros in layers that do not write."""
     if weights is None:
         return None
+    if spec.config.depth_write_every > 1:
+        through = _same  # nothing is kept inside of a conditional
 
     def project(source):
-        return block.keys_values(nnx.merge(spec.projection, weights), source, rope)
+        projection = nnx.merge(spec.projection, weights)
+        return block.keys_values(projection, source, rope, through)
 
     if spec.config.depth_write_every == 1:  # all but the last write: a conditional costs more
         return project(source)
@@ -210,10 +230,16 @@ def run(
     save: bool,
 ):
     """(y, attention's inputs, what the FFN writes, what `restore` needs to `save` or None)."""
-    if save and spec.config.remat == "none":
+    remat, products = spec.config.remat if save else "full", []
+
+    def keep(product):
+        products.append(product)
+        return product
+
+    if remat == "none":
         inputs, before_vjp = jax.vjp(lambda w, x: before(spec, rope, layer, w, x), weights, x)
     else:
-        inputs, before_vjp = before(spec, rope, layer, weights, x), None
+        inputs, before_vjp = before(spec, rope, layer, weights, x, keep), None
     out, lse = attention_call(spec, layer, inputs, cache, tokens).forward()
     read: Any = inputs._replace(depth=None)  # what an own projection wrote is in the cache already
     if spec.keeps_inputs:
@@ -225,8 +251,8 @@ def run(
         )
         saved = (read, out, lse, _strip(before_vjp, weights), _strip(after_vjp, weights))
     else:
-        y, ffn = after(spec, rope, layer, weights, x, out)
-        saved = (x, read, out, lse) if spec.config.remat == "save_attention" else (x,)
+        y, ffn = after(spec, rope, layer, weights, x, out, keep)
+        saved = (x, read, out, lse, products) if remat == "save_attention" else (x,)
     return y, inputs, ffn, saved if save else None
 
 
@@ -236,15 +262,36 @@ def restore(spec: StackSpec, rope: Rope, layer, weights: StackParams, saved, cac
         inputs, out, lse, before_vjp, after_vjp = saved
         inputs = _from_cache(spec, layer, inputs, cache)
         return inputs, out, lse, _unstrip(before_vjp, weights), _unstrip(after_vjp, weights)
-    x = saved[0]
-    inputs, before_vjp = jax.vjp(lambda w, x: before(spec, rope, layer, w, x), weights, x)
+    through, products = _same, []
     if spec.config.remat == "save_attention":
-        inputs, out, lse = saved[1:]
+        x, read, out, lse, products = saved
+    else:
+        (x,) = saved
+    if products:
+        products = list(products)
+
+        def through(computed):
+            return _known(products.pop(0), computed)
+
+    inputs, before_vjp = jax.vjp(lambda w, x: before(spec, rope, layer, w, x, through), weights, x)
+    if spec.config.remat == "save_attention":
+        inputs = read
     inputs = _from_cache(spec, layer, inputs, cache)
     if spec.config.remat == "full":
         out, lse = attention_call(spec, layer, inputs, cache, tokens).forward()
-    _, after_vjp = jax.vjp(lambda w, x, o: after(spec, rope, layer, w, x, o), weights, x, out)
+    _, after_vjp = jax.vjp(
+        lambda w, x, o: after(spec, rope, layer, w, x, o, through), weights, x, out
+    )
     return inputs, out, lse, before_vjp, after_vjp
+
+
+@jax.custom_vjp
+def _known(kept: jax.Array, computed: jax.Array) -> jax.Array:
+    """What was kept, with the gradient of `computed`, of which nobody needs the value then."""
+    return kept
+
+
+_known.defvjp(lambda kept, computed: (kept, None), lambda _, d: (jnp.zeros_like(d), d))
 
 
 class _Query(NamedTuple):
