@@ -75,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     errors: dict[str, str] = {}
     for name in args.configs.split(","):
         try:
-            results.append(measure(adapt(name, args), args.batch_size, args.steps, args.kernels))
+            config = adapt(name, args)
+            options = {"xla_gpu_enable_triton_gemm": True} if args.triton_products else None
+            results.append(measure(config, args.batch_size, args.steps, args.kernels, options))
             print(row(results[-1], results[0]), flush=True)
         except Exception as error:  # one config must not cost the others their numbers
             errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -93,6 +95,10 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=8, help="timed ones, after two others")
     parser.add_argument("--remat", choices=("full", "save_attention", "none"))
+    parser.add_argument(
+        "--triton-products", action="store_true",
+        help="let XLA take Triton's matrix products, without which the training loop compiles",
+    )  # fmt: skip
     parser.add_argument("--attention", help="implementation; left out: the fastest")
     parser.add_argument("--depth-grad-mode", choices=("add", "gather"))
     parser.add_argument("--depth-grad-block", type=int)
@@ -118,10 +124,16 @@ def adapt(name: str, args: argparse.Namespace) -> Config:
     )  # fmt: skip
 
 
-def measure(config: Config, batch_size: int | None, steps: int, kernels: int = 0) -> Measurement:
-    """Compiles, finds the batch size if none is given, and times the step."""
+def measure(
+    config: Config,
+    batch_size: int | None,
+    steps: int,
+    kernels: int = 0,
+    options: dict[str, Any] | None = None,
+) -> Measurement:
+    """Compiles with XLA's `options`, finds the batch size if none is given, and times the step."""
     if batch_size is not None:
-        return time_steps(_compile(config, batch_size), steps, kernels)
+        return time_steps(_compile(config, batch_size, options), steps, kernels)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
         raise ValueError("batch_size: expected a number, this device does not tell its memory")
@@ -130,7 +142,7 @@ def measure(config: Config, batch_size: int | None, steps: int, kernels: int = 0
     def needed(size: int) -> int:
         if size not in compiled:
             try:
-                compiled[size] = _compile(config, size)
+                compiled[size] = _compile(config, size, options)
             except jax.errors.JaxRuntimeError as error:  # the compiler tries kernels out, too
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
@@ -140,7 +152,8 @@ def measure(config: Config, batch_size: int | None, steps: int, kernels: int = 0
     size = largest_batch(needed, limit)
     while True:
         try:
-            return time_steps(compiled.get(size) or _compile(config, size), steps, kernels)
+            step = compiled.get(size) or _compile(config, size, options)
+            return time_steps(step, steps, kernels)
         except jax.errors.JaxRuntimeError as error:  # fragmentation, or workspaces not accounted
             if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
                 raise
@@ -177,13 +190,14 @@ def step_bytes(compiled: Any) -> int:
     )  # fmt: skip
 
 
-def _compile(config: Config, batch_size: int) -> _Compiled:
+def _compile(config: Config, batch_size: int, options: dict[str, Any] | None) -> _Compiled:
     config = dataclasses.replace(config, batch_size=batch_size)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     functions = make_train_functions(config, mesh)
     with jax.set_mesh(mesh):
         train_step: Any = functions.train_step  # of jax.jit
-        step = train_step.lower(functions.abstract_state, _batch(config)).compile()
+        lowered = train_step.lower(functions.abstract_state, _batch(config))
+        step = lowered.compile(compiler_options=options)
     return _Compiled(config, functions, step)
 
 

@@ -11,7 +11,7 @@ Command:  python train.py configs/moda_700m_row4.py    (8 devices: mesh.fsdp)
           data/tokenizer.json
 Cost:     computed, not measured: 2.44e21 FLOP (3 * 8.33 TFLOP forward per row, by Table 3),
           8.8 days of eight devices that sustain 400 TFLOP/s each; measured on one H200:
-          64,468 tokens/s with 32 rows at a time, before the last change (docs/benchmarks)
+          64,997 tokens/s with 32 rows at a time (docs/benchmarks)
 Expected: not measured here; our notes of the paper give no score for this row
 """
 

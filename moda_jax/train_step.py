@@ -89,9 +89,9 @@ def make_train_functions(config: Config, mesh: Mesh) -> TrainFunctions:
 def compiler_options(device: jax.Device) -> dict[str, Any] | None:
     """XLA's options for a training step on `device`.
 
-    cuBLAS's matrix products add to a sum and read a layer's part of a stacked array where it lies.
-    Autotuning picks Triton's where they are as fast alone, but those do neither: on an H200 a step
-    of the 700M models takes 3% longer with them (docs/benchmarks/train_step.md).
+    cuBLAS's matrix products add to a sum and read a layer's part of a stacked array where it lies;
+    Triton's, which autotuning picks where they are as fast alone, do neither. Without them a step
+    of the 700M models takes 1.3% less on an H200, row 4's 0.9% (docs/benchmarks/train_step.md).
     """
     on_hopper = getattr(device, "compute_capability", None) == "9.0"
     return {"xla_gpu_enable_triton_gemm": False} if on_hopper else None

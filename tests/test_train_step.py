@@ -1,6 +1,7 @@
 """The optimizer step: normalisation, accumulation, compile count, and the same losses on a mesh."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from moda_jax import losses
 from moda_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
 from moda_jax.losses import next_token_loss
 from moda_jax.sharding import batch_sharding, make_mesh
-from moda_jax.train_step import make_train_functions
+from moda_jax.train_step import compiler_options, make_train_functions
 from tests.compiled_once import compiled_once  # noqa: F401  (a fixture)
 from tests.tolerances import REORDERED_STEPS
 
@@ -62,6 +63,15 @@ def run_steps(config, *, steps=4, row_lengths=None):
 @pytest.fixture(scope="module")
 def single_device():
     return run_steps(CONFIG)
+
+
+def test_xla_knows_the_options_of_a_step():
+    hopper: Any = SimpleNamespace(compute_capability="9.0")
+    options = compiler_options(hopper)
+    assert options
+    assert compiler_options(jax.devices("cpu")[0]) is None
+    compiled = jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()
+    assert compiled(1.0) == 2
 
 
 def test_loss_and_gradient_are_means_over_the_targets():
