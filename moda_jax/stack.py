@@ -1,6 +1,6 @@
-"""The scanned layer stack, with memory linear in depth.
+"""The layer stack: one loop over the layers, with memory linear in depth.
 
-Differentiated as it is, a scan that carries the depth cache saves the whole cache once per layer:
+Differentiated as it is, a loop that carries the depth cache saves the whole cache once per layer:
 O(L²). The cache is append-only, so every layer's view is a prefix of the final one. One custom VJP
 for the whole stack therefore keeps the layers' inputs and one cache, and runs backward with one
 gradient cache or less: see `stack_backward`.

@@ -1,4 +1,4 @@
-"""The stack's backward: a reverse scan over the layers.
+"""The stack's backward: over the layers, last first.
 
 With one running gradient cache, layer l adds into the slots it read (those of layers < l) and takes
 the finished gradient of the slots it wrote, since every later layer has been visited by then.
