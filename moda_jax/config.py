@@ -128,7 +128,8 @@ class ModelConfig:
     compute_dtype: ComputeDtype = "bfloat16"
     """Matrix products and the depth cache; parameters, norms, softmax and loss are float32."""
     remat: RematPolicy = "full"
-    """What the backward recomputes: a whole layer, all but attention, or nothing."""
+    """What the backward recomputes: a whole layer, all but attention (and, where every layer
+    writes, but the key products of own depth projections), or nothing."""
     attention: str | None = None
     """Attention implementation by name; None picks the fastest that supports the call."""
 

@@ -242,15 +242,29 @@ def test_extra_memory_over_the_plain_transformer(variant, dtype):
 
 
 def test_keys_and_values_are_kept_once():
-    """In the depth cache, which every layer writes to: saving attention adds q, o and lse alone."""
+    """In the depth cache, which every layer writes to: saving attention adds q, o and lse, and one
+    product for the FFN's keys.
+    """
     layers, tokens, heads = 32, 4 * 256, SMALL.num_heads
     sizes = {
         remat: gradient_temp_bytes(num_layers=layers, remat=remat)
         for remat in ("full", "save_attention")
     }
     added = layers * tokens * heads * (2 * 8 + 1) * 4
-    keys = layers * tokens * SMALL.num_kv_heads * 8 * 4  # or values
-    assert sizes["save_attention"] - sizes["full"] < added + keys, (sizes, added, keys)
+    keys = layers * tokens * SMALL.num_kv_heads * 8 * 4  # or values, or products
+    assert sizes["save_attention"] - sizes["full"] < added + 1.5 * keys, (sizes, added, keys)
+
+
+def test_depth_keys_are_projected_once():
+    """An own projection costs two products [tokens, K H] in all, where attention is saved."""
+
+    def products(variant):
+        changes = STACKS[variant] | {"num_layers": 6, "remat": "save_attention"}
+        text = compiled_gradient(**changes)[1].as_text()
+        width = SMALL.num_kv_heads * 8
+        return len(re.findall(rf"= f32\[{4 * 256},{width}\]\S* (?:dot|custom-call)\(", text))
+
+    assert [products(v) for v in ("row3", "row4", "row5")] == [3, 5, 7]
 
 
 def test_compile_size_does_not_grow_with_depth():
