@@ -177,15 +177,14 @@ def _project(
     """Depth keys and values of an own projection; zeros in layers that do not write."""
     if weights is None:
         return None
-    if spec.config.depth_write_every > 1:
-        through = _same  # nothing is kept inside of a conditional
 
-    def project(source):
+    def project(source, through=_same):
         projection = nnx.merge(spec.projection, weights)
         return block.keys_values(projection, source, rope, through)
 
     if spec.config.depth_write_every == 1:  # all but the last write: a conditional costs more
-        return project(source)
+        return project(source, through)
+    # Nothing is kept inside of the conditional.
     shapes = jax.eval_shape(project, source)
 
     def nothing(source):
