@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from benchmarks.hlo_cost import Kernel
 from benchmarks.tpu_chips import GRID_STEP_SECONDS, Chip
-from moda_jax import attention
 from moda_jax.config import Config
-from moda_jax.flops import visible_slots
+from moda_jax.model.flops import visible_slots
+from moda_jax.ops import attention
 from pallas_kernels import mosaic_tpu, platforms
 from pallas_kernels.mosaic_tpu import common
 from pallas_kernels.mosaic_tpu.schedule import Work

@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from benchmarks.tpu_kernels import Call, Launch, traced
-from moda_jax import attention
+from moda_jax.ops import attention
 from pallas_kernels import mosaic_tpu
 from pallas_kernels.mosaic_tpu.schedule import LANES, Work
 

@@ -4,7 +4,7 @@
     python -m benchmarks.tpu_train_step [--topologies v5e:4x4,v5p:4x4x4] [--attention mosaic_tpu]
 
 Each config of `configs/` is compiled, ahead of time, for a mesh of fsdp x tensor over the slice's
-chips: the real optimizer step (`moda_jax.train_step`). NAME/FIELD=VALUE+FIELD=VALUE is NAME with
+chips: the real optimizer step (`moda_jax.train.train_step`). NAME/FIELD=VALUE+FIELD=VALUE is NAME with
 other fields of its ModelConfig. Nothing runs: memory is what the compiler assigned, FLOPs and bytes
 are counted in the program that it made (`benchmarks.hlo_cost`), those of the attention kernels in
 their own block schedule. Takes one to two minutes per program.
@@ -28,9 +28,9 @@ from benchmarks import hlo_cost, tpu_chips
 from benchmarks.tpu_chips import Chip
 from benchmarks.tpu_kernels import mean_kernels
 from moda_jax.config import Config, MeshConfig
-from moda_jax.flops import count_flops, count_parameters, visible_slots
-from moda_jax.sharding import batch_sharding, make_mesh
-from moda_jax.train_step import make_train_functions
+from moda_jax.model.flops import count_flops, count_parameters, visible_slots
+from moda_jax.ops.sharding import batch_sharding, make_mesh
+from moda_jax.train.train_step import make_train_functions
 from pallas_kernels import platforms
 
 _VANILLA = "/depth_stream=residual"
@@ -69,7 +69,7 @@ class Step:
     flops: float
     """Executed: recomputation and a kernel's masked entries count."""
     model_flops: float
-    """`moda_jax.flops`: neither counts. Shared out evenly."""
+    """`moda_jax.model.flops`: neither counts. Shared out evenly."""
     moved_bytes: float
     """HBM traffic."""
     collective_bytes: float

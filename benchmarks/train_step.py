@@ -3,7 +3,7 @@
     python -m benchmarks.train_step [--configs olmo2_700m_36,moda_700m_row3,moda_700m_row4]
         [--batch-size 16] [--remat full] [--kernels 20] [--output docs/benchmarks/train_step]
 
-Each config of `configs/` runs its real optimizer step (`moda_jax.train_step`) on random tokens, one
+Each config of `configs/` runs its real optimizer step (`moda_jax.train.train_step`) on random tokens, one
 document a row, without data loading. Ratios are to the first config, in the same process. Without
 `--batch-size` every config gets the largest batch that the device's allocator can hold: set
 XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, JAX takes 0.75 of the memory by itself.
@@ -28,10 +28,10 @@ import numpy as np
 
 from moda_jax import explain_attention
 from moda_jax.config import Config, MeshConfig
-from moda_jax.flops import count_flops, count_parameters
-from moda_jax.sharding import batch_sharding, make_mesh
-from moda_jax.throughput import peak_flops
-from moda_jax.train_step import TrainFunctions, make_train_functions
+from moda_jax.model.flops import count_flops, count_parameters
+from moda_jax.ops.sharding import batch_sharding, make_mesh
+from moda_jax.train.throughput import peak_flops
+from moda_jax.train.train_step import TrainFunctions, make_train_functions
 
 CONFIGS = ("olmo2_700m_36", "moda_700m_row3", "moda_700m_row4")
 _SMOKE: dict[str, Any] = {

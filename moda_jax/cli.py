@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_config(arguments)
         # What only training needs takes a second to import: not for a mistyped option.
-        from moda_jax.trainer import train
+        from moda_jax.train.trainer import train
 
         _quiet_libtpu()
         train(config)

@@ -26,7 +26,8 @@ from attention_cases import (
 from jax import lax
 from tolerances import LSE_RELATIVE, RELATIVE
 
-from moda_jax import backends, moda_attention
+from moda_jax import moda_attention
+from moda_jax.ops import backends
 from pallas_kernels.operands import Operands, Options, depth_readers
 
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 
 from moda_jax.config import DataConfig
-from moda_jax.data import load_data
+from moda_jax.data.loader import load_data
 
 EOS = 256
 

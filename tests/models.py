@@ -5,7 +5,7 @@ import numpy as np
 from flax import nnx
 
 from moda_jax.config import ModelConfig
-from moda_jax.model import Transformer
+from moda_jax.model.transformer import Transformer
 
 SMALL = ModelConfig(
     vocab_size=37, num_layers=4, embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=40,

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moda_jax import backends, explain_attention, moda_attention
+from moda_jax import explain_attention, moda_attention
+from moda_jax.ops import backends
 from pallas_kernels import platforms
 
 B, T, N, K, H, S = 2, 5, 4, 2, 8, 3

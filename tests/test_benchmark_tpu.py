@@ -21,8 +21,8 @@ from benchmarks import (
 from benchmarks.tpu_kernels import Call
 from moda_jax import moda_attention
 from moda_jax.config import Config, MeshConfig, ModelConfig
-from moda_jax.flops import visible_slots
-from moda_jax.sharding import make_mesh
+from moda_jax.model.flops import visible_slots
+from moda_jax.ops.sharding import make_mesh
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_tpu import schedule
 

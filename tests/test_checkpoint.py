@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from moda_jax.checkpoint import Checkpoints
 from moda_jax.config import Config, MeshConfig, ModelConfig
-from moda_jax.sharding import make_mesh
-from moda_jax.train_step import make_train_functions
+from moda_jax.ops.sharding import make_mesh
+from moda_jax.train.checkpoint import Checkpoints
+from moda_jax.train.train_step import make_train_functions
 
 CONFIG = Config(
     name="saved",
@@ -113,7 +113,7 @@ def test_a_checkpoint_older_than_a_setting_has_its_default(tmp_path, functions, 
     del older["model"]["depth_window"]
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     with monkeypatch.context() as patch:
-        patch.setattr("moda_jax.checkpoint.dataclasses.asdict", lambda _: older)
+        patch.setattr("moda_jax.train.checkpoint.dataclasses.asdict", lambda _: older)
         save(checkpoints, 1, state)
     assert checkpoints.restore(functions.abstract_state, CONFIG) is not None
     bounded = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, depth_window=1))
@@ -124,7 +124,7 @@ def test_a_checkpoint_older_than_a_setting_has_its_default(tmp_path, functions, 
 
 def test_another_number_of_processes(tmp_path, functions, state, monkeypatch):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
-    monkeypatch.setattr("moda_jax.checkpoint._gather_json", lambda local: [local, local])
+    monkeypatch.setattr("moda_jax.train.checkpoint._gather_json", lambda local: [local, local])
     save(checkpoints, 1, state)
     with pytest.raises(ValueError, match="expected 2 processes.*got 1"):
         checkpoints.restore(functions.abstract_state, CONFIG)
@@ -148,10 +148,10 @@ def test_half_written_checkpoint_is_not_seen(tmp_path, functions, state):
 KILLED_WHILE_SAVING = """
     import os, pathlib, sys
     from tests.test_checkpoint import CONFIG, DATA
-    from moda_jax.checkpoint import Checkpoints
+    from moda_jax.train.checkpoint import Checkpoints
     from moda_jax.config import MeshConfig
-    from moda_jax.sharding import make_mesh
-    from moda_jax.train_step import make_train_functions
+    from moda_jax.ops.sharding import make_mesh
+    from moda_jax.train.train_step import make_train_functions
 
     state = make_train_functions(CONFIG, make_mesh(MeshConfig())).init()
     checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), keep_last=3)

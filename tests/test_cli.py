@@ -20,9 +20,9 @@ def train_with(monkeypatch):
     """Replaces the trainer by a function, so that only the command line is under test."""
 
     def install(function):
-        trainer = types.ModuleType("moda_jax.trainer")
+        trainer = types.ModuleType("moda_jax.train.trainer")
         trainer.train = function
-        monkeypatch.setitem(sys.modules, "moda_jax.trainer", trainer)
+        monkeypatch.setitem(sys.modules, "moda_jax.train.trainer", trainer)
 
     return install
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moda_jax.corpus import Corpus
+from moda_jax.data.corpus import Corpus
 from tests.corpora import (
     assert_batches_equal,
     load,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-import moda_jax.data
+import moda_jax.data.loader
 from tests.corpora import (
     assert_batches_equal,
     expected_pieces,
@@ -154,11 +154,11 @@ def test_tokenizer_that_cannot_encode(source, word_tokenizer):
 
 
 def test_ids_outside_the_vocabulary_name_the_document(tmp_path, monkeypatch):
-    class Lying(moda_jax.data.ByteTokenizer):
+    class Lying(moda_jax.data.loader.ByteTokenizer):
         def encode(self, text):
             return [ord(character) for character in text]
 
-    monkeypatch.setattr(moda_jax.data, "load_tokenizer", lambda *_: Lying())
+    monkeypatch.setattr(moda_jax.data.loader, "load_tokenizer", lambda *_: Lying())
     data = load(write_folder(tmp_path, ["東", "東京"]), vocab_size=300)
     message = (
         r"expected token ids in \[0, 300\), got (26481|20140) in .*\.txt; raise --model\.vocab-size"
@@ -196,7 +196,7 @@ def test_close_stops_the_thread(source):
 
 def test_a_script_that_never_closes_its_data_exits_silently(source):
     code = (
-        "import sys; from moda_jax.config import DataConfig; from moda_jax.data import load_data;"
+        "import sys; from moda_jax.config import DataConfig; from moda_jax.data.loader import load_data;"
         "data = load_data(DataConfig(source=sys.argv[1]), batch_size=2, vocab_size=257, seed=0);"
         "next(data.train)"
     )

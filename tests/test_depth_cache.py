@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moda_jax import moda_attention
-from moda_jax.depth_cache import DepthCache
+from moda_jax.ops.depth_cache import DepthCache
 
 SHAPE = (2, 3, 1, 4)  # B, T, K, H
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moda_jax import generation
+from moda_jax.model import generation
 from tests.models import SMALL, VARIANTS, random_model
 from tests.tolerances import SAME_MODEL
 

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from moda_jax.metrics import METRICS_FILE, MetricsWriter, read_metrics
+from moda_jax.train.metrics import METRICS_FILE, MetricsWriter, read_metrics
 
 CONFIG = {"name": "run"}
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moda_jax import losses
 from moda_jax.config import ModelConfig
-from moda_jax.flops import count_flops, count_parameters, visible_slots
-from moda_jax.layers import RMSNorm, rope_table, rotate
-from moda_jax.losses import next_token_loss
-from moda_jax.model import Transformer
+from moda_jax.model.flops import count_flops, count_parameters, visible_slots
+from moda_jax.model.layers import RMSNorm, rope_table, rotate
+from moda_jax.model.transformer import Transformer
+from moda_jax.train import losses
+from moda_jax.train.losses import next_token_loss
 from pallas_kernels import platforms
 from tests import models
 from tests.tolerances import SAME_MODEL

@@ -16,10 +16,10 @@ from attention_cases import CASES, smaller
 from attention_suite import AttentionSuite
 
 from moda_jax import explain_attention
-from moda_jax.attention import check
 from moda_jax.config import Config, MeshConfig, ModelConfig
-from moda_jax.sharding import batch_sharding, make_mesh
-from moda_jax.train_step import make_train_functions
+from moda_jax.ops.attention import check
+from moda_jax.ops.sharding import batch_sharding, make_mesh
+from moda_jax.train.train_step import make_train_functions
 from pallas_kernels import mosaic_gpu, platforms
 from pallas_kernels.mosaic_gpu import common, cudnn
 

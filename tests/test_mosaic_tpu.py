@@ -25,7 +25,7 @@ from attention_suite import AttentionSuite, assert_results_close
 from tolerances import RELATIVE
 
 from moda_jax import explain_attention
-from moda_jax.attention import check
+from moda_jax.ops.attention import check
 from pallas_kernels import mosaic_tpu, platforms
 from pallas_kernels.mosaic_tpu import common, operator, schedule
 from pallas_kernels.operands import DepthReaders

@@ -16,10 +16,11 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
-from moda_jax import backends, moda_attention
+from moda_jax import moda_attention
 from moda_jax.config import Config, MeshConfig, ModelConfig
-from moda_jax.sharding import batch_sharding, make_mesh
-from moda_jax.train_step import make_train_functions
+from moda_jax.ops import backends
+from moda_jax.ops.sharding import batch_sharding, make_mesh
+from moda_jax.train.train_step import make_train_functions
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_tpu import common, schedule, tiles
 from pallas_kernels.operands import Operands, Options

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moda_jax.config import OptimizerConfig
-from moda_jax.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from moda_jax.train.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 
 CONFIG = OptimizerConfig(learning_rate=2e-3, final_fraction=0.1, warmup_steps=10)
 

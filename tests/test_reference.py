@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from attention_cases import Case, compile_quickly, differentiate, make_problem
 
-from moda_jax import backends
+from moda_jax.ops import backends
 from pallas_kernels.operands import Operands, Options
 
 NAMES = ("query", "key", "value", "depth_key", "depth_value")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from moda_jax import report
 from moda_jax.config import ModelConfig
+from moda_jax.train import report
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moda_jax import backends
 from moda_jax.config import MeshConfig
-from moda_jax.sharded_attention import GatheredDepth, attention_call
-from moda_jax.sharding import make_mesh
-from moda_jax.stack import run_stack
+from moda_jax.model.stack import run_stack
+from moda_jax.ops import backends
+from moda_jax.ops.sharded_attention import GatheredDepth, attention_call
+from moda_jax.ops.sharding import make_mesh
 from pallas_kernels import xla
 from tests.models import SMALL, random_model
 from tests.test_stack import batch

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moda_jax.config import MeshConfig
-from moda_jax.sharding import (
+from moda_jax.ops.sharding import (
     batch_sharding,
     constrain,
     make_mesh,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moda_jax.block import Block, KVProjection
-from moda_jax.layers import rope_table
-from moda_jax.model import Transformer
-from moda_jax.stack import Tokens, run_stack
+from moda_jax.model.block import Block, KVProjection
+from moda_jax.model.layers import rope_table
+from moda_jax.model.stack import Tokens, run_stack
+from moda_jax.model.transformer import Transformer
 from tests.models import SMALL, VARIANTS, random_model
 from tests.tolerances import SHIFTED_POSITIONS, STACK, STACK_BFLOAT16
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moda_jax import backends
 from moda_jax.config import MeshConfig, ModelConfig
-from moda_jax.sharding import make_mesh
+from moda_jax.ops import backends
+from moda_jax.ops.sharding import make_mesh
 from tests.models import SMALL, VARIANTS
 from tests.test_stack import (
     assert_trees_close,

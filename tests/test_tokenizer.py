@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from moda_jax.config import DataConfig
-from moda_jax.tokenizer import ByteTokenizer, load_tokenizer
+from moda_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 
 TEXT = "def f(x):\n\treturn x  # naïve, 東京 🙂\r\n"
 

@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 
 from benchmarks import hlo_cost
-from moda_jax import losses
 from moda_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
-from moda_jax.losses import next_token_loss
-from moda_jax.sharding import batch_sharding, make_mesh
-from moda_jax.train_step import compiler_options, make_train_functions
+from moda_jax.ops.sharding import batch_sharding, make_mesh
+from moda_jax.train import losses
+from moda_jax.train.losses import next_token_loss
+from moda_jax.train.train_step import compiler_options, make_train_functions
 from tests.compiled_once import compiled_once  # noqa: F401  (a fixture)
 from tests.tolerances import REORDERED_STEPS
 

@@ -12,13 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from moda_jax import generate, load_trained, trainer
-from moda_jax.checkpoint import Checkpoints
+from moda_jax import generate, load_trained
 from moda_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
-from moda_jax.metrics import METRICS_FILE, read_metrics
-from moda_jax.sharding import make_mesh
-from moda_jax.train_step import make_train_functions
-from moda_jax.trainer import train
+from moda_jax.ops.sharding import make_mesh
+from moda_jax.train import trainer
+from moda_jax.train.checkpoint import Checkpoints
+from moda_jax.train.metrics import METRICS_FILE, read_metrics
+from moda_jax.train.train_step import make_train_functions
+from moda_jax.train.trainer import train
 from tests.compiled_once import compiled_once  # noqa: F401  (a fixture)
 from tests.tolerances import REORDERED_RUN
 

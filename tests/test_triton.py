@@ -22,7 +22,7 @@ from attention_cases import (
 )
 from attention_suite import AttentionSuite, assert_results_close
 
-from moda_jax.attention import check
+from moda_jax.ops.attention import check
 from pallas_kernels import platforms, triton_gpu
 from pallas_kernels.triton_gpu import launch, tiles
 from pallas_kernels.triton_gpu.tiles import TileConfig

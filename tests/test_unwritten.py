@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moda_jax import generation, stack_layer
 from moda_jax.config import MeshConfig
-from moda_jax.sharding import make_mesh
-from moda_jax.stack import run_stack
+from moda_jax.model import generation, stack_layer
+from moda_jax.model.stack import run_stack
+from moda_jax.ops.sharding import make_mesh
 from pallas_kernels import platforms
 from tests.models import SMALL, VARIANTS, random_model
 from tests.test_stack import assert_trees_close, batch, build, slow_unless, value_and_grads

@@ -130,7 +130,7 @@ def deferred_backward(
     depth_grads: tuple[jax.Array, jax.Array],
     first: Any,
 ) -> Gradients:
-    """As `backward`, but no gradients of slots before `first`. See `moda_jax.backends.Deferral`."""
+    """As `backward`, but no gradients of slots before `first`. See `moda_jax.ops.backends.Deferral`."""
     rows = out, lse, d_out, d_lse
     padded = jax.eval_shape(_pad_head_dim, operands)
     depth = Depth(padded.depth_key, padded.depth_value, None, depth_grads)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moda_jax import backends
+from moda_jax.ops import backends
 from pallas_kernels.operands import Operands, Options
 
 SegmentIds = jax.Array | tuple[jax.Array, jax.Array]

@@ -11,10 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moda_jax.config import Config
-from moda_jax.losses import next_token_loss
-from moda_jax.model import Transformer
-from moda_jax.optimizer import make_optimizer
-from moda_jax.sharding import batch_sharding, constrain, state_shardings
+from moda_jax.model.transformer import Transformer
+from moda_jax.ops.sharding import batch_sharding, constrain, state_shardings
+from moda_jax.train.losses import next_token_loss
+from moda_jax.train.optimizer import make_optimizer
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]

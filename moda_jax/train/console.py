@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rich.text import Text
 
 from moda_jax.config import Config, ModelConfig
-from moda_jax.flops import count_parameters
+from moda_jax.model.flops import count_parameters
 
 
 class RunConsole:

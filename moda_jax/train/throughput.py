@@ -5,7 +5,7 @@ import time
 import jax
 
 from moda_jax.config import ModelConfig
-from moda_jax.flops import count_flops
+from moda_jax.model.flops import count_flops
 
 # Dense bfloat16 / float16 peak of one device, FLOP/s, from the vendors' data sheets; by a part of
 # jax.Device.device_kind, the more specific one first.

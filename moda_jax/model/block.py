@@ -11,8 +11,8 @@ import jax
 from flax import nnx
 
 from moda_jax.config import ModelConfig
-from moda_jax.layers import Linear, RMSNorm, SwiGLU, rotate
-from moda_jax.sharding import constrain
+from moda_jax.model.layers import Linear, RMSNorm, SwiGLU, rotate
+from moda_jax.ops.sharding import constrain
 
 KeyValue = tuple[jax.Array, jax.Array]  # [B, T, K, H] each
 Rope = tuple[jax.Array, jax.Array]

@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moda_jax import backends, stack_layer
-from moda_jax.block import AttentionInputs, KeyValue, Rope
-from moda_jax.depth_cache import DepthCache
-from moda_jax.layers import compute_dtype
-from moda_jax.sharded_attention import AttentionCall, DeferredDepth, GatheredDepth
-from moda_jax.sharding import stacked_memory
-from moda_jax.stack_layer import StackParams, StackSpec, Tokens
+from moda_jax.model import stack_layer
+from moda_jax.model.block import AttentionInputs, KeyValue, Rope
+from moda_jax.model.layers import compute_dtype
+from moda_jax.model.stack_layer import StackParams, StackSpec, Tokens
+from moda_jax.ops import backends
+from moda_jax.ops.depth_cache import DepthCache
+from moda_jax.ops.sharded_attention import AttentionCall, DeferredDepth, GatheredDepth
+from moda_jax.ops.sharding import stacked_memory
 
 
 class _Context(NamedTuple):

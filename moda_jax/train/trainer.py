@@ -13,18 +13,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from moda_jax.attention import explain_attention
-from moda_jax.checkpoint import Checkpoints
 from moda_jax.config import Config
-from moda_jax.console import RunConsole
-from moda_jax.data import Data, load_data
-from moda_jax.generation import generate
-from moda_jax.metrics import FINAL, METRICS_FILE, MetricsWriter, read_metrics
-from moda_jax.processes import StopSignals, initialize_processes
-from moda_jax.report import plot_attention_mass, plot_loss
-from moda_jax.sharding import batch_sharding, make_mesh
-from moda_jax.throughput import Throughput
-from moda_jax.train_step import make_train_functions
+from moda_jax.data.loader import Data, load_data
+from moda_jax.model.generation import generate
+from moda_jax.ops.attention import explain_attention
+from moda_jax.ops.sharding import batch_sharding, make_mesh
+from moda_jax.train.checkpoint import Checkpoints
+from moda_jax.train.console import RunConsole
+from moda_jax.train.metrics import FINAL, METRICS_FILE, MetricsWriter, read_metrics
+from moda_jax.train.processes import StopSignals, initialize_processes
+from moda_jax.train.report import plot_attention_mass, plot_loss
+from moda_jax.train.throughput import Throughput
+from moda_jax.train.train_step import make_train_functions
 
 _FINAL_VALIDATION_FACTOR = 4
 _SAMPLE_TEMPERATURE = 0.8

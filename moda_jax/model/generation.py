@@ -17,10 +17,10 @@ from flax import nnx
 from jax import lax
 
 from moda_jax.config import ModelConfig
-from moda_jax.layers import compute_dtype
-from moda_jax.model import Transformer
-from moda_jax.sharded_attention import attention_call
-from moda_jax.stack import Tokens, scan_layers
+from moda_jax.model.layers import compute_dtype
+from moda_jax.model.stack import Tokens, scan_layers
+from moda_jax.model.transformer import Transformer
+from moda_jax.ops.sharded_attention import attention_call
 
 BUCKET = 64
 """Prompts and caches are padded to a multiple of this, so that few sizes are compiled."""

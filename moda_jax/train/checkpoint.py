@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
 from moda_jax.config import Config, MeshConfig, ModelConfig
-from moda_jax.model import Transformer
-from moda_jax.sharding import make_mesh, state_shardings
-from moda_jax.tokenizer import Tokenizer, load_tokenizer
-from moda_jax.train_step import TrainState
+from moda_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moda_jax.model.transformer import Transformer
+from moda_jax.ops.sharding import make_mesh, state_shardings
+from moda_jax.train.train_step import TrainState
 
 _METRIC = "validation_loss"
 # These say how the same function is computed, so a run may go on with other ones.

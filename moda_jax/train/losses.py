@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moda_jax.model import Transformer
-from moda_jax.sharding import constrain, per_row_shard
+from moda_jax.model.transformer import Transformer
+from moda_jax.ops.sharding import constrain, per_row_shard
 
 CHUNK_BYTES = (64 * 2**20, 512 * 2**20)
 """float32 logits per device that are alive at a time: a 16th of all of them, in these bounds. The

@@ -15,9 +15,9 @@ import grain
 import numpy as np
 
 from moda_jax.config import DataConfig
-from moda_jax.corpus import Corpus
-from moda_jax.packing import Batch, pack
-from moda_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from moda_jax.data.corpus import Corpus
+from moda_jax.data.packing import Batch, pack
+from moda_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 _PREFETCHED_BATCHES = 2
 _SAMPLED_DOCUMENTS = 32

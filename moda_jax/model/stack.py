@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moda_jax import stack_backward, stack_layer
-from moda_jax.sharding import stacked_memory
-from moda_jax.stack_layer import StackParams, StackSpec, Tokens
+from moda_jax.model import stack_backward, stack_layer
+from moda_jax.model.stack_layer import StackParams, StackSpec, Tokens
+from moda_jax.ops.sharding import stacked_memory
 
 __all__ = ["StackParams", "StackSpec", "Tokens", "run_stack", "scan_layers"]
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moda_jax.block import Block, KVProjection
 from moda_jax.config import ModelConfig
-from moda_jax.layers import Linear, RMSNorm, compute_dtype, parameter
-from moda_jax.sharded_attention import attention_call
-from moda_jax.sharding import constrain
-from moda_jax.stack import StackParams, StackSpec, Tokens, run_stack, scan_layers
+from moda_jax.model.block import Block, KVProjection
+from moda_jax.model.layers import Linear, RMSNorm, compute_dtype, parameter
+from moda_jax.model.stack import StackParams, StackSpec, Tokens, run_stack, scan_layers
+from moda_jax.ops.sharded_attention import attention_call
+from moda_jax.ops.sharding import constrain
 
 
 class Transformer(nnx.Module):
@@ -87,7 +87,7 @@ class Transformer(nnx.Module):
         return self.head.kernel[...], None if bias is None else bias[...]
 
     def stack(self) -> tuple[StackSpec, StackParams]:
-        """The layers as (static structure, parameters), for `moda_jax.stack`."""
+        """The layers as (static structure, parameters), for `moda_jax.model.stack`."""
         # A projection's structure is the block's own key_value's, so one graph serves all.
         block, blocks = nnx.split(self.layers)
         projection, _ = nnx.split(self.layers.key_value)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from moda_jax import attention, backends
-from moda_jax.sharding import compiler_axes, partition_spec
+from moda_jax.ops import attention, backends
+from moda_jax.ops.sharding import compiler_axes, partition_spec
 from pallas_kernels.operands import (
     DepthReaders,
     Gradients,

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moda_jax import sharded_attention
-from moda_jax.block import AttentionInputs, Block, KeyValue, KVProjection, Rope
 from moda_jax.config import ModelConfig
-from moda_jax.depth_cache import DepthCache
-from moda_jax.layers import compute_dtype, rope_table
-from moda_jax.sharding import constrain, unwritten
+from moda_jax.model.block import AttentionInputs, Block, KeyValue, KVProjection, Rope
+from moda_jax.model.layers import compute_dtype, rope_table
+from moda_jax.ops import sharded_attention
+from moda_jax.ops.depth_cache import DepthCache
+from moda_jax.ops.sharding import constrain, unwritten
 from pallas_kernels import platforms
 
 

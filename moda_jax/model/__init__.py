@@ -1,0 +1,1 @@
+"""The language model: layers, the stack of layers and its gradient, generation."""

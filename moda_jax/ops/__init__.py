@@ -1,0 +1,1 @@
+"""The operator: public function, registry of backends, sharding, and the depth cache."""
