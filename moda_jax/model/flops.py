@@ -9,6 +9,7 @@ twice the forward; what a remat policy computes again is not counted (model FLOP
 import dataclasses
 
 from moda_jax.config import ModelConfig
+from moda_jax.depth import make_mechanism
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class ParameterCount:
     blocks: int
     """All layers, without the depth projections."""
     depth: int
-    """Depth key/value projections."""
+    """The mechanism's, beyond the plain model's."""
     final_norm: int
 
     @property
@@ -44,14 +45,13 @@ class FlopCount:
     depth_projection: int
     head: int
     sequence_attention: int
-    depth_attention: int
+    depth_reads: int
+    """What reading history entries, or streams, costs."""
 
     @property
     def forward(self) -> int:
-        return (
-            self.linear + self.depth_projection + self.head
-            + self.sequence_attention + self.depth_attention
-        )  # fmt: skip
+        parts = (self.linear, self.depth_projection, self.head, self.sequence_attention)
+        return sum(parts) + self.depth_reads
 
     @property
     def backward(self) -> int:
@@ -69,11 +69,6 @@ def _projection_size(config: ModelConfig) -> tuple[int, int]:
     return 2 * config.embed_dim * kv_width, 2 * kv_width * config.use_bias
 
 
-def _depth_projections(config: ModelConfig) -> int:
-    kinds = (config.depth_attention_kv, config.depth_ffn_kv)
-    return config.depth_writers * sum(kind == "project" for kind in kinds)
-
-
 def _layer_weights(config: ModelConfig) -> int:
     """Entries of one layer's matrices (P)."""
     query_and_out = 2 * config.embed_dim * config.num_heads * config.head_dim
@@ -86,34 +81,24 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     norms = 2 * config.embed_dim
     norms += {"none": 0, "full": width + kv_width, "head": 2 * config.head_dim}[config.qk_norm]
     biases = (width + 2 * config.embed_dim + 2 * config.mlp_dim) * config.use_bias
-    weights, projection_biases = _projection_size(config)
+    _, projection_biases = _projection_size(config)
     layer = _layer_weights(config) + norms + biases + projection_biases
     table = config.vocab_size * config.embed_dim
     head = 0 if config.tie_embeddings else table + config.vocab_size * config.use_bias
-    depth = _depth_projections(config) * (weights + projection_biases)
+    depth = make_mechanism(config).num_parameters()
     return ParameterCount(table, head, config.num_layers * layer, depth, config.embed_dim)
 
 
 def count_flops(config: ModelConfig, seq_len: int, *, causal: bool = True) -> FlopCount:
     """Forward FLOPs of one row of `seq_len` tokens; see the module's convention."""
+    mechanism = make_mechanism(config)
     width = config.num_heads * config.head_dim
     keys = seq_len * (seq_len + 1) // 2 if causal else seq_len * seq_len
     return FlopCount(
         seq_len=seq_len,
         linear=2 * seq_len * config.num_layers * _layer_weights(config),
-        depth_projection=2 * seq_len * _depth_projections(config) * _projection_size(config)[0],
+        depth_projection=mechanism.projection_flops(seq_len),
         head=2 * seq_len * config.vocab_size * config.embed_dim,
         sequence_attention=4 * config.num_layers * keys * width,
-        depth_attention=4 * seq_len * width * sum(visible_slots(config)),
+        depth_reads=mechanism.read_flops(seq_len),
     )
-
-
-def visible_slots(config: ModelConfig) -> list[int]:
-    """Depth slots that each layer's attention sees."""
-    if not config.depth_slots:
-        return [0] * config.num_layers
-    writers = [-(-layer // config.depth_write_every) for layer in range(config.num_layers)]
-    slots = [count * config.slots_per_writer for count in writers]
-    if config.depth_window is None:
-        return slots
-    return [min(n, config.depth_reserved + config.depth_window) for n in slots]

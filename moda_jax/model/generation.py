@@ -16,9 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from moda_jax.config import ModelConfig
-from moda_jax.model.layers import compute_dtype
-from moda_jax.model.stack import Tokens, scan_layers
+from moda_jax.model.stack import TokenInfo, implementation, scan_layers
 from moda_jax.model.transformer import Transformer
 from moda_jax.ops.sharded_attention import attention_call
 
@@ -32,18 +30,6 @@ class KVCache(NamedTuple):
     key: jax.Array  # [L, B, C, K, H], C: capacity in tokens
     value: jax.Array  # [L, B, C, K, H]
     length: jax.Array  # [B] int32: tokens written per row
-
-
-def cache_bytes_per_token(config: ModelConfig) -> int:
-    """Bytes that one token of one row keeps in the cache; the depth stream adds none."""
-    cache = jax.eval_shape(lambda: _empty_cache(config, 1, 1))
-    return sum(x.size * x.dtype.itemsize for x in (cache.key, cache.value))
-
-
-def _empty_cache(config: ModelConfig, batch: int, capacity: int) -> KVCache:
-    shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
-    buffer = jnp.zeros(shape, compute_dtype(config))
-    return KVCache(buffer, buffer, jnp.zeros(batch, jnp.int32))
 
 
 def prefill(
@@ -60,17 +46,21 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(padded, dtype=jnp.int32), tokens.shape)
     segment_ids = jnp.where(positions < lengths[:, None], 1, 0)
 
-    def attend(layer, inputs, cache, state):
-        depth = {} if cache is None else cache.attention_kwargs()
-        out, _ = attention_call(
-            inputs.query, inputs.key, inputs.value, **depth, segment_ids=segment_ids,
-            implementation=model.config.attention,
-        ).forward()  # fmt: skip
-        return out, state, (inputs.key, inputs.value)
+    spec, params = model.stack(tokens.shape)
 
-    spec, params = model.stack()
+    def attend(layer, query, key, value, depth, state):
+        out, _ = attention_call(
+            query,
+            key,
+            value,
+            **depth,
+            segment_ids=segment_ids,
+            implementation=implementation(spec),
+        ).forward()
+        return out, state, (key, value)
+
     x, _, (key, value) = scan_layers(
-        spec, params, model.embed(tokens), Tokens(positions, segment_ids), attend
+        spec, params, model.embed(tokens), TokenInfo(positions, segment_ids), attend
     )
     last = x[jnp.arange(batch), jnp.maximum(lengths - 1, 0)]
     room = ((0, 0), (0, 0), (0, capacity - padded), (0, 0), (0, 0))
@@ -82,21 +72,26 @@ def decode_step(model: Transformer, cache: KVCache, tokens: jax.Array) -> tuple[
     """Appends one token per row (tokens [B] int32); logits [B, V] after it and the new cache."""
     rows, position = jnp.arange(tokens.shape[0]), cache.length
 
-    def attend(layer, inputs, depth_cache, state):
+    spec, params = model.stack((tokens.shape[0], 1))
+
+    def attend(layer, query, new_key, new_value, depth, state):
         key, value = (
             x.at[layer, rows, position].set(new[:, 0])
-            for x, new in zip(state, (inputs.key, inputs.value), strict=True)
+            for x, new in zip(state, (new_key, new_value), strict=True)
         )
-        depth = {} if depth_cache is None else depth_cache.attention_kwargs()
         out, _ = attention_call(
-            inputs.query, key[layer], value[layer], **depth, query_offset=position,
-            kv_length=position + 1, implementation=model.config.attention,
-        ).forward()  # fmt: skip
+            query,
+            key[layer],
+            value[layer],
+            **depth,
+            query_offset=position,
+            kv_length=position + 1,
+            implementation=implementation(spec),
+        ).forward()
         return out, (key, value), None
 
-    spec, params = model.stack()
     x, (key, value), _ = scan_layers(
-        spec, params, model.embed(tokens[:, None]), Tokens(position[:, None], None), attend,
+        spec, params, model.embed(tokens[:, None]), TokenInfo(position[:, None], None), attend,
         (cache.key, cache.value),
     )  # fmt: skip
     return model.logits(model.final_norm(x))[:, 0], KVCache(key, value, position + 1)

@@ -1,40 +1,58 @@
 """The language model: embedding, scanned stack, final norm, head (Flax NNX)."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moda_jax.config import ModelConfig
-from moda_jax.model.block import Block, KVProjection
-from moda_jax.model.layers import Linear, RMSNorm, compute_dtype, parameter
-from moda_jax.model.stack import StackParams, StackSpec, Tokens, run_stack, scan_layers
+from moda_jax.config import ExecutionConfig, ModelConfig
+from moda_jax.depth import Mechanism, make_mechanism
+from moda_jax.depth.mechanism import GatherLayout, Step
+from moda_jax.layers import Linear, RMSNorm, parameter, stacked
+from moda_jax.model.execution import resolve_compute_dtype, resolve_execution
+from moda_jax.model.layer import Layer, cast
+from moda_jax.model.stack import (
+    StackParams,
+    StackSpec,
+    TokenInfo,
+    implementation,
+    run_stack,
+    scan_layers,
+)
+from moda_jax.ops.history import History
 from moda_jax.ops.sharded_attention import attention_call
 from moda_jax.ops.sharding import constrain
 
 
 class Transformer(nnx.Module):
-    """An OLMo2-style decoder whose attention also reads the depth stream.
+    """An OLMo2-style decoder with any way of using depth.
 
-    Layers are stacked: their parameters have a leading axis [L, ...], those of the depth
-    projections [W, ...] for the W layers that write (arXiv 2603.15619, Table 3).
+    Layers are stacked: their parameters have a leading axis [L, ...].
+
+    Args:
+      config: what is computed.
+      rngs: for the initial parameters.
+      execution: how it is computed; "auto" fields are resolved where the model is called.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        execution: ExecutionConfig = ExecutionConfig(),
+    ) -> None:
+        self.config, self.execution = config, execution
+        mechanism = make_mechanism(config)
         init = nnx.initializers.truncated_normal(config.init_std, lower=-3.0, upper=3.0)
         shape = (config.vocab_size, config.embed_dim)
         table = init(rngs.params(), shape, jnp.float32)
         self.embedding = parameter(table, ("vocab", "embed"))
-        self.layers = _stacked(Block, config, config.num_layers, rngs)
-        writers = config.depth_writers
-        own_attention = writers and config.depth_attention_kv == "project"
-        own_ffn = writers and config.depth_ffn_kv == "project"
-        self.attention_kv = nnx.data(
-            _stacked(KVProjection, config, writers, rngs) if own_attention else None
-        )
-        self.ffn_kv = nnx.data(_stacked(KVProjection, config, writers, rngs) if own_ffn else None)
+        self.layers = stacked(lambda rngs: Layer(config, rngs=rngs), config.num_layers, rngs)
+        self.depth_layers = nnx.data(_depth_layers(mechanism, config, rngs))
+        self.depth = nnx.data(mechanism.shared_parameters(rngs))
         self.final_norm = RMSNorm((config.embed_dim,), (None,), config.norm_eps)
         embed, vocab = {"embed": config.embed_dim}, {"vocab": config.vocab_size}
         self.head = nnx.data(
@@ -63,12 +81,18 @@ class Transformer(nnx.Module):
         positions: jax.Array | None = None,
     ) -> jax.Array:
         """The normed residual stream [B, T, D] that the head reads, in the compute dtype."""
-        spec, params = self.stack()
-        x = run_stack(spec, params, self.embed(tokens), _tokens(tokens, segment_ids, positions))
+        spec, params = self.stack(tokens.shape)
+        x = run_stack(spec, params, self.embed(tokens), _token_info(tokens, segment_ids, positions))
         return self.final_norm(x)
 
+    @property
+    def compute_dtype(self) -> Any:
+        """Of matrix products and of what layers pass on."""
+        return jnp.dtype(resolve_compute_dtype(self.execution).compute_dtype)
+
     def embed(self, tokens: jax.Array) -> jax.Array:
-        table = self.embedding[...].astype(compute_dtype(self.config))
+        """[B, T, D] in the compute dtype."""
+        table = self.embedding[...].astype(self.compute_dtype)
         return constrain(jnp.take(table, tokens, axis=0), "batch", None, None)
 
     def logits(self, hidden_BxTxD: jax.Array) -> jax.Array:
@@ -86,17 +110,31 @@ class Transformer(nnx.Module):
         bias = self.head.bias
         return self.head.kernel[...], None if bias is None else bias[...]
 
-    def stack(self) -> tuple[StackSpec, StackParams]:
-        """The layers as (static structure, parameters), for `moda_jax.model.stack`."""
-        # A projection's structure is the block's own key_value's, so one graph serves all.
-        block, blocks = nnx.split(self.layers)
-        projection, _ = nnx.split(self.layers.key_value)
-        own = [
-            None if module is None else nnx.to_pure_dict(nnx.state(module))
-            for module in (self.attention_kv, self.ffn_kv)
-        ]
-        params = StackParams(nnx.to_pure_dict(blocks), *own)
-        return StackSpec(self.config, block, projection), params
+    def stack(self, shape: tuple[int, int] | None = None) -> tuple[StackSpec, StackParams]:
+        """The layers as (static structure, parameters), for `moda_jax.model.stack`.
+
+        shape: (B, T) of the batch, from which a remat policy of "auto" is chosen.
+        """
+        layer, layers = nnx.split(self.layers)
+        depth_layer, depth_layers = None, None
+        if self.depth_layers is not None:
+            depth_layer, depth_layers = nnx.split(self.depth_layers)
+            depth_layers = nnx.to_pure_dict(depth_layers)
+        execution = self._resolve(shape)
+        program = LayerProgram(self.config, layer, depth_layer, execution.compute_dtype)
+        shared = nnx.to_pure_dict(nnx.state(self)).get("depth", {})
+        params = StackParams((nnx.to_pure_dict(layers), depth_layers), shared)
+        return StackSpec(program, execution), params
+
+    def _resolve(self, shape: tuple[int, int] | None) -> ExecutionConfig:
+        execution = resolve_compute_dtype(self.execution)
+        if execution.remat != "auto":
+            return execution
+        # Without a trainer nothing is known of the mesh and of what else is in memory.
+        rows, length = shape or (1, 1)
+        return resolve_execution(
+            self.config, execution, rows=rows, seq_len=length, memory=None, parameters=0
+        ).execution
 
     def attention_mass(
         self,
@@ -108,59 +146,124 @@ class Transformer(nnx.Module):
         """[L, 1+S] float32: mean attention mass on the sequence | on each depth slot, by layer.
 
         Means over heads and real tokens; each row sums to 1 (0 if there is no real token). A slot
-        that a layer does not see has mass 0.
+        that a layer does not see has mass 0. S is 0 where attention reads no depth slots.
         """
-        spec, params = self.stack()
-        token_info = _tokens(tokens, segment_ids, positions)
+        spec, params = self.stack(tokens.shape)
+        token_info = _token_info(tokens, segment_ids, positions)
         real = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
+        num_slots = len(make_mechanism(self.config).slot_labels())
 
-        def attend(layer, inputs, cache, state):
-            depth = {} if cache is None else cache.attention_kwargs()
+        def attend(layer, query, key, value, depth, state):
             out, lse = attention_call(
-                inputs.query, inputs.key, inputs.value, **depth, segment_ids=segment_ids,
-                implementation=self.config.attention,
-            ).forward()  # fmt: skip
-            return out, state, _mass(inputs.query, cache, lse, real)
+                query,
+                key,
+                value,
+                **depth,
+                segment_ids=segment_ids,
+                implementation=implementation(spec),
+            ).forward()
+            return out, state, _mass(query, depth, num_slots, lse, real)
 
         x = self.embed(tokens)
-        return scan_layers(spec, params, x, token_info, attend, keep_slots=True)[2]
+        return scan_layers(spec, params, x, token_info, attend, keep_entries=True)[2]
 
 
-def _mass(query_BxTxNxH, cache, lse_BxTxN, real_BxT) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class LayerProgram:
+    """What the stack runs for a `Transformer`: its mechanism and its `Layer`."""
+
+    config: ModelConfig
+    layer_graph: nnx.GraphDef[Layer]
+    depth_graph: nnx.GraphDef[Any] | None
+    """Of the mechanism's own parameters of a layer."""
+    compute_dtype: str
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """The way of using depth."""
+        return make_mechanism(self.config)
+
+    def layer(self, weights: Any, step: Step, carry: Any, history: History) -> tuple[Any, History]:
+        """`Layer`, its matrices in the compute dtype."""
+        block, own = cast(weights, jnp.dtype(self.compute_dtype))
+        layer = nnx.merge(self.layer_graph, block)
+        depth = None if self.depth_graph is None else nnx.merge(self.depth_graph, own)
+        return layer(self.mechanism, depth, step, carry, history)
+
+    def start(self, x: jax.Array, history: History) -> tuple[Any, History]:
+        """The mechanism's."""
+        return self.mechanism.start(x, history)
+
+    def finish(self, carry: Any, history: History) -> tuple[jax.Array, History]:
+        """The mechanism's."""
+        return self.mechanism.finish(carry, history)
+
+    def entry_shapes(self, batch: int, length: int) -> tuple[tuple[int, ...], ...]:
+        """The mechanism's."""
+        return self.mechanism.entry_shapes(batch, length)
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_layers
+
+    @property
+    def head_dim(self) -> int:
+        return self.config.head_dim
+
+    @property
+    def rope_theta(self) -> float:
+        return self.config.rope_theta
+
+    @property
+    def capacity(self) -> int:
+        return self.mechanism.capacity
+
+    @property
+    def inference_capacity(self) -> int:
+        return self.mechanism.inference_capacity()
+
+    @property
+    def gathers(self) -> GatherLayout | None:
+        return self.mechanism.gather_layout()
+
+
+def _depth_layers(mechanism: Mechanism, config: ModelConfig, rngs: nnx.Rngs) -> Any:
+    """The mechanism's own parameters of all layers, stacked; None if it has none."""
+    if nnx.eval_shape(lambda: mechanism.layer_parameters(nnx.Rngs(0))) is None:
+        return None
+    layers = stacked(mechanism.layer_parameters, config.num_layers, rngs)
+    mechanism.initialize(layers)
+    return layers
+
+
+def _mass(query_BxTxNxH, depth, num_slots: int, lse_BxTxN, real_BxT) -> jax.Array:
     """[1+S]: e^(z - lse) of each visible slot, averaged; the rest is the sequence's."""
     count = jnp.maximum(real_BxT.sum() * lse_BxTxN.shape[-1], 1)
     total = real_BxT.sum() * lse_BxTxN.shape[-1] / count
-    if cache is None:
+    if not num_slots:
         return total[None].astype(jnp.float32)
+    key = depth["depth_key"][:num_slots]
     batch, length, heads, head_dim = query_BxTxNxH.shape
-    kv_heads = cache.key.shape[-2]
+    kv_heads = key.shape[-2]
     grouped = (batch, length, kv_heads, heads // kv_heads)
     scores = jnp.einsum(
-        "btkgh,sbtkh->sbtkg", query_BxTxNxH.reshape(*grouped, head_dim), cache.key,
+        "btkgh,sbtkh->sbtkg",
+        query_BxTxNxH.reshape(*grouped, head_dim),
+        key,
         preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
     weight = jnp.exp(scores * head_dim**-0.5 - lse_BxTxN.reshape(grouped))
-    seen = cache.visible()[:, None, None, None, None]
-    weight = jnp.where(seen & real_BxT[None, :, :, None, None], weight, 0.0)
-    depth_S = weight.sum(axis=(1, 2, 3, 4)) / count
+    slot = jnp.arange(num_slots)
+    seen = slot < depth["depth_length"]
+    if depth["depth_window"] is not None:
+        newest = slot >= depth["depth_length"] - depth["depth_window"]
+        seen &= (slot < depth["depth_reserved"]) | newest
+    mask = seen[:, None, None, None, None] & real_BxT[None, :, :, None, None]
+    depth_S = jnp.where(mask, weight, 0.0).sum(axis=(1, 2, 3, 4)) / count
     return jnp.concatenate([(total - depth_S.sum())[None], depth_S])
 
 
-def _tokens(tokens, segment_ids, positions) -> Tokens:
+def _token_info(tokens, segment_ids, positions) -> TokenInfo:
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return Tokens(positions, segment_ids)
-
-
-def _stacked(module: type[Any], config: ModelConfig, count: int, rngs: nnx.Rngs) -> Any:
-    """`count` modules as one, each parameter with a leading axis of that length."""
-    keys = jax.random.split(rngs.params(), count)
-    init = jax.vmap(lambda key: nnx.state(module(config, rngs=nnx.Rngs(key))))
-    states = jax.jit(init)(keys)  # one compilation instead of one per operation
-    template = nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0)))
-    graph, _ = nnx.split(template)
-    merged = nnx.merge(graph, states)
-    for _, param in nnx.iter_graph(merged):
-        if isinstance(param, nnx.Param):
-            param.set_metadata(logical_axes=("layers", *param.get_metadata()["logical_axes"]))
-    return merged
+    return TokenInfo(positions, segment_ids)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -109,33 +108,6 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     sizes = compiler_axes()
     spec = partition_spec(logical_axes, x.shape, sizes)
     return jax.lax.with_sharding_constraint(x, spec) if sizes else x
-
-
-def unwritten(shape: tuple[int, ...], dtype: Any, *logical_axes: str | None) -> jax.Array:
-    """Memory that nobody has written to, with anything in it, sharded as `constrain` does.
-
-    Every device makes its part: what is made whole and split is whole on every device first. On a
-    CPU JAX fills it with zeros.
-    """
-    sizes = compiler_axes()
-    if not sizes:
-        return jax.lax.empty(shape, dtype)
-    spec = partition_spec(logical_axes, shape, sizes)
-    part = NamedSharding(jax.sharding.get_abstract_mesh(), spec).shard_shape(shape)
-    return jax.shard_map(
-        lambda: jax.lax.empty(part, dtype), in_specs=(), out_specs=spec, axis_names=set(sizes),
-        check_vma=False,
-    )()  # fmt: skip
-
-
-def stacked_memory(length: int, one: jax.ShapeDtypeStruct) -> jax.Array:
-    """Memory [length, ...] for results like `one` that are all written, each at its index.
-
-    With anything in it; zeros on a mesh, as those are what the compiler can split by what is
-    written to them.
-    """
-    memory = jnp.zeros if compiler_axes() else jax.lax.empty
-    return memory((length, *one.shape), one.dtype)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

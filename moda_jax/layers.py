@@ -1,7 +1,7 @@
-"""RMSNorm, linear maps, rotary positions and SwiGLU, as OLMo 2 has them."""
+"""RMSNorm, linear maps and rotary positions, as OLMo 2 has them; parameters by name."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,10 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """Contracts the last `len(inputs)` axes of x with a kernel [*inputs, *outputs]."""
+    """Contracts the last `len(inputs)` axes of x with a kernel [*inputs, *outputs].
+
+    Without `use_bias` the config says whether there is a bias.
+    """
 
     def __init__(
         self,
@@ -46,12 +49,14 @@ class Linear(nnx.Module):
         config: ModelConfig,
         *,
         rngs: nnx.Rngs,
+        use_bias: bool | None = None,
     ) -> None:
         shape = (*inputs.values(), *outputs.values())
         init = nnx.initializers.truncated_normal(config.init_std, lower=-3.0, upper=3.0)
         self.kernel = parameter(init(rngs.params(), shape, jnp.float32), (*inputs, *outputs))
         zeros = jnp.zeros(tuple(outputs.values()), jnp.float32)
-        self.bias = nnx.data(parameter(zeros, (*outputs,)) if config.use_bias else None)
+        has_bias = config.use_bias if use_bias is None else use_bias
+        self.bias = nnx.data(parameter(zeros, (*outputs,)) if has_bias else None)
         self.num_inputs = len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -60,17 +65,29 @@ class Linear(nnx.Module):
         return out if self.bias is None else out + self.bias[...].astype(x.dtype)
 
 
-class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) · up(x))."""
+class KVProjection(nnx.Module):
+    """Keys and values [..., K, H] of x [..., D]."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        embed, mlp = {"embed": config.embed_dim}, {"mlp": config.mlp_dim}
-        self.gate = Linear(embed, mlp, config, rngs=rngs)
-        self.up = Linear(embed, mlp, config, rngs=rngs)
-        self.down = Linear(mlp, embed, config, rngs=rngs)
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, use_bias: bool | None = None
+    ) -> None:
+        embed = {"embed": config.embed_dim}
+        heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        self.key = Linear(embed, heads, config, rngs=rngs, use_bias=use_bias)
+        self.value = Linear(embed, heads, config, rngs=rngs, use_bias=use_bias)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+def stacked(make: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:
+    """`count` modules as one, each parameter with a leading axis of that length."""
+    keys = jax.random.split(rngs.params(), count)
+    init = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))
+    states = jax.jit(init)(keys)  # one compilation instead of one per operation
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    merged = nnx.merge(graph, states)
+    for _, param in nnx.iter_graph(merged):
+        if isinstance(param, nnx.Param):
+            param.set_metadata(logical_axes=("layers", *param.get_metadata()["logical_axes"]))
+    return merged
 
 
 def rope_table(
@@ -113,7 +130,3 @@ def _rotate_back(rope: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple[jax.A
 
 
 rotate.defvjp(lambda x, rope: (rotate(x, rope), rope), _rotate_back)
-
-
-def compute_dtype(config: ModelConfig) -> Any:
-    return jnp.dtype(config.compute_dtype)

@@ -1,0 +1,155 @@
+"""Every setting of a run beside the model: data, optimizer, mesh, and the run itself."""
+
+import dataclasses
+
+from moda_jax.config.checks import require, require_positive, require_types
+from moda_jax.config.model import ExecutionConfig, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it is cut into rows."""
+
+    source: str = "stdlib"
+    """"stdlib" (the Python standard library's source on this machine), a folder of .txt files,
+    or a .jsonl file."""
+    text_field: str = "text"
+    """The field of a .jsonl record that holds the document."""
+    tokenizer: str = "bytes"
+    """"bytes", or the path of a local tokenizer.json."""
+    eos_token: str | None = None
+    """The token of a tokenizer.json that stands between documents; None: one of the usual names."""
+    seq_len: int = 256
+    """T: target tokens per row."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out, chosen by a hash of their content."""
+    open_documents: int = 64
+    """Documents that are read side by side, so that a long one does not fill whole batches."""
+    packing_bins: int = 16
+    """Rows that are open at once while documents are packed; more waste less."""
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "seq_len", "open_documents", "packing_bins")
+        require(self, "validation_fraction", 0 < self.validation_fraction < 1, "0 < fraction < 1")
+        for field in ("source", "text_field", "tokenizer"):
+            require(self, field, bool(getattr(self, field)), "a non-empty string")
+        eos_ok = self.eos_token is None or self.tokenizer != "bytes"
+        require(self, "eos_token", eos_ok, "None with the byte tokenizer, which has its own")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, linear warm-up and cosine decay, as OLMo 2 trains."""
+
+    learning_rate: float = 3e-4
+    """Peak."""
+    final_fraction: float = 0.1
+    """Learning rate at the last step, as a fraction of the peak."""
+    warmup_steps: int = 2000
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On every parameter but the input embedding, as OLMo 2."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    z_loss: float = 1e-5
+    """Weight of mean(logsumexp(logits)²)."""
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "learning_rate", "eps", "clip_norm")
+        for field in ("beta1", "beta2"):
+            require(self, field, 0 <= getattr(self, field) < 1, "0 <= beta < 1")
+        require(self, "final_fraction", 0 <= self.final_fraction <= 1, "0 <= fraction <= 1")
+        for field in ("warmup_steps", "weight_decay", "z_loss"):
+            require(self, field, getattr(self, field) >= 0, "a number >= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; their product is the number of devices used."""
+
+    data: int = 1
+    """Replicas of the parameters, each with a part of the batch."""
+    fsdp: int = 1
+    """Parts of the parameters and of the batch."""
+    tensor: int = 1
+    """Parts of the heads and of the FFN's width."""
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(self, "data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    name: str
+    """Outputs go to <output_dir>/<name>."""
+    model: ModelConfig = ModelConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    output_dir: str = "runs"
+    seed: int = 0
+    steps: int = 1000
+    """Optimizer steps in all; a resumed run continues up to this number."""
+    batch_size: int = 16
+    """Rows per optimizer step, over all devices and accumulation steps."""
+    accumulation_steps: int = 1
+    """Parts in which the rows of one optimizer step are computed, one after the other."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    eval_every: int = 200
+    """Steps between validations."""
+    eval_batches: int = 16
+    """Batches per validation; the last validation of a run uses four times as many."""
+    checkpoint_every: int = 200
+    keep_last: int = 2
+    """Newest checkpoints kept; the best by validation loss is kept besides."""
+    sample_prompt: str = "def "
+    sample_tokens: int = 200
+    """Length of the sample generated at the end; 0 generates none."""
+    wandb: bool = False
+    """Also log to Weights & Biases (extra `wandb`; contacts its server)."""
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_positive(
+            self,
+            "steps",
+            "batch_size",
+            "accumulation_steps",
+            "log_every",
+            "eval_every",
+            "eval_batches",
+            "checkpoint_every",
+            "keep_last",
+        )
+        name_ok = self.name not in ("", ".", "..") and "/" not in self.name
+        require(self, "name", name_ok, "a folder's name, without '/'")
+        require(self, "seed", 0 <= self.seed < 2**32, "0 <= seed < 2**32")
+        require(self, "sample_tokens", self.sample_tokens >= 0, "a number >= 0")
+        batch_shards = self.mesh.data * self.mesh.fsdp
+        parts = self.accumulation_steps * batch_shards
+        require(
+            self,
+            "batch_size",
+            self.batch_size % parts == 0,
+            f"a multiple of accumulation_steps * mesh.data * mesh.fsdp = "
+            f"{self.accumulation_steps} * {self.mesh.data} * {self.mesh.fsdp}",
+        )
+        for field in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "embed_dim"):
+            axis, parts = (
+                ("fsdp", self.mesh.fsdp) if field == "embed_dim" else ("tensor", self.mesh.tensor)
+            )
+            require(
+                self.model,
+                field,
+                getattr(self.model, field) % parts == 0,
+                f"a multiple of mesh.{axis} = {parts}",
+            )

@@ -1,0 +1,107 @@
+"""How a model is computed on the device at hand: what "auto" becomes, and why."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moda_jax.config import ExecutionConfig, ModelConfig
+from pallas_kernels import platforms
+
+_MEMORY_SHARE = 0.85
+"""Of the device's memory, for what training allocates at once; the rest is workspaces."""
+
+
+class Resolved(NamedTuple):
+    """An ExecutionConfig without "auto" (but for what the attention call itself decides)."""
+
+    execution: ExecutionConfig
+    reasons: dict[str, str]
+    """Why, by field, for the fields that were "auto"."""
+
+
+def resolve_compute_dtype(execution: ExecutionConfig) -> ExecutionConfig:
+    """bfloat16, but float32 on a CPU, which emulates 16-bit products."""
+    if execution.compute_dtype != "auto":
+        return execution
+    dtype = "float32" if platforms.current() == "cpu" else "bfloat16"
+    return dataclasses.replace(execution, compute_dtype=dtype)
+
+
+def resolve_execution(
+    model: ModelConfig,
+    execution: ExecutionConfig,
+    *,
+    rows: int,
+    seq_len: int,
+    memory: int | None,
+    parameters: int,
+    shards: int = 1,
+) -> Resolved:
+    """Resolves the compute dtype and the remat policy; `slot_gradients` follow from the call.
+
+    Args:
+      model: what is computed.
+      execution: how; fields that are not "auto" stay.
+      rows: rows [seq_len] that a device computes at a time.
+      seq_len: T.
+      memory: of a device, bytes; None: not known.
+      parameters: of the whole model; its float32 state (parameters, two moments, gradients) is
+        split over `shards` devices.
+      shards: see `parameters`.
+    """
+    reasons: dict[str, str] = {}
+    if execution.compute_dtype == "auto":
+        execution = resolve_compute_dtype(execution)
+        is_cpu = execution.compute_dtype == "float32"
+        reasons["compute_dtype"] = "CPUs emulate bfloat16" if is_cpu else "matrix units"
+    if execution.remat == "auto":
+        saved = {
+            policy: rows * seq_len * saved_bytes_per_token(model, execution, policy)
+            for policy in ("save_products", "save_attention", "full")
+        }
+        room = None if memory is None else int(_MEMORY_SHARE * memory) - 16 * parameters // shards
+        remat, reason = _choose_remat(saved, room)
+        execution = dataclasses.replace(execution, remat=remat)
+        reasons["remat"] = reason
+    return Resolved(execution, reasons)
+
+
+def _choose_remat(saved: dict[str, int], room: int | None):
+    if platforms.current() == "cpu":
+        return "save_products", "products are what a CPU is slow at"
+    if room is None:
+        return "save_attention", "the device does not tell its memory"
+    # A third of the room is left to the history's gradients, the logits and one layer's own.
+    if saved["save_attention"] < room * 2 / 3:
+        return "save_attention", (
+            f"{saved['save_attention'] / 2**30:.1f} GiB fit in {room / 2**30:.1f} GiB"
+        )
+    return "full", (
+        f"save_attention's {saved['save_attention'] / 2**30:.1f} GiB do not fit in two thirds of "
+        f"{room / 2**30:.1f} GiB"
+    )
+
+
+def saved_bytes_per_token(model: ModelConfig, execution: ExecutionConfig, remat: str) -> int:
+    """Bytes a token that all layers save under a remat policy, the depth history included."""
+    from moda_jax.depth import make_mechanism  # (an import at the top would be a circle)
+
+    mechanism = make_mechanism(model)
+    entry = mechanism.entry_shapes(1, 1)
+    streams = getattr(model.depth, "num_streams", 1)
+    numbers = sum(int(jnp.prod(jnp.array(shape))) for shape in entry) * mechanism.capacity
+    width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    per_layer = streams * model.embed_dim
+    if remat != "full":
+        per_layer += 2 * width + 2 * kv_width + 2 * model.num_heads
+    if remat == "save_products":
+        per_layer += width + 2 * kv_width + 2 * model.embed_dim + 2 * model.mlp_dim
+    numbers += model.num_layers * per_layer
+    return numbers * jnp.dtype(execution.compute_dtype).itemsize
+
+
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes that JAX may take on a device; None if it does not say."""
+    return (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
