@@ -11,9 +11,10 @@ Expected: not measured here; our notes of the paper give no score for this row
 import dataclasses
 
 from configs.moda_700m_row4 import config as row4
+from moda_jax.config import MoDAConfig
 
 config = dataclasses.replace(
     row4,
     name="moda_700m_row3",
-    model=dataclasses.replace(row4.model, depth_ffn_kv="none"),
+    model=dataclasses.replace(row4.model, depth=MoDAConfig(ffn_kv="none")),
 )

@@ -2,9 +2,8 @@
 
 An OLMo 2 block (reordered norms, QK-norm over the full vector, no biases) with the paper's
 recipe: learning rate 3e-4 to 3e-5, 2000 warm-up steps, 1024 rows of 4096 tokens a step, 400B
-tokens. Unlike OLMo 2, rows are packed documents that do not see each other. The mesh, the
-accumulation steps, the remat policy and depth_grad_mode, _block and _dtype are our choice; but for
-the mesh, which is untried on hardware, by measurements on one H200 (docs/benchmarks/train_step.md).
+tokens. Unlike OLMo 2, rows are packed documents that do not see each other. The mesh, untried on
+hardware, and the accumulation steps are our choice.
 
 Command:  python train.py configs/moda_700m_row4.py    (8 devices: mesh.fsdp)
           with text in data/text/*.txt and the dolma2 tokenizer (V = 100278) in
@@ -27,10 +26,6 @@ config = Config(
         num_kv_heads=8,
         head_dim=64,
         mlp_dim=4096,
-        remat="save_attention",
-        depth_grad_mode="gather",
-        depth_grad_block=4,
-        depth_grad_dtype="bfloat16",
     ),
     data=DataConfig(source="data/text", tokenizer="data/tokenizer.json", seq_len=4096),
     optimizer=OptimizerConfig(),

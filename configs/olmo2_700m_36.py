@@ -11,9 +11,10 @@ Expected: not measured here; our notes of the paper give no score for this row
 import dataclasses
 
 from configs.moda_700m_row4 import config as row4
+from moda_jax.config import ResidualConfig
 
 config = dataclasses.replace(
     row4,
     name="olmo2_700m_36",
-    model=dataclasses.replace(row4.model, depth_stream="residual"),
+    model=dataclasses.replace(row4.model, depth=ResidualConfig()),
 )

@@ -12,8 +12,7 @@ from moda_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 
 config = Config(
     name="tiny",
-    # float32: CPUs emulate bfloat16. No remat: the activations are small, time is what counts.
-    model=ModelConfig(compute_dtype="float32", remat="none"),
+    model=ModelConfig(),  # MoDA, row 4
     data=DataConfig(seq_len=256),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
     steps=200,

@@ -92,7 +92,7 @@ class Mechanism(Generic[Settings]):
         return hash(self.config)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.config == other.config  # type: ignore[attr-defined]
+        return type(self) is type(other) and self.config == other.config
 
     # What it computes.
 

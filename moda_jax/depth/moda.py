@@ -49,6 +49,8 @@ class MoDA(Mechanism[MoDAConfig]):
         if not self.num_entries or kind == "none":
             return history
         if kind == "reuse":
+            assert output.key is not None
+            assert output.value is not None
             entry: Entry = (output.key, output.value)
         else:
             name = ("attention_kv", "ffn_kv")[sublayer]
@@ -66,12 +68,14 @@ class MoDA(Mechanism[MoDAConfig]):
 
     def _ring(self, history: History, length: jax.Array) -> DepthCache:
         settings = self.settings
-        return DepthCache(*history.buffers, length, settings.window, settings.reserved, ring=True)
+        key, value = history.buffers
+        return DepthCache(key, value, length, settings.window, settings.reserved, ring=True)
 
     def inference_capacity(self) -> int:
-        bounded = self.settings.window is not None
-        visible = self.settings.reserved + self.settings.window if bounded else self.num_entries
-        return visible if bounded and visible < self.num_entries else self.capacity
+        if self.settings.window is None:
+            return self.capacity
+        ring = self.settings.reserved + self.settings.window
+        return ring if ring < self.num_entries else self.capacity
 
     def _project(
         self, step: Step, name: str, layer: Any, history: History, source: jax.Array

@@ -1,12 +1,16 @@
 """How a model is computed on the device at hand: what "auto" becomes, and why."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moda_jax.config import ExecutionConfig, ModelConfig
+from moda_jax.config import Config, ExecutionConfig, ModelConfig
+from moda_jax.depth import make_mechanism
+from moda_jax.model.slot_gradients import Choice, choose
+from moda_jax.ops.sharded_attention import attention_call
 from pallas_kernels import platforms
 
 _MEMORY_SHARE = 0.85
@@ -25,8 +29,8 @@ def resolve_compute_dtype(execution: ExecutionConfig) -> ExecutionConfig:
     """bfloat16, but float32 on a CPU, which emulates 16-bit products."""
     if execution.compute_dtype != "auto":
         return execution
-    dtype = "float32" if platforms.current() == "cpu" else "bfloat16"
-    return dataclasses.replace(execution, compute_dtype=dtype)
+    on_cpu = platforms.current() == "cpu"
+    return dataclasses.replace(execution, compute_dtype="float32" if on_cpu else "bfloat16")
 
 
 def resolve_execution(
@@ -86,12 +90,10 @@ def _choose_remat(saved: dict[str, int], room: int | None):
 
 def saved_bytes_per_token(model: ModelConfig, execution: ExecutionConfig, remat: str) -> int:
     """Bytes a token that all layers save under a remat policy, the depth history included."""
-    from moda_jax.depth import make_mechanism  # (an import at the top would be a circle)
-
     mechanism = make_mechanism(model)
     entry = mechanism.entry_shapes(1, 1)
     streams = getattr(model.depth, "num_streams", 1)
-    numbers = sum(int(jnp.prod(jnp.array(shape))) for shape in entry) * mechanism.capacity
+    numbers = sum(math.prod(shape) for shape in entry) * mechanism.capacity
     width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     per_layer = streams * model.embed_dim
     if remat != "full":
@@ -105,3 +107,56 @@ def saved_bytes_per_token(model: ModelConfig, execution: ExecutionConfig, remat:
 def device_memory(device: jax.Device) -> int | None:
     """Bytes that JAX may take on a device; None if it does not say."""
     return (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+
+
+def describe_execution(config: Config, resolved: Resolved) -> dict[str, str]:
+    """What the first screen says of a training step: attention, and each choice with its reason.
+
+    Call it under the run's mesh. Raises what the attention call raises, for instance that no
+    implementation takes it.
+    """
+    model, execution = config.model, resolved.execution
+    rows = config.batch_size // config.accumulation_steps
+    dtype = jnp.dtype(execution.compute_dtype)
+    kv_shape = rows, config.data.seq_len, model.num_kv_heads, model.head_dim
+    query = jax.ShapeDtypeStruct((*kv_shape[:2], model.num_heads, model.head_dim), dtype)
+    key = jax.ShapeDtypeStruct(kv_shape, dtype)
+    mechanism = make_mechanism(model)
+    layout = mechanism.gather_layout()
+    window = getattr(model.depth, "window", None)
+    depth = None
+    if layout is not None:
+        depth = jax.ShapeDtypeStruct((mechanism.num_entries, *kv_shape), dtype)
+    found: list[tuple[str, Choice | None]] = []
+
+    def trace(query, key, depth, segment_ids):
+        call = attention_call(
+            query,
+            key,
+            key,
+            depth,
+            depth,
+            segment_ids=segment_ids,
+            depth_window=window,
+            implementation=None if execution.attention == "auto" else execution.attention,
+        )
+        choice = choose(layout, execution, call) if mechanism.num_entries else None
+        found.append((str(call.choice()), choice))
+        return query
+
+    segments = jax.ShapeDtypeStruct(kv_shape[:2], jnp.int32)
+    jax.eval_shape(trace, query, key, depth, segments)
+    ((attention, choice),) = found
+    lines = {"attention": attention}
+    how = [
+        f"{name.replace('compute_', '')} {getattr(execution, name)}{_because(resolved, name)}"
+        for name in ("compute_dtype", "remat")
+    ]
+    if choice is not None:
+        way = f"gathered, {choice.block} layers a pass" if choice.gathers else "added"
+        how.append(f"slot gradients {way}, {choice.dtype} ({choice.reason})")
+    return lines | {"execution": "; ".join(how)}
+
+
+def _because(resolved: Resolved, name: str) -> str:
+    return f" ({resolved.reasons[name]})" if name in resolved.reasons else ""

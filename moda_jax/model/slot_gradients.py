@@ -65,7 +65,8 @@ class Adding:
         self, call: AttentionCall, out: jax.Array, lse: jax.Array, d_out: jax.Array, state: Entry
     ) -> tuple[Gradients, Entry]:
         """The backward of an attention call that reads keys and values of the history."""
-        d = call.gradients(out, lse, d_out, state)
+        running_key, running_value = state
+        d = call.gradients(out, lse, d_out, (running_key, running_value))
         assert d.depth_key is not None
         assert d.depth_value is not None
         return d, (d.depth_key, d.depth_value)

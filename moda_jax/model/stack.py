@@ -43,15 +43,35 @@ class TokenInfo(NamedTuple):
 class Program(Protocol):
     """What the stack runs: hashable, equal where it computes the same."""
 
-    num_layers: int
-    head_dim: int
-    """H; of the rotary table."""
-    rope_theta: float
-    capacity: int
-    """Slots of the history in training; 0: none."""
-    inference_capacity: int
-    gathers: GatherLayout | None
-    """None: entries' gradients can only be added."""
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        ...
+
+    @property
+    def head_dim(self) -> int:
+        """H, of the rotary table."""
+        ...
+
+    @property
+    def rope_theta(self) -> float:
+        """Of the rotary table."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """Slots of the history in training; 0: none."""
+        ...
+
+    @property
+    def inference_capacity(self) -> int:
+        """Slots of the history of a pass that is not differentiated."""
+        ...
+
+    @property
+    def gathers(self) -> GatherLayout | None:
+        """None: entries' gradients can only be added."""
+        ...
 
     def entry_shapes(self, batch: int, length: int) -> tuple[tuple[int, ...], ...]:
         """Shapes of one history entry's arrays."""
@@ -98,7 +118,8 @@ def _run_stack_forward(spec, params, x, tokens):
 
 
 def _run_stack_backward(spec: StackSpec, residuals, dy):
-    return *_backward(spec, *residuals, dy), None
+    params, tokens, carry, saved, buffers = residuals
+    return *_backward(spec, params, tokens, carry, saved, buffers, dy), None
 
 
 run_stack.defvjp(_run_stack_forward, _run_stack_backward)
@@ -177,7 +198,13 @@ def _stacking(body, carry, length: int):
 
 
 def _backward(
-    spec: StackSpec, params: StackParams, tokens: TokenInfo, carry, saved, buffers, dy
+    spec: StackSpec,
+    params: StackParams,
+    tokens: TokenInfo,
+    carry: Any,
+    saved: Any,
+    buffers: tuple[jax.Array, ...],
+    dy: jax.Array,
 ) -> tuple[StackParams, jax.Array]:
     """Gradients of the parameters (float32) and of the stack's input, from dy [B, T, D]."""
     program, rope, num_layers = spec.program, _rope(spec, tokens), spec.program.num_layers
@@ -284,6 +311,7 @@ def _attention(history: History, make_call, saved, query, key, value):
         if call.operands.depth_key is None:
             d = call.gradients(out, lse, d_out, None)
         else:
+            assert history.strategy is not None
             d, entries = history.strategy.attention(call, out, lse, d_out, thread.entries)
             thread = thread._replace(entries=entries)
         return d.query, d.key, d.value, thread

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moda_jax.config import ExecutionConfig, ModelConfig
-from moda_jax.depth import Mechanism, make_mechanism
-from moda_jax.depth.mechanism import GatherLayout, Step
+from moda_jax.depth import make_mechanism
+from moda_jax.depth.mechanism import GatherLayout, Mechanism, Step
 from moda_jax.layers import Linear, RMSNorm, parameter, stacked
 from moda_jax.model.execution import resolve_compute_dtype, resolve_execution
 from moda_jax.model.layer import Layer, cast
@@ -110,23 +110,23 @@ class Transformer(nnx.Module):
         bias = self.head.bias
         return self.head.kernel[...], None if bias is None else bias[...]
 
-    def stack(self, shape: tuple[int, int] | None = None) -> tuple[StackSpec, StackParams]:
+    def stack(self, shape: tuple[int, ...] | None = None) -> tuple[StackSpec, StackParams]:
         """The layers as (static structure, parameters), for `moda_jax.model.stack`.
 
         shape: (B, T) of the batch, from which a remat policy of "auto" is chosen.
         """
         layer, layers = nnx.split(self.layers)
-        depth_layer, depth_layers = None, None
+        depth_layer, own = None, None
         if self.depth_layers is not None:
-            depth_layer, depth_layers = nnx.split(self.depth_layers)
-            depth_layers = nnx.to_pure_dict(depth_layers)
+            depth_layer, state = nnx.split(self.depth_layers)
+            own = nnx.to_pure_dict(state)
         execution = self._resolve(shape)
         program = LayerProgram(self.config, layer, depth_layer, execution.compute_dtype)
         shared = nnx.to_pure_dict(nnx.state(self)).get("depth", {})
-        params = StackParams((nnx.to_pure_dict(layers), depth_layers), shared)
+        params = StackParams((nnx.to_pure_dict(layers), own), shared)
         return StackSpec(program, execution), params
 
-    def _resolve(self, shape: tuple[int, int] | None) -> ExecutionConfig:
+    def _resolve(self, shape: tuple[int, ...] | None) -> ExecutionConfig:
         execution = resolve_compute_dtype(self.execution)
         if execution.remat != "auto":
             return execution

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.operands import Gradients
+
 Entry = tuple[jax.Array, ...]
 """One entry's arrays, each [B, T, ...]."""
 
@@ -42,6 +44,12 @@ class SlotGradients(Protocol):
 
     def add(self, state: Any, gradients: Entry) -> Any:
         """The state with gradients [S, B, T, ...] of all entries added."""
+        ...
+
+    def attention(
+        self, call: Any, out: jax.Array, lse: jax.Array, d_out: jax.Array, state: Any
+    ) -> tuple[Gradients, Any]:
+        """The backward of a `ShardedAttention` that reads the history as keys and values."""
         ...
 
 

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding
 from moda_jax.ops.sharding import compiler_axes, constrain, partition_spec
 from pallas_kernels import platforms
 
-EntryLike = tuple[jax.ShapeDtypeStruct, ...] | tuple[jax.Array, ...]
+EntryLike = tuple[Any, ...]
+"""Arrays, or `jax.ShapeDtypeStruct`s."""
 
 
 def entry_axes(ndim: int) -> tuple[str | None, ...]:

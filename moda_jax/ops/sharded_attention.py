@@ -80,10 +80,14 @@ class AttentionCall:
 
     def backend(self) -> backends.Backend:
         """The backend that a device picks."""
+        return backends.BACKENDS[self.choice().name]
+
+    def choice(self) -> backends.AttentionChoice:
+        """Which implementation a device picks, and why not the others."""
         found = []
 
         def attend(operands: Operands) -> jax.Array:
-            found.append(self._backend(operands))
+            found.append(backends.choose(operands, self.options, self.implementation))
             return operands.query
 
         specs = self.specs()

@@ -1,7 +1,6 @@
 """Checkpoints of a run: state, data iterators and config, saved together and restored exactly."""
 
 import contextlib
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -16,18 +15,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
-from moda_jax.config import Config, MeshConfig, ModelConfig
+from moda_jax.config import Config, ExecutionConfig, MeshConfig, from_json, to_json
 from moda_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moda_jax.model.transformer import Transformer
 from moda_jax.ops.sharding import make_mesh, state_shardings
 from moda_jax.train.train_step import TrainState
 
 _METRIC = "validation_loss"
-# These say how the same function is computed, so a run may go on with other ones.
-_FREE_MODEL_FIELDS = (
-    "attention", "remat", "compute_dtype", "depth_grad_block", "depth_grad_dtype",
-    "depth_grad_mode",
-)  # fmt: skip
 
 
 class Restored(NamedTuple):
@@ -115,9 +109,7 @@ class Checkpoints:
         items = {
             "params": ocp.args.StandardSave(nnx.as_pure(state.params)),
             "optimizer": ocp.args.StandardSave(nnx.as_pure((state.step, state.optimizer))),
-            "run": ocp.args.JsonSave(
-                {"config": dataclasses.asdict(config), "data": _gather_json(data)}
-            ),
+            "run": ocp.args.JsonSave({"config": to_json(config), "data": _gather_json(data)}),
         }
         loss = math.inf if validation_loss is None else validation_loss
         self._manager.save(step, args=ocp.args.Composite(**items), metrics={_METRIC: loss})
@@ -187,10 +179,13 @@ def load_trained(
     with contextlib.closing(ocp.CheckpointManager(folder, options=options)) as manager:
         step = _find_step(manager, step)
         run = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
-        config = ModelConfig(**run["config"]["model"])
+        config = from_json(run["config"]["model"])
+        execution = ExecutionConfig(**run["config"]["execution"])
         data = run["config"]["data"]
         tokenizer = load_tokenizer(data["tokenizer"], data.get("eos_token"))
-        graph, shapes = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+        graph, shapes = nnx.split(
+            nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), execution=execution))
+        )
         shardings = state_shardings(shapes, make_mesh(MeshConfig()) if mesh is None else mesh)
         target = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -225,19 +220,31 @@ def _validation_loss(metrics: Mapping[str, float]) -> float:
 
 
 def _check_model(saved: Mapping[str, Any], config: Config, directory: Path) -> None:
-    """Raises ValueError, naming the fields, if `saved` is another model than config.model."""
-    here = dataclasses.asdict(config.model)
-    there = dataclasses.asdict(ModelConfig()) | dict(saved)  # it may be older than a setting
+    """Raises ValueError, naming the fields, if `saved` is another model than config.model.
+
+    How a model is computed is no part of it: a run may go on with another `execution`.
+    """
+    there = _flatten(to_json(from_json(saved)))
+    here = _flatten(to_json(config.model))
     differing = [
-        f"model.{name} {there[name]!r} there, {here.get(name)!r} here"
-        for name in sorted(there)
-        if name not in _FREE_MODEL_FIELDS and there[name] != here.get(name)
+        f"model.{name} {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in sorted(there | here)
+        if there.get(name) != here.get(name)
     ]
     if differing:
         raise ValueError(
             f"{directory}: checkpoint of another model ({'; '.join(differing)}); choose another "
             f"--name or --output-dir, or remove the directory"
         )
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        nested = isinstance(value, Mapping)
+        flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
 
 
 def _gather_json(local: Any) -> list[Any]:

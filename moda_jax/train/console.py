@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from rich.text import Text
 
 from moda_jax.config import Config, ModelConfig
+from moda_jax.depth import make_mechanism
 from moda_jax.model.flops import count_parameters
 
 
@@ -44,7 +45,7 @@ class RunConsole:
         mesh: Mesh,
         *,
         data_size: str,
-        attention: str,
+        execution: Mapping[str, str],
         directory: Path,
         restored_step: int,
     ) -> None:
@@ -53,7 +54,7 @@ class RunConsole:
             "model": _describe_model(config.model),
             "parameters": f"{count_parameters(config.model).total:,}",
             "devices": _describe_devices(mesh),
-            "attention": attention,
+            **execution,
             "data": data_size,
             "steps": f"{config.steps:,} of {config.batch_size} rows x {config.data.seq_len} tokens",
             "outputs": str(directory),
@@ -101,11 +102,11 @@ class RunConsole:
 
 
 def _describe_model(model: ModelConfig) -> str:
-    depth = f"{model.depth_slots} depth slots" if model.depth_slots else "no depth attention"
+    depth = make_mechanism(model).describe()
     return (
         f"{model.num_layers} layers, width {model.embed_dim}, {model.num_heads} heads on "
         f"{model.num_kv_heads} KV heads of {model.head_dim}, FFN {model.mlp_dim}, vocabulary "
-        f"{model.vocab_size:,}, {depth}, {model.compute_dtype}"
+        f"{model.vocab_size:,}, {depth}"
     )
 
 

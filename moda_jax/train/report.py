@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from moda_jax.config import ModelConfig
-
 
 def plot_loss(records: Sequence[dict[str, float]], path: Path) -> None:
     """Draws training and validation loss (nats per token) of the records of metrics.jsonl."""
@@ -23,23 +21,13 @@ def plot_loss(records: Sequence[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def slot_labels(config: ModelConfig) -> list[str]:
-    """One name per depth slot: the layer that wrote it and, with FFN slots, by which sublayer."""
-    sublayers = ("a", "f") if config.slots_per_writer == 2 else ("",)
-    return [
-        f"{writer * config.depth_write_every}{sublayer}"
-        for writer in range(config.depth_writers)
-        for sublayer in sublayers
-    ]
-
-
-def plot_attention_mass(mass: np.ndarray, config: ModelConfig, path: Path) -> None:
+def plot_attention_mass(mass: np.ndarray, slot_labels: Sequence[str], path: Path) -> None:
     """Draws the mean attention mass, layers by sequence | depth slots (the idea of Fig. 5).
 
     Args:
         mass: [L, 1 + S], each row summing to 1. A slot that a layer cannot see has mass 0 and stays
             blank.
-        config: names the slots.
+        slot_labels: one name per slot, of the mechanism.
         path: the .png file.
     """
     num_layers, num_columns = mass.shape
@@ -55,7 +43,7 @@ def plot_attention_mass(mass: np.ndarray, config: ModelConfig, path: Path) -> No
     panels[0].set(ylabel="layer", title="sequence")
     if has_depth:
         slots = np.ma.masked_equal(mass[:, 1:], 0.0)
-        _draw_panel(figure, panels[1], slots, slot_labels(config), vmax=None)
+        _draw_panel(figure, panels[1], slots, slot_labels, vmax=None)
         panels[1].set(title="depth slots", xlabel="written by layer (a attention, f FFN)")
     figure.savefig(path, dpi=120)
 

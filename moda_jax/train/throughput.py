@@ -33,8 +33,10 @@ def peak_flops(device: jax.Device, compute_dtype: str) -> float | None:
 class Throughput:
     """Speed of the training steps since the last reading; pauses and compilation do not count."""
 
-    def __init__(self, config: ModelConfig, *, seq_len: int, devices: list[jax.Device]) -> None:
-        peak = peak_flops(devices[0], config.compute_dtype)
+    def __init__(
+        self, config: ModelConfig, *, compute_dtype: str, seq_len: int, devices: list[jax.Device]
+    ) -> None:
+        peak = peak_flops(devices[0], compute_dtype)
         self._peak = None if peak is None else peak * len(devices)
         self._flops_per_token = count_flops(config, seq_len).train_per_token
         self._tokens = self._seconds = 0.0

@@ -11,6 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moda_jax.config import Config
+from moda_jax.model.execution import Resolved, device_memory, resolve_execution
+from moda_jax.model.flops import count_parameters
 from moda_jax.model.transformer import Transformer
 from moda_jax.ops.sharding import batch_sharding, constrain, state_shardings
 from moda_jax.train.losses import next_token_loss
@@ -34,6 +36,9 @@ class TrainState(NamedTuple):
 class TrainFunctions(NamedTuple):
     """The compiled functions of a run. Call them under `jax.set_mesh(mesh)`."""
 
+    execution: Resolved
+    """How the model is computed, and why."""
+
     graphdef: nnx.GraphDef
     """`nnx.merge(graphdef, params)` is the model."""
     abstract_state: TrainState
@@ -51,9 +56,10 @@ class TrainFunctions(NamedTuple):
 def make_train_functions(config: Config, mesh: Mesh) -> TrainFunctions:
     """Builds the model and optimizer of `config` for `mesh`, without allocating either."""
     optimizer, schedule = make_optimizer(config.optimizer, steps=config.steps)
+    resolved = resolve(config, mesh)
 
     def make_model() -> Transformer:
-        return Transformer(config.model, rngs=nnx.Rngs(config.seed))
+        return Transformer(config.model, rngs=nnx.Rngs(config.seed), execution=resolved.execution)
 
     def init() -> TrainState:
         params = nnx.state(make_model())
@@ -71,6 +77,7 @@ def make_train_functions(config: Config, mesh: Mesh) -> TrainFunctions:
         "out_shardings": replicated,
     }
     return TrainFunctions(
+        execution=resolved,
         graphdef=graphdef,
         abstract_state=jax.tree.map(_with_sharding, shapes, jax.tree.broadcast(shardings, shapes)),
         init=jax.jit(init, out_shardings=shardings, compiler_options=quick),
@@ -83,6 +90,21 @@ def make_train_functions(config: Config, mesh: Mesh) -> TrainFunctions:
         ),
         eval_step=jax.jit(functools.partial(_eval_step, graphdef), **reads),
         attention_mass=jax.jit(functools.partial(_attention_mass, graphdef), **reads),
+    )
+
+
+def resolve(config: Config, mesh: Mesh) -> Resolved:
+    """How a training step of `config` is computed on `mesh`, and why."""
+    device, sizes = mesh.devices.flat[0], config.mesh
+    shards = sizes.fsdp * sizes.tensor
+    return resolve_execution(
+        config.model,
+        config.execution,
+        rows=config.batch_size // (config.accumulation_steps * sizes.data * sizes.fsdp),
+        seq_len=config.data.seq_len,
+        memory=device_memory(device),
+        parameters=count_parameters(config.model).total,
+        shards=shards,
     )
 
 

@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from moda_jax.config import Config
+from moda_jax.config import Config, to_json
 from moda_jax.data.loader import Data, load_data
+from moda_jax.depth import make_mechanism
+from moda_jax.model.execution import describe_execution
 from moda_jax.model.generation import generate
-from moda_jax.ops.attention import explain_attention
 from moda_jax.ops.sharding import batch_sharding, make_mesh
 from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.console import RunConsole
@@ -37,7 +37,7 @@ class TrainResult:
 
     directory: Path
     """Holds checkpoints/, metrics.jsonl, tensorboard/, config.json and, once the run is finished,
-    sample.txt, loss.png and attention_mass.png."""
+    sample.txt, loss.png and, where attention reads depth slots, attention_mass.png."""
     step: int
     """Optimizer steps done."""
     finished: bool
@@ -98,8 +98,9 @@ class _Run:
         self.rows = batch_sharding(mesh)
         self.directory = Path(config.output_dir) / config.name
         self.is_main = jax.process_index() == 0
-        attention = _describe_attention(config)
         self.functions = make_train_functions(config, mesh)
+        execution = describe_execution(config, self.functions.execution)
+        self.mechanism = make_mechanism(config.model)
         _make_folder(self.directory)
         self.checkpoints = Checkpoints(self.directory / "checkpoints", keep_last=config.keep_last)
         cleanup.callback(self.checkpoints.close)
@@ -107,7 +108,10 @@ class _Run:
         self.best_loss = self.checkpoints.best_loss()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.throughput = Throughput(
-            config.model, seq_len=config.data.seq_len, devices=list(mesh.devices.flat)
+            config.model,
+            compute_dtype=self.functions.execution.execution.compute_dtype,
+            seq_len=config.data.seq_len,
+            devices=list(mesh.devices.flat),
         )
         self.writer = self._open_writer(cleanup)
         self.console = RunConsole(steps=config.steps, quiet=not self.is_main)
@@ -115,7 +119,7 @@ class _Run:
             config,
             mesh,
             data_size=data.describe(),
-            attention=attention,
+            execution=execution,
             directory=self.directory,
             restored_step=self.step,
         )
@@ -136,7 +140,7 @@ class _Run:
     def _open_writer(self, cleanup: contextlib.ExitStack) -> MetricsWriter | None:
         if not self.is_main:
             return None
-        settings = dataclasses.asdict(self.config)
+        settings = to_json(self.config)
         (self.directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         writer = MetricsWriter(
             self.directory,
@@ -307,7 +311,9 @@ class _Run:
         sample = self._sample()
         if self.is_main:
             plot_loss(read_metrics(self.directory / METRICS_FILE), self.directory / "loss.png")
-            plot_attention_mass(mass, self.config.model, self.directory / "attention_mass.png")
+            labels = self.mechanism.slot_labels()
+            if labels:
+                plot_attention_mass(mass, labels, self.directory / "attention_mass.png")
         self.console.print(
             f"finished step {self.step}: validation loss {loss:.4f}, perplexity "
             f"{_perplexity(loss):.3f}; outputs in {self.directory}"
@@ -347,21 +353,3 @@ def _make_folder(directory: Path) -> None:
 
 def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))  # exp(710) overflows
-
-
-def _describe_attention(config: Config) -> str:
-    """Which attention implementation each device's part of a training step gets; raises if none."""
-    model, mesh, seq_len = config.model, config.mesh, config.data.seq_len
-    rows = config.batch_size // (config.accumulation_steps * mesh.data * mesh.fsdp)
-    heads, kv_heads = model.num_heads // mesh.tensor, model.num_kv_heads // mesh.tensor
-    dtype = jnp.dtype(model.compute_dtype)
-    query = jax.ShapeDtypeStruct((rows, seq_len, heads, model.head_dim), dtype)
-    key = jax.ShapeDtypeStruct((rows, seq_len, kv_heads, model.head_dim), dtype)
-    depth = None
-    if model.depth_slots:
-        depth = jax.ShapeDtypeStruct((model.depth_slots, *key.shape), dtype)
-    segment_ids = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
-    choice = explain_attention(
-        query, key, key, depth, depth, segment_ids=segment_ids, implementation=model.attention
-    )
-    return str(choice)

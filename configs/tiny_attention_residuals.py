@@ -1,0 +1,19 @@
+"""Attention residuals, full form, at the parameters of `tiny.py`.
+
+Same data, same recipe; F 416 instead of 384: 1,761,152 parameters against 1,773,184.
+
+Command:  python train.py configs/tiny_attention_residuals.py
+Cost:     COST
+Expected: EXPECTED
+"""
+
+import dataclasses
+
+from configs.tiny import config as tiny
+from moda_jax.config import AttentionResidualsConfig
+
+config = dataclasses.replace(
+    tiny,
+    name="tiny_attention_residuals",
+    model=dataclasses.replace(tiny.model, depth=AttentionResidualsConfig(), mlp_dim=416),
+)

@@ -1,0 +1,21 @@
+"""Attention residuals, 8 blocks of 2 sublayers, at the parameters of `tiny.py`.
+
+Same data, same recipe; F 416 instead of 384: 1,761,152 parameters against 1,773,184.
+
+Command:  python train.py configs/tiny_attention_residuals_block.py
+Cost:     COST
+Expected: EXPECTED
+"""
+
+import dataclasses
+
+from configs.tiny import config as tiny
+from moda_jax.config import AttentionResidualsConfig
+
+config = dataclasses.replace(
+    tiny,
+    name="tiny_attention_residuals_block",
+    model=dataclasses.replace(
+        tiny.model, depth=AttentionResidualsConfig(form="block"), mlp_dim=416
+    ),
+)

@@ -1,0 +1,19 @@
+"""Attention over depth alone, at the parameters of `tiny.py`.
+
+Same data, same recipe; F 336 instead of 384: 1,773,184 parameters, the same number.
+
+Command:  python train.py configs/tiny_depth_attention.py
+Cost:     COST
+Expected: EXPECTED
+"""
+
+import dataclasses
+
+from configs.tiny import config as tiny
+from moda_jax.config import DepthAttentionConfig
+
+config = dataclasses.replace(
+    tiny,
+    name="tiny_depth_attention",
+    model=dataclasses.replace(tiny.model, depth=DepthAttentionConfig(), mlp_dim=336),
+)
