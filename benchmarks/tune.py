@@ -1,12 +1,15 @@
-"""Searches tile sizes of a backend's kernels and writes their table, pallas_kernels/*/tuned.json.
+"""Searches tile sizes of a backend's kernels and prints what is faster than their own choice.
 
-    python -m benchmarks.tune [--kernels forward,depth_backward] [--rows T16K,H128] [--dry-run]
-    python -m benchmarks.tune --backend triton
+    python -m benchmarks.tune [--kernels forward,depth_backward] [--rows T16K,H128]
+    python -m benchmarks.tune --backend triton [--dry-run]
+
+Triton's are also written into their table, pallas_kernels/triton_gpu/tuned.json. mosaic_gpu has no
+table: what holds for a head size belongs into its heuristics (`forward_config` and the like).
 
 From a kernel's own choice, one field at a time is changed; what is at least 1% faster stays, and
 the fields are gone through until none improves. A config that does not fit the chip, does not
 compile, or gives other results than the first one is left out. Each shape (see shapes.py) gives the
-entry of its head size and group; of several shapes with the same, the last one counts.
+table's entry of its head size and group; of several shapes with the same, the last one counts.
 """
 
 import argparse
@@ -25,7 +28,7 @@ import numpy as np
 from benchmarks.attention import make_inputs
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import milliseconds
-from pallas_kernels.tuned import Table, table_key
+from pallas_kernels.triton_gpu.tuned import Table, table_key
 
 GAIN = 0.01
 """A config must be faster by this share: timing scatters by a few tenths of a percent."""
@@ -145,15 +148,13 @@ class Kernels(NamedTuple):
     """A backend's kernels, and where their tile sizes go."""
 
     kernels: dict[str, Kernel]
-    table: Table
-    device: str
+    table: Table | None = None
+    device: str = ""
     """As the table's keys call the device at hand."""
 
 
 def mosaic_gpu_kernels() -> Kernels:
-    from pallas_kernels.mosaic_gpu import tuned
-
-    return Kernels(kernels(), tuned.TABLE, jax.devices()[0].device_kind)
+    return Kernels(kernels())
 
 
 def triton_kernels() -> Kernels:
@@ -269,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
                 failed = True
                 continue
             print(f"{name} at {row}: {first:.3f} -> {lowest:.3f} ms, {best}", flush=True)
-            if lowest < first and not options.dry_run:
+            if lowest < first and available.table is not None and not options.dry_run:
                 key = table_key(name, shape.head_dim, shape.group, True, available.device)
                 entry = {
                     "config": dataclasses.asdict(best), "shape": row, "ms": lowest,

@@ -9,8 +9,8 @@ import pytest
 from benchmarks import tune
 from benchmarks.shapes import SHAPES, Shape
 from pallas_kernels import platforms
-from pallas_kernels.mosaic_gpu import tuned
-from pallas_kernels.tuned import Table, table_key
+from pallas_kernels.triton_gpu import tiles
+from pallas_kernels.triton_gpu.tuned import Table, table_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,39 +49,34 @@ def test_search_goes_on_until_nothing_is_a_percent_faster():
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuned, "TABLE", Table(tmp_path / "tuned.json"))
-    return tuned.TABLE
+    monkeypatch.setattr(tiles, "TABLE", Table(tmp_path / "tuned.json"))
+    return tiles.TABLE
 
 
 @pytest.fixture
 def gpu(pretend):
-    pretend("gpu", types.SimpleNamespace(device_kind="NVIDIA H200"))
+    pretend("gpu", types.SimpleNamespace(compute_capability="9.0"))
 
 
-CALL = {"head_dim": 64, "group": 8, "is_causal": True}
+KEY = table_key("depth_forward", 64, 8, True, "sm_90")
 
 
-def test_tuned_sizes_are_read_back(table, gpu):
-    assert tuned.tuned("forward", Tiles(), **CALL) == Tiles()
-    key = table_key("forward", 64, 8, True, "NVIDIA H200")
-    table.write({key: {"config": {"block": 128}, "ms": 1.0, "default_ms": 2.0}})
-    assert tuned.tuned("forward", Tiles(stages=3), **CALL) == Tiles(128, 3)
-    assert tuned.tuned("forward", Tiles(), **CALL | {"group": 4}) == Tiles()
-    assert tuned.tuned("backward", Tiles(), **CALL) == Tiles()
-    table.write({key: {"config": {"width": 1}}})
+def test_measured_sizes_are_read_back(table):
+    assert table.lookup(KEY, Tiles()) == Tiles()
+    table.write({KEY: {"config": {"block": 128}, "ms": 1.0, "default_ms": 2.0}})
+    assert Table(table.path).lookup(KEY, Tiles(stages=3)) == Tiles(128, 3)
+    assert table.lookup(table_key("depth_forward", 64, 4, True, "sm_90"), Tiles()) == Tiles()
+    table.write({KEY: {"config": {"width": 1}}})
     with pytest.raises(ValueError, match="has width, Tiles does not; run benchmarks/tune.py"):
-        tuned.tuned("forward", Tiles(), **CALL)
+        table.lookup(KEY, Tiles())
 
 
-def test_the_table_counts_on_its_own_device_only(table):
-    key = table_key("forward", 64, 8, True, jax.devices()[0].device_kind)
-    table.write({key: {"config": {"block": 128}}})
-    if jax.default_backend() != "gpu":  # tracing for a GPU elsewhere knows no device
-        assert tuned.tuned("forward", Tiles(), **CALL) == Tiles()
+@pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
+def test_command_tunes_what_it_can(backend, table, gpu, monkeypatch, capsys):
+    """Configs are told apart by results, errors and time; a kernel that fails stops no other.
 
-
-def test_command_tunes_what_it_can_and_writes_the_table(table, gpu, monkeypatch, capsys):
-    """Configs are told apart by results, errors and time; a kernel that fails stops no other."""
+    What is faster is printed, and Triton's is written into its table.
+    """
 
     def run(shape, config):
         if config.stages == 4:
@@ -92,18 +87,22 @@ def test_command_tunes_what_it_can_and_writes_the_table(table, gpu, monkeypatch,
         raise RuntimeError("compiler crashed")
 
     kernel = tune.Kernel(lambda _: Tiles(), {"stages": (3, 4)}, run)
-    monkeypatch.setattr(
-        tune, "kernels", lambda: {"broken": kernel._replace(run=broken), "good": kernel}
-    )
+    kernels = {"broken": kernel._replace(run=broken), "good": kernel}
+    found = tune.Kernels(kernels, *((table, tiles.architecture()) if backend == "triton" else ()))
+    monkeypatch.setattr(tune, f"{backend}_kernels", lambda: found)
     durations = iter([2.0, 1.0])
     monkeypatch.setattr(tune, "milliseconds", lambda *args, **kwargs: next(durations))
-    assert tune.main(["--rows", "T16K"]) == 1
+    assert tune.main(["--backend", backend, "--rows", "T16K"]) == 1
     captured = capsys.readouterr()
     assert "broken at T16K: ValueError: the kernel's own choice does not work" in captured.err
     assert "stages=4): RuntimeError: no such kernel" in captured.out
     assert "good at T16K: 2.000 -> 1.000 ms" in captured.out
-    (entry,) = table.read().values()
-    assert entry["config"] == {"block": 64, "stages": 3}
+    if backend == "mosaic_gpu":
+        assert not table.read()
+        return
+    (entry,) = table.read().items()
+    assert entry[0] == table_key("good", 64, 8, True, "sm_90")
+    assert entry[1]["config"] == {"block": 64, "stages": 3}
 
 
 def test_a_config_with_other_results_is_left_out(capsys):

@@ -1,11 +1,9 @@
 """The mosaic_gpu implementation: the shared suite, interpreted on the CPU, compiled on a Hopper.
 
-In the interpreter the forward is the fused kernel and the sequence part of the backward our own:
-cuDNN's, and copies of whole blocks of slots, exist on the GPU only.
+Copies of whole blocks of slots exist on the GPU only.
 """
 
 import dataclasses
-import functools
 import re
 import types
 
@@ -21,7 +19,7 @@ from moda_jax.ops.attention import check
 from moda_jax.ops.sharding import batch_sharding, make_mesh
 from moda_jax.train.train_step import make_train_functions
 from pallas_kernels import mosaic_gpu, platforms
-from pallas_kernels.mosaic_gpu import common, cudnn
+from pallas_kernels.mosaic_gpu import common
 
 needs_mosaic = pytest.mark.newer_jax(reason="Pallas Mosaic GPU needs JAX >= 0.11")
 HALF = ("bfloat16", "float16")
@@ -73,20 +71,6 @@ class TestMosaicGpuWhole(AttentionSuite):
     if not ON_GPU:
         sized = staticmethod(smaller)
         test_packed_documents_are_as_if_alone = None  # follows from the cases, as exactly
-
-
-def test_cudnn_entry_points_are_where_they_were():
-    """They are private to JAX: this fails loudly when a new JAX moves them."""
-    assert cudnn.missing_names() == []
-    backward = cudnn._private()._dot_product_attention_bwd_p_wrapper
-    shapes = [jax.ShapeDtypeStruct((1, 16, n, 64), jnp.bfloat16) for n in (4, 2, 2, 4, 4)]
-    query, key, value, out, d_out = shapes
-    lse = jax.ShapeDtypeStruct((1, 16, 4), jnp.float32)
-    closed = jax.make_jaxpr(functools.partial(cudnn.backward, scale=1.0, is_causal=True))(
-        query, key, value, out, lse, d_out
-    )
-    assert any(eqn.primitive is backward for eqn in closed.jaxpr.eqns)
-    assert [x.shape for x in closed.out_avals] == [x.shape for x in (query, key, value)]
 
 
 def arrays(**changes):

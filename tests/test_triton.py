@@ -26,7 +26,7 @@ from moda_jax.ops.attention import check
 from pallas_kernels import platforms, triton_gpu
 from pallas_kernels.triton_gpu import launch, tiles
 from pallas_kernels.triton_gpu.tiles import TileConfig
-from pallas_kernels.tuned import Table, table_key
+from pallas_kernels.triton_gpu.tuned import Table, table_key
 
 _SMALL = check(*(jnp.zeros((1, 8, 2, 64), jnp.float16),) * 3)
 REFUSED = triton_gpu.refusal(*_SMALL, platforms.current())

@@ -3,8 +3,7 @@
 The forward is one fused kernel. The backward is a kernel for dk and dv and one for dq, which takes
 the depth part along where it can; elsewhere, and for several layers' slots at once, the depth part
 is a kernel of its own, as it is in a call without a sequence. For the layer stack, another gathers
-a few slots' gradients from all layers that read them. All are deterministic; cuDNN's sequence
-backward, which is not, is there for those who ask for it.
+a few slots' gradients from all layers that read them. All are deterministic.
 """
 
 from pallas_kernels.mosaic_gpu.depth_gather import gather_depth_grads, keep_layer

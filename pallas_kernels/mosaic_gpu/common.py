@@ -17,7 +17,6 @@ from jax import lax
 from pallas_kernels import platforms
 
 SMEM_LIMIT = 227 * 1024  # bytes a block may have on compute capability 9.0
-WARPGROUP = 128  # threads
 
 _detect_races: contextvars.ContextVar[bool] = contextvars.ContextVar("races", default=False)
 

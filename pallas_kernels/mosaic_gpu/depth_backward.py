@@ -36,7 +36,6 @@ from pallas_kernels.mosaic_gpu.depth_tiles import (
     unflat_slots,
     wait_slots,
 )
-from pallas_kernels.mosaic_gpu.tuned import tuned
 
 _LOG2_E = math.log2(math.e)
 
@@ -83,11 +82,7 @@ def depth_backward(
         returned; None: new ones in the keys' dtype, 0 for invisible slots.
     """
     kv_heads = depth_key.shape[3]
-    if config is None:
-        config = tuned(
-            "depth_backward", DepthConfig(), head_dim=query.shape[3],
-            group=query.shape[2] // kv_heads, is_causal=True,
-        )  # fmt: skip
+    config = config or DepthConfig()
     group = query.shape[2] // kv_heads
     parts: dict[tuple[int, int], jax.Array | None] = {}
     for launch in plan(group, query.shape, slots, is_prefix, config):
@@ -183,7 +178,7 @@ def _kernel(
     """One warpgroup: a token tile of one row and key/value head. `refs`: see `_split_refs`."""
     plgpu = common.mosaic()
     d_query_ref, grad_refs, dq_ref = _split_refs(
-        refs, has_d_query=has_d_query, want_query=want_query, want_depth=want_depth, add=add
+        refs, has_d_query=has_d_query, want_query=want_query, add=add
     )
     here = Place.here(lse_ref.shape[2] // tile.rows, tile)
     blocks = Blocks.of(slots_ref, tile)
@@ -230,7 +225,7 @@ def _kernel(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _split_refs(refs, *, has_d_query: bool, want_query: bool, want_depth: bool, add: bool):
+def _split_refs(refs, *, has_d_query: bool, want_query: bool, add: bool):
     """(d_query or None, (dkd, dvd) or (), dq or None); running gradients come before dq."""
     rest = list(refs)
     d_query_ref = rest.pop(0) if has_d_query else None

@@ -28,7 +28,6 @@ from pallas_kernels.mosaic_gpu.depth_tiles import (
     slot_barriers,
     wait_slots,
 )
-from pallas_kernels.mosaic_gpu.tuned import tuned
 
 _LOG2_E = math.log2(math.e)
 
@@ -64,11 +63,7 @@ def depth_forward(
     lse = jnp.full((batch, length, num_heads), -jnp.inf, jnp.float32)
     if valid is not None:
         lse = jnp.where(valid[:, :, None], lse, jnp.inf)  # +inf marks a query that sees no slot
-    if config is None:
-        config = tuned(
-            "depth_forward", DepthConfig(), head_dim=query.shape[3],
-            group=query.shape[2] // kv_heads, is_causal=True,
-        )  # fmt: skip
+    config = config or DepthConfig()
     parts: dict[tuple[int, int], tuple[jax.Array, ...]] = {}
     whole = (0, num_heads // kv_heads)
     for launch in plan(whole[1], query.shape, slots, is_prefix, config):

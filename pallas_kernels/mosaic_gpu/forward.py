@@ -31,7 +31,6 @@ from pallas_kernels.mosaic_gpu.forward_tiles import (
     segment_rows,
 )
 from pallas_kernels.mosaic_gpu.ring import Refs, split_unions
-from pallas_kernels.mosaic_gpu.tuned import tuned
 from pallas_kernels.mosaic_gpu.wgmma import (
     ROWS,
     pad_rows,
@@ -83,10 +82,7 @@ def attend(
         query, scale = (-query, -scale) if scale < 0 else (jnp.zeros_like(query), 1.0)
     kv_heads = source.shape[-2]
     if config is None:
-        config = tuned(
-            "forward", forward_config(head_dim), head_dim=head_dim, group=num_heads // kv_heads,
-            is_causal=is_causal,
-        )  # fmt: skip
+        config = forward_config(head_dim)
         if query_segments is not None:  # masks of segments and parts together spill registers
             config = dataclasses.replace(config, depth_parts=1, alternate=False)
     config.check(head_dim)

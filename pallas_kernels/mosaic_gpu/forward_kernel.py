@@ -208,7 +208,7 @@ def _own_octet(plan: Plan, x: jax.Array) -> jax.Array:
         return x
     pieces = []
     for slot in range(plan.block_slots):
-        octets = [_octet(plan, x, slot * plan.octets + i) for i in range(plan.octets)]
+        octets = [_octet(x, slot * plan.octets + i) for i in range(plan.octets)]
         own = octets[0]
         for i in range(1, plan.octets):
             own = jnp.where(_is_own(plan, i), octets[i], own)
@@ -221,13 +221,13 @@ def _from_own_octet(plan: Plan, x: jax.Array) -> jax.Array:
     if plan.octets == 1:
         return x
     zero = jnp.zeros((), x.dtype)
-    slots = [_octet(plan, x, slot) for slot in range(plan.block_slots)]
+    slots = [_octet(x, slot) for slot in range(plan.block_slots)]
     return lax.concatenate(
         [jnp.where(_is_own(plan, i), own, zero) for own in slots for i in range(plan.octets)], 1
     )
 
 
-def _octet(plan: Plan, x: jax.Array, index: int) -> jax.Array:
+def _octet(x: jax.Array, index: int) -> jax.Array:
     start = index * TOKEN_ALIGNMENT
     return lax.slice(x, (0, start), (ROWS, start + TOKEN_ALIGNMENT))
 

@@ -1,9 +1,6 @@
 """The backend's functions: which kernels a call takes, and the paddings they ask for."""
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,7 +9,7 @@ import numpy as np
 
 from pallas_kernels import platforms
 from pallas_kernels.deferred import in_two_passes
-from pallas_kernels.mosaic_gpu import chunks, cudnn, depth_gather
+from pallas_kernels.mosaic_gpu import chunks, depth_gather
 from pallas_kernels.mosaic_gpu.depth_backward import depth_backward
 from pallas_kernels.mosaic_gpu.depth_forward import depth_forward
 from pallas_kernels.mosaic_gpu.forward import attend
@@ -28,8 +25,6 @@ from pallas_kernels.operands import (
 )
 
 _HEAD_DIMS = (64, 128)
-
-_nondeterministic: contextvars.ContextVar[bool] = contextvars.ContextVar("any_order", default=False)
 
 
 def refusal(operands: Operands, options: Options, platform: str) -> str | None:
@@ -134,7 +129,7 @@ def deferred_backward(
     rows = out, lse, d_out, d_lse
     padded = jax.eval_shape(_pad_head_dim, operands)
     depth = Depth(padded.depth_key, padded.depth_value, None, depth_grads)
-    if padded.key is None or not _takes_along(padded, options, depth, d_lse):
+    if padded.key is None or not _takes_along(padded, options, depth):
         without = backward_without_depth_grads
         return in_two_passes(without, add_depth_grads, operands, options, *rows, depth_grads, first)
     call = functools.partial(_backward, options, want_depth=True)
@@ -162,7 +157,7 @@ def _backward(
     delta = row_delta(out, lse, d_out, d_lse)
     operands = _pad_head_dim(operands)
     width = operands.query.shape[-1]
-    out, d_out = (_pad_last(x, width) for x in (out, d_out))
+    d_out = _pad_last(d_out, width)
     query, key, _, depth_key, depth_value = operands[:5]
     running = None
     if depth_grads is not None:
@@ -174,7 +169,7 @@ def _backward(
     d_query = d_key = d_value = new = None
     rest = depth  # what the sequence part does not take along
     if key is not None:
-        rows = out, lse, d_out, delta, d_lse
+        rows = d_out, lse, delta
         rest, (d_query, d_key, d_value, new) = _sequence(operands, options, rows, depth)
     assert first is None or (depth is not None and rest is None)
     if depth_key is not None and not depth_key.shape[0]:
@@ -235,52 +230,20 @@ def gather_refusal(operands: Operands) -> str | None:
 def _sequence(operands: Operands, options: Options, rows: tuple, depth: Depth | None):
     """What is left of `depth`, and the gradients of the sequence part and what it took along."""
     query, key, value = operands[:3]
-    out, lse, d_out, delta, d_lse = rows
-    settings: dict[str, Any] = {"scale": options.scale, "is_causal": options.is_causal}
-    if _any_order(operands, d_lse):
-        return depth, (*cudnn.backward(query, key, value, out, lse, d_out, **settings), None)
     taken = None
-    if depth is not None and _takes_along(operands, options, depth, d_lse):
+    if depth is not None and _takes_along(operands, options, depth):
         taken, depth = depth, None
     return depth, sequence_backward(
-        query, key, value, d_out, lse, delta, query_segments=operands.query_segments,
-        key_segments=operands.key_segments, depth=taken, dq_dtype=query.dtype, **settings,
+        query, key, value, *rows, scale=options.scale, is_causal=options.is_causal,
+        query_segments=operands.query_segments, key_segments=operands.key_segments, depth=taken,
+        dq_dtype=query.dtype,
     )  # fmt: skip
 
 
-def _takes_along(operands: Operands, options: Options, depth: Depth, d_lse: Any) -> bool:
+def _takes_along(operands: Operands, options: Options, depth: Depth) -> bool:
     """Whether the sequence part's kernel for dq does the depth part; by shapes and dtypes alone."""
     assert operands.key is not None
-    fused = fuses(operands.query, operands.key, depth, is_causal=options.is_causal)
-    return fused and not _any_order(operands, d_lse)
-
-
-def _any_order(operands: Operands, d_lse: Any) -> bool:
-    """Whether the sequence part's backward is cuDNN's."""
-    return _nondeterministic.get() and _takes_cudnn(operands) and d_lse is None
-
-
-@contextlib.contextmanager
-def nondeterministic() -> Iterator[None]:
-    """Calls traced inside may use cuDNN's backward, which adds dq up in no fixed order.
-
-    Everything else here gives the same bits every time.
-    """
-    token = _nondeterministic.set(True)
-    try:
-        yield
-    finally:
-        _nondeterministic.reset(token)
-
-
-def _takes_cudnn(operands: Operands) -> bool:
-    """Whether cuDNN can do the sequence part: it knows no segments and has no interpreter."""
-    return (
-        operands.key is not None
-        and operands.query_segments is None
-        and not platforms.interpreted()
-        and not cudnn.missing_names()
-    )
+    return fuses(operands.query, operands.key, depth, is_causal=options.is_causal)
 
 
 def _slots(operands: Operands, options: Options) -> Any:

@@ -24,7 +24,6 @@ from pallas_kernels.mosaic_gpu.sequence_tiles import (
     SequenceBackwardConfig,
     sequence_backward_config,
 )
-from pallas_kernels.mosaic_gpu.tuned import tuned
 from pallas_kernels.mosaic_gpu.wgmma import LOG2E, NO_SEGMENT, cdiv, pad_rows, pad_tokens
 from pallas_kernels.segments import segment_bounds
 
@@ -62,16 +61,6 @@ class Grads(NamedTuple):
     slots: tuple[jax.Array, jax.Array] | None
 
 
-def backward_config(
-    head_dim: int, group: int, is_causal: bool, config: SequenceBackwardConfig | None = None
-) -> SequenceBackwardConfig:
-    """`config`, or the measured or else the heuristic one."""
-    if config is not None:
-        return config
-    default = sequence_backward_config(head_dim)
-    return tuned("sequence_backward", default, head_dim=head_dim, group=group, is_causal=is_causal)
-
-
 def fuses(
     query: jax.Array,
     key: jax.Array,
@@ -84,8 +73,7 @@ def fuses(
 
     For the slots' gradients, a tile must have all query heads of its tokens, and memory for them.
     """
-    num_heads, head_dim = query.shape[2:]
-    config = backward_config(head_dim, num_heads // key.shape[2], is_causal, config)
+    config = config or sequence_backward_config(query.shape[-1])
     plan = _query_plan(config, query, key, 1.0, is_causal, True, depth.key.shape[0])
     if not config.fuse_depth or (depth.want_slots and plan.subgroups > 1):
         return False
@@ -137,7 +125,7 @@ def sequence_backward(
         query_segments, key_segments: [B, Tq], [B, Tk] int32; 0 is padding.
         depth: the depth part, if `fuses` allows it; None: dq is the sequence's part alone.
         dq_dtype: float32, or the query's.
-        config: tile sizes; None takes the measured or the heuristic ones.
+        config: tile sizes; None takes `sequence_backward_config`'s.
 
     Returns:
         dq in `dq_dtype`, dk and dv in the key's dtype, summed over the heads of a group in a fixed
@@ -146,9 +134,8 @@ def sequence_backward(
     Raises:
         ValueError: the config does not fit the head size or the shared memory.
     """
-    num_heads, head_dim = query.shape[2:]
-    config = backward_config(head_dim, num_heads // key.shape[2], is_causal, config)
-    config.check(head_dim)
+    config = config or sequence_backward_config(query.shape[-1])
+    config.check(query.shape[-1])
     # A query that sees nothing: e^(z - inf) is 0, where e^(z + inf) would not be.
     base2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
     arrays = {name: pad_tokens(x, 1) for name, x in (

@@ -78,7 +78,6 @@ def _dkv_loads(plan: Plan, refs: Refs, scratch) -> None:
 
 def _dkv_mask(plan: Plan, first_key, token, row_segment, segment_ref):
     """[keys, queries]: transposed, as the scores are."""
-    common.mosaic()
     shape = (ROWS, plan.config.dkv_block_q)
     mask = None
     if plan.causal:
@@ -95,13 +94,11 @@ def _dkv_compute(plan: Plan, refs: Refs, dk_ref, dv_ref, scratch, warpgroup) -> 
     config = plan.config
     batch, kv_head, index = tile(plan)
     first_key = (index * config.dkv_warpgroups + warpgroup) * ROWS
-    keys, by_row, _by_column = (
-        common.ds(first_key, ROWS), plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-    )  # fmt: skip
+    keys = common.ds(first_key, ROWS)
     row_segment = None
     if plan.segments:
         ids = refs.key_segments.at[batch, keys]
-        row_segment = plgpu.load(ids, layout=by_row, optimized=False)
+        row_segment = plgpu.load(ids, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
     k_ref, v_ref = scratch["k_smem"].at[warpgroup], scratch["v_smem"].at[warpgroup]
     shape = (ROWS, config.dkv_block_q)
     walk = _q_blocks(plan, refs, batch, index)

@@ -107,10 +107,10 @@ def unmasked(q_start, q_stop, k_start, k_stop, *, causal: bool, lowest: Any = No
     return result
 
 
-def block_bounds(count: int, block: int, length: Any, xp: Any = np) -> tuple[Any, Any]:
-    """(start, stop) of blocks 0 ... count - 1, the stop cut to `length`: int or [B, 1]."""
-    start = xp.arange(count, dtype=np.int32) * block
-    return start, xp.minimum(start + block, length)
+def block_bounds(count: int, block: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(start, stop) of blocks 0 ... count - 1, the stop cut to `length`."""
+    start = np.arange(count, dtype=np.int32) * block
+    return start, np.minimum(start + block, length)
 
 
 def block_pairs(

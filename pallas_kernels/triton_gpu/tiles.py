@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platforms
-from pallas_kernels.tuned import Table, table_key
+from pallas_kernels.triton_gpu.tuned import Table, table_key
 
 TABLE = Table(Path(__file__).with_name("tuned.json"))
 
