@@ -47,31 +47,12 @@ class Gradients(NamedTuple):
     depth_value: jax.Array | None
 
 
-class DepthReaders(NamedTuple):
-    """What is kept of R layers so that the gradients of slots that all of them read can follow."""
-
-    query: jax.Array  # [R, B, T, N, H]
-    d_out: jax.Array  # [R, B, T, N, H], in the query's dtype
-    lse: jax.Array  # [R, B, T, N], the unified one; -inf: the query sees nothing
-    delta: jax.Array  # [R, B, T, N], see `row_delta`
-
-
 class KeptLayers(NamedTuple):
     """What is kept of R layers until the slots that they read are gathered for."""
 
     query: jax.Array  # [R, B, T, N, H]
     d_out: jax.Array  # [R, B, T, N, H], in the query's dtype
     rows: jax.Array  # [R, B, K, X] float32: lse and delta, in an order that is the backend's own
-
-
-def layers_as_heads(x: jax.Array, kv_heads: int) -> jax.Array:
-    """An array of `DepthReaders`, [R, B, T, K·G, ...] -> [B, T, K·(R·G), ...].
-
-    To kernels over depth slots the R layers' queries are query heads of the same token.
-    """
-    layers, batch, length, heads = x.shape[:4]
-    grouped = x.reshape(layers, batch, length, kv_heads, heads // kv_heads, *x.shape[4:])
-    return jnp.moveaxis(grouped, 0, 3).reshape(batch, length, layers * heads, *x.shape[4:])
 
 
 class Tokens(NamedTuple):
@@ -103,18 +84,6 @@ def row_delta(
     if d_lse is not None:  # a row that sees nothing has lse = -inf, whatever cotangent it gets
         delta -= jnp.where(jnp.isneginf(lse), 0.0, d_lse.astype(dtype))
     return delta
-
-
-def depth_readers(
-    operands: Operands,
-    out: jax.Array,
-    lse: jax.Array,
-    d_out: jax.Array,
-    d_lse: jax.Array | None,
-) -> DepthReaders:
-    """What is kept of one call, without the axis R."""
-    delta = row_delta(out, lse, d_out, d_lse)
-    return DepthReaders(operands.query, d_out.astype(operands.query.dtype), lse, delta)
 
 
 def _positions(batch_offset: jax.Array | None, length: int) -> jax.Array:

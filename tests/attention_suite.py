@@ -28,7 +28,7 @@ from tolerances import LSE_RELATIVE, RELATIVE
 
 from moda_jax import moda_attention
 from moda_jax.ops import backends
-from pallas_kernels.operands import Operands, Options, depth_readers
+from pallas_kernels.operands import Operands, Options
 
 
 def assert_close(name: str, got, expected, rtol: float, *, exact_zeros: bool = True) -> None:
@@ -249,125 +249,6 @@ class AttentionSuite:
                 max(RELATIVE[grads_dtype], RELATIVE[dtype]),
             )  # fmt: skip
             assert np.abs(np.float64(gradient[visible])).max() > 0.1
-
-    @property
-    def deferring_backend(self):
-        backend = backends.BACKENDS[self.implementation]
-        if backend.deferral is None:
-            pytest.skip(f"{self.implementation} adds every layer's depth gradients at once")
-        return backend
-
-    @pytest.mark.parametrize(
-        ("heads", "window", "visible", "grads_dtype"),
-        [
-            (4, None, range(8), "bfloat16"),
-            (4, 3, (0, 5, 6, 7), "float32"),
-            (6, None, range(8), "float32"),
-        ],
-    )
-    def test_deferred_backward_adds_from_a_slot_on(self, heads, window, visible, grads_dtype):
-        """Gradients of slots before it, and of slots nobody sees, keep their bits, NaN or not."""
-        backend = self.deferring_backend
-        case = self.sized(
-            Case("deferred_backward", q_len=9, heads=heads, slots=11, segments="packed")
-        )
-        problem, dtype = make_problem(case), self.dtypes[0]
-        arrays, segments = _cast(problem.arrays, dtype), problem.integers["segment_ids"]
-        options = Options(0.25, depth_window=window, depth_reserved=1 if window else 0)
-        rng = np.random.default_rng(0)
-        shape = problem.arrays["depth_key"].shape
-        start = [jnp.asarray(rng.normal(size=shape), grads_dtype) for _ in "kv"]
-
-        def arguments(arrays, length, results=None):
-            operands = Operands(
-                **arrays, query_segments=segments, key_segments=segments, depth_length=length
-            )
-            out, lse = results or backend.forward(operands, options)
-            d_out, d_lse = problem.cotangents
-            return operands, options, out, lse, d_out.astype(out.dtype), d_lse
-
-        @compile_quickly
-        def forward_and_whole(arrays, length):
-            args = arguments(arrays, length)
-            return args[2:4], backend.gradients(*args, None)
-
-        @compile_quickly
-        def run(arrays, length, results, start, first):
-            return backend.deferral.backward(*arguments(arrays, length, results), start, first)
-
-        results, whole = forward_and_whole(arrays, jnp.int32(8))
-        for first in (0, 3, 6, 8):
-            wanted = np.isin(np.arange(11), [slot for slot in visible if slot >= first])
-            where = wanted[:, None, None, None, None] | (np.arange(9) % 2 == 0)[:, None, None]
-            poisoned = tuple(jnp.where(where, x, jnp.nan) for x in start)
-            got = run(arrays, jnp.int32(8), results, poisoned, jnp.int32(first))
-            for x, y in zip(whole[:3], got[:3], strict=True):
-                assert_close("tokens", y, x, RELATIVE[dtype])
-            for before, gradient, after in zip(poisoned, whole[3:], got[3:], strict=True):
-                assert after.dtype == grads_dtype
-                kept, same = (np.asarray(x[~wanted]) for x in (after, before))
-                assert kept.tobytes() == same.tobytes()
-                assert_close(
-                    "slots", after[wanted],
-                    np.float64(before[wanted]) + np.float64(gradient[wanted]),
-                    max(RELATIVE[grads_dtype], RELATIVE[dtype]),
-                )  # fmt: skip
-
-    @pytest.mark.parametrize("grads_dtype", ["float32", "bfloat16"])
-    def test_deferred_depth_gradients_are_those_of_the_backward(self, grads_dtype):
-        """R layers' gradients of the slots 2 ... 5 in one pass; other slots hold NaN or stay.
-
-        For backends that can defer; the layers differ in queries, lse and output gradients.
-        """
-        backend = self.deferring_backend
-        case = Case("deferred", q_len=9, slots=8, segments="packed")
-        problem, dtype = make_problem(case), self.dtypes[0]
-        arrays, segments = _cast(problem.arrays, dtype), problem.integers["segment_ids"]
-        options, visible = Options(0.25), slice(2, 6)
-        rng = np.random.default_rng(0)
-        shape = problem.arrays["depth_key"].shape
-        start = [jnp.asarray(rng.normal(size=shape), grads_dtype).at[:, 0].set(-0.0) for _ in "kv"]
-        factors = (1.0, -0.5, 2.0)
-        xla = backends.BACKENDS["xla"]
-
-        @compile_quickly
-        def run(arrays, start, first, stop):
-            readers, wanted = [], [jnp.float32(x[visible]) for x in start]
-            for factor in factors:
-                operands = Operands(
-                    **arrays | {"query": factor * arrays["query"]}, query_segments=segments,
-                    key_segments=segments, depth_length=jnp.int32(6),
-                )  # fmt: skip
-                out, lse = xla.forward(operands, options)
-                d_out, d_lse = problem.cotangents
-                args = operands, options, out, lse, (d_out + factor).astype(out.dtype), d_lse
-                whole = xla.gradients(*args, None)
-                wanted = [x + d[visible] for x, d in zip(wanted, whole[3:], strict=True)]
-                readers.append(depth_readers(operands, out, lse, *args[4:]))
-            stacked = jax.tree.map(lambda *x: jnp.stack(x), *readers)
-            unread = jnp.where(jnp.isin(jnp.arange(8), jnp.arange(2, 6)), 0, jnp.nan)
-            slots = [
-                (arrays[name] + unread[:, None, None, None, None]).astype(dtype)
-                for name in ("depth_key", "depth_value")
-            ]
-            added = backend.deferral.add(
-                stacked, *slots, tuple(start), first, stop, scale=options.scale
-            )
-            untouched = backend.deferral.add(
-                stacked, *slots, tuple(start), stop, stop, scale=options.scale
-            )
-            return added, wanted, untouched
-
-        added, wanted, untouched = run(arrays, start, jnp.int32(2), jnp.int32(6))
-        for before, after, sums, same in zip(start, added, wanted, untouched, strict=True):
-            assert after.dtype == grads_dtype
-            assert_close(
-                "deferred", after[visible], sums, max(RELATIVE[grads_dtype], RELATIVE[dtype]),
-                exact_zeros=False,  # sums of rounded gradients may cancel
-            )  # fmt: skip
-            assert np.asarray(same).tobytes() == np.asarray(before).tobytes()
-            for part in (slice(0, 2), slice(6, 8)):
-                assert np.asarray(after[part]).tobytes() == np.asarray(before[part]).tobytes()
 
     @pytest.mark.parametrize(
         ("rows", "group", "head_dim", "count", "layers", "dtypes"),

@@ -195,46 +195,6 @@ def test_slots_go_along(capfd, group, num_slots, slots, running, documents):
 
 
 @needs_mosaic
-@pytest.mark.parametrize(
-    ("group", "num_slots", "slots", "running", "firsts"),
-    [
-        (8, 11, (0, 10, 10, 10), "float32", (3, 8, 10)),  # blocks of eight slots
-        (2, 9, (0, 2, 4, 8), "bfloat16", (1, 3, 5, 6)),  # of two, in each of the ranges
-        slow(4, 8, (0, 1, 2, 7), "float32", (1, 4)),
-        slow(1, 4, (0, 3, 3, 3), "float32", (0, 2, 9)),
-    ],
-)
-def test_slots_from_a_first_one_on(capfd, group, num_slots, slots, running, firsts):
-    """Running gradients of slots before it keep their bits, NaN or not; dq has all slots."""
-    made = make(40, 40, group, 64, batch=1 + (group == 2))
-    segments = packed(len(made[1]), 40, 3)
-    depth, lse, wanted = with_depth(made, num_slots, slots, running, segments)
-    whole = run(made[0], lse, made[1], segments, True, None, depth=depth)
-
-    @jax.jit
-    def run_from(first, running):
-        part = depth._replace(running=running, first=first)
-        return run(made[0], lse, made[1], segments, True, None, depth=part)
-
-    index = np.arange(num_slots)
-    shown = ((index >= slots[0]) & (index < slots[1])) | ((index >= slots[2]) & (index < slots[3]))
-    for first in firsts:
-        added = shown & (index >= first)
-        where = added[:, None, None, None, None] | (np.arange(40) % 2 == 0)[:, None, None]
-        poisoned = tuple(jnp.where(where, x, jnp.nan) for x in depth.running)
-        *got, grads = run_from(jnp.int32(first), poisoned)
-        for x, y in zip(got, whole[:3], strict=True):
-            np.testing.assert_array_equal(x, y)
-        for gradient, before, want in zip(grads, poisoned, wanted[3:], strict=True):
-            assert gradient.dtype == running
-            kept, same = (np.asarray(x)[~added] for x in (gradient, before))
-            assert kept.tobytes() == same.tobytes()
-            if added.any():
-                close(gradient[added], want[added], RELATIVE["bfloat16"])
-    assert "RACE DETECTED" not in "".join(capfd.readouterr())
-
-
-@needs_mosaic
 def test_which_calls_are_fused():
     def fused(group, head_dim=64, want=True, running=None):
         query, key = (jax.ShapeDtypeStruct((1, 64, n, head_dim), jnp.bfloat16) for n in (group, 1))

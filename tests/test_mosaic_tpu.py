@@ -22,13 +22,11 @@ from attention_cases import (
     poison,
 )
 from attention_suite import AttentionSuite, assert_results_close
-from tolerances import RELATIVE
 
 from moda_jax import explain_attention
 from moda_jax.ops.attention import check
 from pallas_kernels import mosaic_tpu, platforms
 from pallas_kernels.mosaic_tpu import common, operator, schedule
-from pallas_kernels.operands import DepthReaders
 
 not_on_gpu = pytest.mark.skipif(
     jax.default_backend() == "gpu", reason="runs on a TPU, or interpreted on the CPU"
@@ -108,32 +106,6 @@ def test_in_simulated_memory(name, capfd):
     with schedule.override(**SMALL_TILES), common.simulated_memory():
         run_case(case)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
-
-
-@not_on_gpu
-@pytest.mark.slow
-def test_deferred_layers_that_do_not_fit_at_once(monkeypatch):
-    rng = np.random.default_rng(0)
-    layers, slots = (3, 1, 20, 2), (4, 1, 20, 1, 16)
-    query, d_out = (jnp.asarray(rng.normal(size=(*layers, 16)), jnp.float32) for _ in "qd")
-    lse, delta = (jnp.asarray(rng.normal(size=layers), jnp.float32) for _ in "ld")
-    readers = DepthReaders(query, d_out, lse, delta)
-    arrays = [jnp.asarray(rng.normal(size=slots), jnp.float32) for _ in range(4)]
-
-    def add():
-        return mosaic_tpu.add_depth_grads(readers, *arrays[:2], tuple(arrays[2:]), 1, 3, scale=0.25)
-
-    whole = add()
-    monkeypatch.setattr(operator, "_layers_at_once", lambda *_: 2)
-    for x, y, before in zip(whole, add(), arrays[2:], strict=True):
-        np.testing.assert_allclose(x, y, rtol=RELATIVE["float32"], atol=RELATIVE["float32"])
-        assert not np.allclose(x[1:3], before[1:3])
-
-
-def test_deferred_layers_that_fit():
-    shape = schedule.Shape(1, 256, 256, 1, 16, 128, 2)
-    assert 1 < operator._layers_at_once(shape, 8) < 8
-    assert operator._layers_at_once(dataclasses.replace(shape, group=1), 8) == 8
 
 
 # --- which blocks are moved -----------------------------------------------------------------------

@@ -3,11 +3,6 @@
 With one running gradient cache, layer l adds into the slots it read (those of layers < l) and takes
 the finished gradient of the slots it wrote, since every later layer has been visited by then.
 
-Reading and writing the whole running cache once per layer is most of the depth part's memory
-traffic. Deferred (`ModelConfig.depth_grad_block` = b), the backwards of b consecutive layers only
-add into the slots that these layers wrote themselves; to the older slots, which all of them read,
-they add together in one pass when the first of them has been visited: that traffic is divided by b.
-
 Gathering (`depth_grad_mode`), there is no running cache. Every layer leaves its queries and output
 gradients; a layer's backward begins with what all later ones owe to the slots that it wrote: those
 after its block of b layers, in one pass for all slots of the block when the block is reached, then
@@ -26,7 +21,7 @@ from moda_jax.model.layers import compute_dtype
 from moda_jax.model.stack_layer import StackParams, StackSpec, Tokens
 from moda_jax.ops import backends
 from moda_jax.ops.depth_cache import DepthCache
-from moda_jax.ops.sharded_attention import AttentionCall, DeferredDepth, GatheredDepth
+from moda_jax.ops.sharded_attention import AttentionCall, GatheredDepth
 from moda_jax.ops.sharding import stacked_memory
 
 
@@ -60,16 +55,13 @@ def backward(
     projections = jax.tree.map(jnp.zeros_like, (params.attention_kv, params.ffn_kv))
     carry = _Carry(dy, None, projections)
     together = None if cache is None else _together(context, dy)
-    if isinstance(together, GatheredDepth):
+    if together is not None:
         carry, d_blocks = _by_gathering(context, carry, together)
     else:
         if cache is not None:
             zeros = stack_layer.two_zeros(cache.key.shape, spec.config.running_grad_dtype)
             carry = carry._replace(depth=zeros)
-        if together is None:
-            carry, d_blocks = _one_by_one(context, carry)
-        else:
-            carry, d_blocks = _by_blocks(context, carry, together)
+        carry, d_blocks = _one_by_one(context, carry)
     return StackParams(d_blocks, *carry.projections), carry.x
 
 
@@ -87,47 +79,6 @@ def _one_by_one(context: _Context, carry: _Carry) -> tuple[_Carry, Any]:
         return _layer(context, carry, d_blocks, layer, finished, attend)
 
     return _last_to_first(context, visit, (carry, _memory_of_blocks(context)))
-
-
-def _by_blocks(context: _Context, carry: _Carry, deferred: DeferredDepth) -> tuple[_Carry, Any]:
-    """Blocks of layers share one pass over the slots that were written before the block.
-
-    Counted from the last layer: what is left over for the first block reads no older slots.
-    """
-    spec, cache = context.spec, context.cache
-    assert cache is not None
-    num_layers = spec.config.num_layers
-    size = min(spec.config.depth_grad_block, num_layers)
-    num_blocks, rest = divmod(num_layers, size)
-
-    def visit(state, first, count):
-        """(state after the layers of a block, what those kept for the older slots)."""
-        older = spec.slots_before(first)
-
-        def body(state, layer):
-            carry, d_blocks = state
-            readers = None
-            running, finished = _finished(context, carry.depth, layer)
-
-            def attend(call, out, lse, d_out):
-                nonlocal readers
-                d, readers = deferred.gradients(call, out, lse, d_out, running, older)
-                return d, (d.depth_key, d.depth_value)
-
-            return _layer(context, carry, d_blocks, layer, finished, attend), readers
-
-        return lax.scan(body, state, first + jnp.arange(count), reverse=True)
-
-    def block(state, n):
-        first = rest + n * size
-        (carry, d_blocks), readers = visit(state, first, size)
-        older = spec.slots_before(first)
-        depth = deferred.add(readers, cache.key, cache.value, carry.depth, 0, older)
-        return (carry._replace(depth=depth), d_blocks), None
-
-    state = carry, _memory_of_blocks(context)
-    state, _ = lax.scan(block, state, jnp.arange(num_blocks), reverse=True)
-    return visit(state, jnp.int32(0), rest)[0] if rest else state
 
 
 def _by_gathering(context: _Context, carry: _Carry, gathered: GatheredDepth) -> tuple[_Carry, Any]:
@@ -221,10 +172,9 @@ def _call(context: _Context, x: jax.Array) -> AttentionCall:
     return stack_layer.attention_call(spec, layer, inputs, context.cache, context.tokens)
 
 
-def _together(context: _Context, x: jax.Array) -> GatheredDepth | DeferredDepth | None:
-    """How to gather or defer with the backend that the layers' calls pick; None: layer by layer."""
-    config = context.spec.config
-    if config.depth_grad_mode == "add" and config.depth_grad_block == 1:
+def _together(context: _Context, x: jax.Array) -> GatheredDepth | None:
+    """How to gather with the backend that the layers' calls pick; None: add layer by layer."""
+    if context.spec.config.depth_grad_mode == "add":
         return None
     found = []
 
@@ -234,23 +184,13 @@ def _together(context: _Context, x: jax.Array) -> GatheredDepth | DeferredDepth 
 
     jax.eval_shape(first_call, x)
     ((call, backend),) = found
-    scale = call.options.scale
-    if config.depth_grad_mode == "gather":
-        reason: str | None = f"{backend.name} cannot gather"
-        if backend.gathering is not None:
-            reason = backend.gathering.refusal(call.operands)
-            if reason is None:
-                return GatheredDepth(backend.gathering, scale)
-        backends.warn_once(f"depth_grad_mode=gather: {reason}; depth gradients are added instead")
-    if config.depth_grad_block == 1:
-        return None
-    if backend.deferral is None:
-        backends.warn_once(
-            f"slow attention: depth_grad_block={config.depth_grad_block} does nothing with "
-            f"{backend.name}, which adds every layer's depth gradients by itself"
-        )
-        return None
-    return DeferredDepth(backend.deferral, scale)
+    reason: str | None = f"{backend.name} cannot gather"
+    if backend.gathering is not None:
+        reason = backend.gathering.refusal(call.operands)
+        if reason is None:
+            return GatheredDepth(backend.gathering, call.options.scale)
+    backends.warn_once(f"depth_grad_mode=gather: {reason}; depth gradients are added instead")
+    return None
 
 
 def _layer(

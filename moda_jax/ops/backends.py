@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import deferred, mosaic_gpu, mosaic_tpu, platforms, reference, triton_gpu, xla
+from pallas_kernels import mosaic_gpu, mosaic_tpu, platforms, reference, triton_gpu, xla
 from pallas_kernels.operands import Gradients, KeptLayers, Operands, Options
 
 Forward = Callable[[Operands, Options], tuple[jax.Array, jax.Array]]
@@ -18,20 +18,6 @@ Refusal = Callable[[Operands, Options, str], str | None]
 
 class SlowAttentionWarning(UserWarning):
     """The chosen implementation is not the one built for this kind of device."""
-
-
-class Deferral(NamedTuple):
-    """How a backend adds what several layers owe to the same slots in one pass over the slots."""
-
-    backward: Callable[..., Gradients]
-    """(operands, options, o, lse, do, dlse, depth_grads, first): as a backend's backward, which
-    adds, in place, into `depth_grads`; but of the slots before `first` (int32 scalar, may be
-    traced) gradients are neither computed, read nor written. No chunk-visible slots."""
-    add: Callable[..., tuple[jax.Array, jax.Array]]
-    """(readers, depth_key, depth_value, depth_grads, first, stop, scale=...) -> depth_grads: adds,
-    in place, what the R layers of `readers` owe to the slots first ... stop - 1 (int32 scalars, may
-    be traced), which all R see. No other slot is read or written. `depth_grads`: float32 or
-    bfloat16. No chunk-visible slots. See `pallas_kernels.xla.add_depth_grads`."""
 
 
 class Gathering(NamedTuple):
@@ -62,10 +48,9 @@ class Backend:
     """Platforms for which it was built; chosen elsewhere, the user is warned."""
     only_by_name_on: tuple[str, ...] = ()
     """Platforms where it runs (interpreted, for tests) but `implementation=None` never takes it."""
-    deferral: Deferral | None = None
-    """None: the layer stack adds every layer's slot gradients at once (`depth_grad_block` 1)."""
     gathering: Gathering | None = None
-    """None: it adds them to a running cache, whatever `depth_grad_mode` says."""
+    """None: the layer stack adds slots' gradients to a running cache, whatever `depth_grad_mode`
+    says."""
 
     def gradients(
         self,
@@ -107,12 +92,6 @@ def _reference_refusal(operands: Operands, options: Options, platform: str) -> s
     return None
 
 
-def _in_two_passes(backend: Any) -> Deferral:
-    """Of a module that has no deferred backward of its own."""
-    without, add = backend.backward_without_depth_grads, backend.add_depth_grads
-    return Deferral(functools.partial(deferred.in_two_passes, without, add), add)
-
-
 def _gathering(backend: Any) -> Gathering:
     return Gathering(
         backend.backward_without_depth_grads, backend.keep_layer, backend.gather_depth_grads,
@@ -127,22 +106,19 @@ BACKENDS: dict[str, Backend] = {
         Backend(
             "mosaic_gpu", mosaic_gpu.forward, mosaic_gpu.backward, mosaic_gpu.refusal,
             fast_on=("gpu",), only_by_name_on=("cpu",),
-            deferral=Deferral(mosaic_gpu.deferred_backward, mosaic_gpu.add_depth_grads),
             gathering=_gathering(mosaic_gpu),
         ),
         Backend(
             "triton", triton_gpu.forward, triton_gpu.backward, triton_gpu.refusal,
             fast_on=("gpu",), only_by_name_on=("cpu",),
-            deferral=_in_two_passes(triton_gpu),
         ),
         Backend(
             "mosaic_tpu", mosaic_tpu.forward, mosaic_tpu.backward, mosaic_tpu.refusal,
             fast_on=("tpu",), only_by_name_on=("cpu",),
-            deferral=_in_two_passes(mosaic_tpu),
         ),
         Backend(
             "xla", xla.forward, xla.backward, _xla_refusal, fast_on=("cpu",),
-            deferral=_in_two_passes(xla), gathering=_gathering(xla),
+            gathering=_gathering(xla),
         ),
         Backend("reference", reference.forward, None, _reference_refusal, fast_on=()),
     )

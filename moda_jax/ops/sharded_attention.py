@@ -6,7 +6,6 @@ call runs per shard (`jax.shard_map`), with nothing to exchange; on one device i
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +17,10 @@ from jax.sharding import PartitionSpec
 from moda_jax.ops import attention, backends
 from moda_jax.ops.sharding import compiler_axes, partition_spec
 from pallas_kernels.operands import (
-    DepthReaders,
     Gradients,
     KeptLayers,
     Operands,
     Options,
-    depth_readers,
     num_kv_heads,
 )
 
@@ -107,65 +104,6 @@ class AttentionCall:
             for name, x in self.operands._asdict().items()
         }
         return Operands(**specs)
-
-
-@dataclasses.dataclass(frozen=True)
-class DeferredDepth:
-    """Depth gradients in one pass for several layers, whose calls all pick the same backend."""
-
-    deferral: backends.Deferral
-    scale: float
-
-    def gradients(
-        self,
-        call: AttentionCall,
-        out: jax.Array,
-        lse: jax.Array,
-        d_out: jax.Array,
-        depth_grads: tuple[jax.Array, jax.Array],
-        first: jax.Array | int,
-    ) -> tuple[Gradients, DepthReaders]:
-        """The backward, adding into `depth_grads` from the slot `first` on.
-
-        Also returns what `add` needs for the slots before it (without an axis R).
-        """
-
-        def attend(operands, out, lse, d_out, depth_grads, first) -> tuple[Gradients, DepthReaders]:
-            grads = self.deferral.backward(
-                operands, call.options, out, lse, d_out, None, depth_grads, first
-            )
-            return grads, depth_readers(operands, out, lse, d_out, None)
-
-        specs = call.specs()
-        query, lse_spec, depth = specs.query, _of_lse(specs), specs.depth_key
-        grads: Any = Gradients(*specs[: len(Gradients._fields)])
-        return _per_shard(
-            attend,
-            (call.operands, out, lse, d_out, depth_grads, jnp.int32(first)),
-            (specs, query, lse_spec, query, (depth, depth), PartitionSpec()),
-            (grads, _of_readers(query, lse_spec)),
-        )
-
-    def add(
-        self,
-        readers: DepthReaders,
-        depth_key: jax.Array,
-        depth_value: jax.Array,
-        depth_grads: tuple[jax.Array, jax.Array],
-        first: jax.Array | int,
-        stop: jax.Array | int,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Adds to the slots first ... stop - 1 what their readers [R, ...] owe them."""
-        sizes = compiler_axes()
-        query = partition_spec((None, *_QUERY), readers.query.shape, sizes)
-        readers_spec = _of_readers(query, PartitionSpec(*query[:4]))
-        depth = partition_spec(_DEPTH, depth_key.shape, sizes)
-        return _per_shard(
-            functools.partial(self.deferral.add, scale=self.scale),
-            (readers, depth_key, depth_value, depth_grads, jnp.int32(first), jnp.int32(stop)),
-            (readers_spec, depth, depth, (depth, depth), PartitionSpec(), PartitionSpec()),
-            (depth, depth),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,10 +202,6 @@ def attention_call(
     """
     operands, options = attention.check(*arrays, implementation=implementation, **settings)
     return AttentionCall(operands, options, implementation)
-
-
-def _of_readers(query: Any, lse: Any) -> DepthReaders:
-    return DepthReaders(query, query, lse, lse)
 
 
 def _of_kept(query: Any, key: Any) -> KeptLayers:

@@ -8,20 +8,16 @@ a few slots' gradients from all layers that read them. All are deterministic.
 
 from pallas_kernels.mosaic_gpu.depth_gather import gather_depth_grads, keep_layer
 from pallas_kernels.mosaic_gpu.operator import (
-    add_depth_grads,
     backward,
     backward_without_depth_grads,
-    deferred_backward,
     forward,
     gather_refusal,
     refusal,
 )
 
 __all__ = [
-    "add_depth_grads",
     "backward",
     "backward_without_depth_grads",
-    "deferred_backward",
     "forward",
     "gather_depth_grads",
     "gather_refusal",

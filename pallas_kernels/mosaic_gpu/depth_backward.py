@@ -62,11 +62,10 @@ def depth_backward(
     scale: float,
     is_prefix: bool = False,
     d_query: jax.Array | None = None,
-    want_query: bool = True,
     depth_grads: tuple[jax.Array, jax.Array] | None = None,
     want_depth: bool = True,
     config: DepthConfig | None = None,
-) -> tuple[jax.Array | None, tuple[jax.Array, jax.Array] | None]:
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """(dq, (dkd, dvd)) of the depth part.
 
     Args:
@@ -77,14 +76,14 @@ def depth_backward(
       slots: [4] int32, two half-open ranges of visible slots; no other slot is touched.
       is_prefix: the first range starts at slot 0 and the second is empty, always.
       d_query: [B, T, N, H], added to dq; None: 0.
-      want_query, want_depth: which of the results to compute; the other is None.
+      want_depth: whether to compute (dkd, dvd); else None stands for them.
       depth_grads: running gradients [S, B, T, K, H], float32 or bfloat16, which are added to and
         returned; None: new ones in the keys' dtype, 0 for invisible slots.
     """
     kv_heads = depth_key.shape[3]
     config = config or DepthConfig()
     group = query.shape[2] // kv_heads
-    parts: dict[tuple[int, int], jax.Array | None] = {}
+    parts: dict[tuple[int, int], jax.Array] = {}
     for launch in plan(group, query.shape, slots, is_prefix, config):
         # What one launch computed, the next adds to: of other slots, or of other heads.
         take = functools.partial(common.take_heads, kv_heads=kv_heads, part=launch.heads)
@@ -93,17 +92,17 @@ def depth_backward(
         before = None if so_far is None else take(so_far)
         dq, depth_grads = _call(
             launch, *rows, depth_key, depth_value, before, depth_grads, scale,
-            want_query=want_query, want_depth=want_depth, config=config,
+            want_depth=want_depth, config=config,
         )  # fmt: skip
         parts[launch.heads] = dq
     if len(parts) > 1:
         parts.pop((0, group), None)
-    return common.join_heads(list(parts.values()), kv_heads) if want_query else None, depth_grads
+    return common.join_heads(list(parts.values()), kv_heads), depth_grads
 
 
 def _call(
     launch: Launch, query, d_out, lse, delta, depth_key, depth_value, d_query, grads, scale, *,
-    want_query, want_depth, config,
+    want_depth, config,
 ):  # fmt: skip
     """One launch."""
     batch, length, num_heads, _ = query.shape
@@ -127,7 +126,7 @@ def _call(
     if d_query is not None:
         operands.append(pad(d_query))
     running = [] if grads is None else [jax.new_ref(flat_slots(g, tile)) for g in grads]
-    out_type = [jax.ShapeDtypeStruct(operands[1].shape, query.dtype)] if want_query else []
+    out_type = [jax.ShapeDtypeStruct(operands[1].shape, query.dtype)]
     if want_depth and not running:
         out_type += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
     grad_dtype = (running[0].dtype if running else flat[0].dtype) if want_depth else None
@@ -135,14 +134,14 @@ def _call(
     outputs = common.launch(
         functools.partial(
             _kernel, tile=tile, config=config, scale=scale, has_d_query=d_query is not None,
-            want_query=want_query, want_depth=want_depth, add=bool(running),
+            want_depth=want_depth, add=bool(running),
         ),
         name="moda_depth_backward",
         grid={"head": kv_heads, "tile": -(-length // tile.tokens), "row": batch},
         out_type=out_type,
         scratch=_scratch(tile, config, query.dtype, grad_dtype),
     )(*operands, *running)  # fmt: skip
-    dq = common.unpad_heads(outputs[0][:, :length], kv_heads, group) if want_query else None
+    dq = common.unpad_heads(outputs[0][:, :length], kv_heads, group)
     if not want_depth:
         return dq, None
     new = [jax.freeze(ref) for ref in running] or outputs[-2:]
@@ -172,14 +171,12 @@ def _scratch(tile: Tile, config: DepthConfig, dtype: Any, grad_dtype: Any) -> di
 
 def _kernel(
     slots_ref, q_ref, do_ref, lse_ref, delta_ref, kd_ref, vd_ref, *refs,
-    tile: Tile, config: DepthConfig, scale: float, has_d_query: bool, want_query: bool,
-    want_depth: bool, add: bool, **scratch,
+    tile: Tile, config: DepthConfig, scale: float, has_d_query: bool, want_depth: bool,
+    add: bool, **scratch,
 ):  # fmt: skip
     """One warpgroup: a token tile of one row and key/value head. `refs`: see `_split_refs`."""
     plgpu = common.mosaic()
-    d_query_ref, grad_refs, dq_ref = _split_refs(
-        refs, has_d_query=has_d_query, want_query=want_query, add=add
-    )
+    d_query_ref, grad_refs, dq_ref = _split_refs(refs, has_d_query=has_d_query, add=add)
     here = Place.here(lse_ref.shape[2] // tile.rows, tile)
     blocks = Blocks.of(slots_ref, tile)
     _load_rows(here, q_ref, do_ref, lse_ref, delta_ref, scratch)
@@ -189,7 +186,7 @@ def _kernel(
         common.when(stage < blocks.count, functools.partial(load, jnp.int32(stage), stage))
     plgpu.barrier_wait(scratch["rows_loaded"].at[0])
     weights = [_RowTile.of(scratch, r) for r in range(tile.rows // 64)]
-    dq = [common.zeros((64, tile.head_dim)) for _ in weights] if want_query else []
+    dq = [common.zeros((64, tile.head_dim)) for _ in weights]
 
     def body(block, dq):
         stage = lax.rem(block, jnp.int32(config.stages))
@@ -199,11 +196,10 @@ def _kernel(
         for row in weights:
             row.weigh(scratch, kd, vd, seen, scale)
         plgpu.commit_smem()
-        if want_query:
-            dq = [
-                common.multiply_add(total, scratch["ds"].at[row.rows], kd)
-                for total, row in zip(dq, weights, strict=True)
-            ]
+        dq = [
+            common.multiply_add(total, scratch["ds"].at[row.rows], kd)
+            for total, row in zip(dq, weights, strict=True)
+        ]
         if want_depth:
             _multiply_slots(tile, scratch)
             store_slots(here, blocks, block, grad_refs, scratch, ("dkd", "dvd"), add=add)
@@ -214,8 +210,7 @@ def _kernel(
         return dq
 
     dq = lax.fori_loop(0, blocks.count, body, dq)
-    if want_query:
-        _store_query(here, dq, d_query_ref, dq_ref, scratch)
+    _store_query(here, dq, d_query_ref, dq_ref, scratch)
     if want_depth and not add:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         zeros = common.zeros((tile.columns, tile.head_dim)).astype(scratch["dkd"].dtype)
@@ -225,12 +220,12 @@ def _kernel(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _split_refs(refs, *, has_d_query: bool, want_query: bool, add: bool):
-    """(d_query or None, (dkd, dvd) or (), dq or None); running gradients come before dq."""
+def _split_refs(refs, *, has_d_query: bool, add: bool):
+    """(d_query or None, (dkd, dvd) or (), dq); running gradients come before dq."""
     rest = list(refs)
     d_query_ref = rest.pop(0) if has_d_query else None
     running = (rest.pop(0), rest.pop(0)) if add else ()
-    dq_ref = rest.pop(0) if want_query else None
+    dq_ref = rest.pop(0)
     return d_query_ref, running or tuple(rest), dq_ref
 
 

@@ -36,7 +36,7 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     rem,
     spread,
 )
-from pallas_kernels.operands import KeptLayers, Operands, depth_readers, num_kv_heads
+from pallas_kernels.operands import KeptLayers, Operands, num_kv_heads, row_delta
 
 COLUMNS = 64
 STAGES = 3
@@ -200,10 +200,9 @@ def keep_layer(
     d_lse: jax.Array | None,
 ) -> KeptLayers:
     """What `gather_depth_grads` needs of one call, without the axis R."""
-    query, d_out, lse, delta = depth_readers(operands, out, lse, d_out, d_lse)
+    delta = row_delta(out, lse, d_out, d_lse)
     kv_heads = num_kv_heads(operands)
-    group = query.shape[2] // kv_heads
-    heads = _heads(group)
+    heads = _heads(operands.query.shape[2] // kv_heads)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)  # e^(s - inf) = 0
 
     def order(x: jax.Array, fill: float) -> jax.Array:
@@ -213,7 +212,7 @@ def keep_layer(
         return x.reshape(x.shape[0], kv_heads, -1)
 
     rows = jnp.concatenate([order(lse, jnp.inf), order(-delta, 0)], axis=2)
-    return KeptLayers(query, d_out, rows)
+    return KeptLayers(operands.query, d_out.astype(operands.query.dtype), rows)
 
 
 def gather_depth_grads(

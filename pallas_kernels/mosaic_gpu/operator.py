@@ -8,18 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import platforms
-from pallas_kernels.deferred import in_two_passes
 from pallas_kernels.mosaic_gpu import chunks, depth_gather
 from pallas_kernels.mosaic_gpu.depth_backward import depth_backward
 from pallas_kernels.mosaic_gpu.depth_forward import depth_forward
 from pallas_kernels.mosaic_gpu.forward import attend
 from pallas_kernels.mosaic_gpu.sequence_backward import Depth, fuses, sequence_backward
 from pallas_kernels.operands import (
-    DepthReaders,
     Gradients,
     Operands,
     Options,
-    layers_as_heads,
     row_delta,
     visible_slots,
 )
@@ -115,27 +112,6 @@ def backward(
     return _one_by_one(call)(operands, out, lse, d_out, d_lse, depth_grads)
 
 
-def deferred_backward(
-    operands: Operands,
-    options: Options,
-    out: jax.Array,
-    lse: jax.Array,
-    d_out: jax.Array,
-    d_lse: jax.Array | None,
-    depth_grads: tuple[jax.Array, jax.Array],
-    first: Any,
-) -> Gradients:
-    """As `backward`, but no gradients of slots before `first`. See `moda_jax.ops.backends.Deferral`."""
-    rows = out, lse, d_out, d_lse
-    padded = jax.eval_shape(_pad_head_dim, operands)
-    depth = Depth(padded.depth_key, padded.depth_value, None, depth_grads)
-    if padded.key is None or not _takes_along(padded, options, depth):
-        without = backward_without_depth_grads
-        return in_two_passes(without, add_depth_grads, operands, options, *rows, depth_grads, first)
-    call = functools.partial(_backward, options, want_depth=True)
-    return _one_by_one(call)(operands, *rows, depth_grads, first)
-
-
 def backward_without_depth_grads(
     operands: Operands,
     options: Options,
@@ -149,10 +125,7 @@ def backward_without_depth_grads(
     return _one_by_one(call)(operands, out, lse, d_out, d_lse, None)
 
 
-def _backward(
-    options, operands, out, lse, d_out, d_lse, depth_grads, first=None, *, want_depth
-) -> Gradients:
-    """first: see `Depth`; only for calls whose slots the sequence part takes along."""
+def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_depth) -> Gradients:
     head_dim = operands.query.shape[-1]
     delta = row_delta(out, lse, d_out, d_lse)
     operands = _pad_head_dim(operands)
@@ -165,13 +138,12 @@ def _backward(
     depth = None
     if depth_key is not None and depth_key.shape[0] and options.depth_chunk is None:
         slots = _slots(operands, options)
-        depth = Depth(depth_key, depth_value, slots, running, want_depth, first)
+        depth = Depth(depth_key, depth_value, slots, running, want_depth)
     d_query = d_key = d_value = new = None
     rest = depth  # what the sequence part does not take along
     if key is not None:
         rows = d_out, lse, delta
         rest, (d_query, d_key, d_value, new) = _sequence(operands, options, rows, depth)
-    assert first is None or (depth is not None and rest is None)
     if depth_key is not None and not depth_key.shape[0]:
         new = running or (depth_key, depth_value)
     elif depth_key is not None and options.depth_chunk is not None:
@@ -186,35 +158,6 @@ def _backward(
         )  # fmt: skip
     grads = [d_query, d_key, d_value, *(new if new is not None and want_depth else (None, None))]
     return Gradients(*(None if x is None else x[..., :head_dim] for x in grads))
-
-
-def add_depth_grads(
-    readers: DepthReaders,
-    depth_key: jax.Array,
-    depth_value: jax.Array,
-    depth_grads: tuple[jax.Array, jax.Array],
-    first: Any,
-    stop: Any,
-    *,
-    scale: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Adds what R layers owe to the slots first ... stop - 1. See `xla.add_depth_grads`.
-
-    To the depth kernel, the layers' queries are query heads: a token's slots meet R·G of them.
-    """
-    kv_heads, head_dim = depth_key.shape[-2:]
-    width = _padded_size(head_dim)
-    rows = [layers_as_heads(x, kv_heads) for x in readers]
-    query, d_out = (_pad_last(x, width) for x in rows[:2])
-    key, value, *padded = (_pad_last(x, width) for x in (depth_key, depth_value, *depth_grads))
-    is_prefix = isinstance(first, int) and first == 0
-    slots = jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, stop, stop, stop)])
-    _, grads = depth_backward(
-        query, d_out, rows[2], rows[3], key, value, slots, scale=scale, is_prefix=is_prefix,
-        want_query=False, depth_grads=(padded[0], padded[1]),
-    )  # fmt: skip
-    assert grads is not None
-    return grads[0][..., :head_dim], grads[1][..., :head_dim]
 
 
 def gather_refusal(operands: Operands) -> str | None:

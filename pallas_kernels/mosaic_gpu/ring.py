@@ -84,7 +84,7 @@ class Refs(NamedTuple):
         """With `slots` as values: from global memory they would come late in every depth block."""
         if self.slots is None:
             return self
-        return self._replace(slots=tuple(self.slots[i] for i in range(self.slots.shape[0])))
+        return self._replace(slots=tuple(self.slots[i] for i in range(4)))
 
 
 def ring_memory(plan: Plan) -> dict[str, Any]:

@@ -41,9 +41,6 @@ class Depth(NamedTuple):
     dtype, 0 for slots that are not visible."""
     want_slots: bool = True
     """Whether to compute the slots' gradients, or only their part of dq."""
-    first: Any = None
-    """int32 scalar, with `running` only: of slots before it there is only their part of dq, and
-    their running gradients are left alone."""
 
     @property
     def slots_dtype(self) -> Any:
@@ -157,8 +154,7 @@ def sequence_backward(
 def _dq(config, plan, arrays, base2, delta, segments, depth, dq_dtype):
     results = Results(dq_dtype)
     if depth is not None:
-        deferred = depth.first is not None
-        results = Results(dq_dtype, depth.slots_dtype, depth.running is not None, deferred)
+        results = Results(dq_dtype, depth.slots_dtype, depth.running is not None)
         plan = _with_slots(config, plan, results)
     if config.dq_piles is None and not plan.depth_warpgroups:
         plan = _with_piles(plan, results)
@@ -174,8 +170,7 @@ def _dq(config, plan, arrays, base2, delta, segments, depth, dq_dtype):
     running: tuple = ()
     if depth is not None:
         inputs["depth_key"], inputs["depth_value"] = (pad_tokens(x, 2) for x in depth[:2])
-        slots = jnp.asarray(depth.slots)
-        inputs["slots"] = slots if depth.first is None else jnp.append(slots, depth.first)
+        inputs["slots"] = jnp.asarray(depth.slots)
         running = tuple(pad_tokens(x, 2) for x in depth.running or ())
     return dq_kernel(plan, inputs, results, running if results.slots_dtype is not None else ())
 

@@ -3,8 +3,7 @@
 Tiles are those of the forward: 64 rows, a KV head's query heads times a few tokens. A thread block
 walks over the slots of its own tokens, then over the keys. Where a tile has all heads of its
 tokens, nobody else has anything to add to the gradients of their slots: they are products of the
-same weights, and neither rows nor slots are read by a second kernel. Of slots that several layers
-add to together later (`Results.deferred`) it does dq alone.
+same weights, and neither rows nor slots are read by a second kernel.
 """
 
 import functools
@@ -54,8 +53,6 @@ class Results(NamedTuple):
     """Of the slots' gradients; None: they are not computed."""
     add: bool = False
     """Whether they are added to running ones, and other slots left alone."""
-    deferred: bool = False
-    """Whether slots before `Refs.slots[4]` are left alone, too: they wait for other layers."""
 
 
 def dq_kernel(
@@ -274,28 +271,16 @@ def _depth_step(worker: _Worker, results: Results, _, i: jax.Array, carry):
     block = Block.at(plan, refs, worker.warpgroup, step, stop - first)
     mask = functools.partial(depth_mask, plan, worker.row_segment, stop - first)
     p, ds = (x.astype(plan.dtype) for x in worker.weigh(block, (ROWS, plan.depth_keys), mask))
-    start = jnp.maximum(first, refs.slots[4]) if results.deferred else first
-
-    def write_weights():
+    if results.slots_dtype is not None:
         weights = refs.weight_smem.at[worker.warpgroup]
         weights[0] = p
         weights[1] = ds
         plgpu.commit_smem()
-
-    def finish_slots():
-        _multiply_slots(worker)
-        _store_slots(worker, results, first, start, stop)
-
-    def where_wanted(do):
-        if results.deferred:
-            common.when(start < jnp.minimum(first + plan.block_slots, stop), do)
-        elif results.slots_dtype is not None:
-            do()
-
-    where_wanted(write_weights)
     dq = accumulate(dq, (ds, block.key))
     plgpu.barrier_arrive(block.key_free)
-    where_wanted(finish_slots)
+    if results.slots_dtype is not None:
+        _multiply_slots(worker)
+        _store_slots(worker, results, first, stop)
     return step + 1, dq
 
 
@@ -315,8 +300,8 @@ def _multiply_slots(worker: _Worker) -> None:
     plgpu.commit_smem()
 
 
-def _store_slots(worker: _Worker, results: Results, first, start, stop) -> None:
-    """Starts writing a block's gradients, or adding them, to its slots start ... stop - 1."""
+def _store_slots(worker: _Worker, results: Results, first, stop) -> None:
+    """Starts writing a block's gradients, or adding them, to its slots first ... stop - 1."""
     plan, refs = worker.plan, worker.refs
     tokens, heads = worker.place_of_slots()
     pairs = [
@@ -344,11 +329,10 @@ def _store_slots(worker: _Worker, results: Results, first, start, stop) -> None:
                     where = target.at[slot, tokens, heads]
                     common.store(source.at[rows], where, add=results.add, old=old)
 
-            common.when((first + i >= start) & (first + i < stop), one)
+            common.when(first + i < stop, one)
 
     # What lies behind the row's last tile belongs to the next row.
-    left = jnp.where(start > first, 0, stop - first)
-    common.when(worker.has_tokens(), lambda: either(plan, left, whole, part))
+    common.when(worker.has_tokens(), lambda: either(plan, stop - first, whole, part))
     common.mosaic().commit_smem_to_gmem_group()
 
 

@@ -34,11 +34,10 @@ Decoding works, at a price: in the tokens kernels a row's few queries have 128 l
 """
 
 from pallas_kernels.mosaic_tpu.operator import (
-    add_depth_grads,
     backward,
     backward_without_depth_grads,
     forward,
     refusal,
 )
 
-__all__ = ["add_depth_grads", "backward", "backward_without_depth_grads", "forward", "refusal"]
+__all__ = ["backward", "backward_without_depth_grads", "forward", "refusal"]

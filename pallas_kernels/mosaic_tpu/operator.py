@@ -1,6 +1,5 @@
 """The backend's functions: which kernels a call takes, and the layouts they ask for."""
 
-import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ from pallas_kernels.mosaic_tpu.depth_backward import depth_backward
 from pallas_kernels.mosaic_tpu.depth_forward import depth_forward
 from pallas_kernels.mosaic_tpu.forward import attend
 from pallas_kernels.operands import (
-    DepthReaders,
     Gradients,
     Operands,
     Options,
@@ -78,52 +76,6 @@ def backward_without_depth_grads(
     """As `backward`, but the gradients of the slots are neither computed nor written: None."""
     call = functools.partial(_backward, options, want_depth=False)
     return _one_by_one(call)(operands, out, lse, d_out, d_lse, None)
-
-
-def add_depth_grads(
-    readers: DepthReaders,
-    depth_key: jax.Array,
-    depth_value: jax.Array,
-    depth_grads: tuple[jax.Array, jax.Array],
-    first: Any,
-    stop: Any,
-    *,
-    scale: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Adds what R layers owe to the slots first ... stop - 1. See `xla.add_depth_grads`.
-
-    To the depth kernel, the layers' queries are query heads: a token's slots meet R·G of them.
-    """
-    layers, _, length, _, _ = readers.query.shape
-    kv_heads, head_dim = depth_key.shape[-2:]
-    slots = common.slot_scalars([(0, 0), (first, stop)])
-    keys, grads = (_keys(depth_key), _keys(depth_value)), tuple(map(_keys, depth_grads))
-    one = Operands(readers.query[0], None, None, depth_key, depth_value)
-    shape = _shape(one, length)
-    at_once = _layers_at_once(shape, layers)
-    for start in range(0, layers, at_once):
-        query, d_out, lse, delta = (
-            _layers_as_heads(x[start : start + at_once], kv_heads) for x in readers
-        )
-        part = dataclasses.replace(shape, group=query.shape[2] // kv_heads)
-        _, new = depth_backward(
-            _queries(query, kv_heads), *keys, _queries(d_out, kv_heads),
-            _blind(common.to_lanes(lse, kv_heads)), common.to_lanes(delta, kv_heads), slots, None,
-            (grads[0], grads[1]), shape=part, tiles=schedule.choose_tiles(part), scale=scale,
-            want_query=False,
-        )  # fmt: skip
-        assert new is not None
-        grads = new
-    return _tokens_first(grads[0], head_dim), _tokens_first(grads[1], head_dim)
-
-
-def _layers_at_once(shape: schedule.Shape, layers: int) -> int:
-    """As many layers' query heads as fit into VMEM; the slots are read again for the others."""
-    for count in range(layers, 1, -1):
-        with contextlib.suppress(ValueError):
-            schedule.choose_tiles(dataclasses.replace(shape, group=count * shape.group))
-            return count
-    return 1
 
 
 def _one_by_one(function: Any) -> Any:
@@ -330,10 +282,3 @@ def _chunk_sides(operands: Operands, chunk: int) -> Sides:
     base = None if offset is None else offset // chunk * chunk
     segments = depth_tokens(operands, chunk).segment
     return Sides(offset, base, None, operands.query_segments, segments)
-
-
-def _layers_as_heads(x: jax.Array, kv_heads: int) -> jax.Array:
-    """[R, B, T, K·G, ...] -> [B, T, K·(R·G), ...]."""
-    layers, batch, length, heads = x.shape[:4]
-    grouped = x.reshape(layers, batch, length, kv_heads, heads // kv_heads, *x.shape[4:])
-    return jnp.moveaxis(grouped, 0, 3).reshape(batch, length, layers * heads, *x.shape[4:])

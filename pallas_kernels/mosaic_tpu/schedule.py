@@ -236,12 +236,9 @@ def depth_forward_work(shape: Shape, tiles: Tiles, slots: int, *, last: bool = F
 
 def depth_backward_work(
     shape: Shape, tiles: Tiles, slots: int, *, grads_itemsize: int, running: bool,
-    continues: bool = False, want_query: bool = True, want_depth: bool = True,
+    continues: bool = False, want_depth: bool = True,
 ) -> Work:  # fmt: skip
-    """`running`: adds into a gradient cache. `continues`: adds to the sequence part's dq.
-
-    A deferred addition for R layers is one with R times the query heads per key head.
-    """
+    """`running`: adds into a gradient cache. `continues`: adds to the sequence part's dq."""
     rows = shape.batch * shape.q_len * shape.kv_heads * shape.group
     blocks = _depth_blocks(shape, tiles.depth_grad_block, tiles.depth_grad_heads)
     width, entries = shape.head_dim, rows * slots
@@ -250,9 +247,9 @@ def depth_backward_work(
         steps=blocks * slots, pairs=blocks * slots,
         bytes_read=rows * (2 * width * shape.itemsize + 2 * 4) + slot_bytes(shape, slots)
         + grads * running + rows * width * 4 * continues,
-        bytes_written=rows * width * shape.itemsize * want_query + grads,
+        bytes_written=rows * width * shape.itemsize + grads,
         mxu_flops=0,
-        vpu_ops=(4 + 2 * want_query + 4 * want_depth) * entries * width + 4 * entries,
+        vpu_ops=(6 + 4 * want_depth) * entries * width + 4 * entries,
         exps=entries,
     )  # fmt: skip
 

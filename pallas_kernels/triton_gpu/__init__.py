@@ -4,11 +4,10 @@ An optional extra: without the packages this one imports, and `refusal` says wha
 """
 
 from pallas_kernels.triton_gpu.operator import (
-    add_depth_grads,
     backward,
     backward_without_depth_grads,
     forward,
     refusal,
 )
 
-__all__ = ["add_depth_grads", "backward", "backward_without_depth_grads", "forward", "refusal"]
+__all__ = ["backward", "backward_without_depth_grads", "forward", "refusal"]

@@ -228,26 +228,22 @@ def depth_backward(
     *,
     want_depth: bool,
     config: TileConfig | None = None,
-) -> tuple[jax.Array | None, Pair | None]:
-    """(dq in `dq_dtype`, or None without one; the slots' gradients, in `depth_grads` if given)."""
+) -> tuple[jax.Array, Pair | None]:
+    """(dq in `dq_dtype`; the slots' gradients, in `depth_grads` if given)."""
     from pallas_kernels.triton_gpu.depth_backward import depth_backward_kernel
 
     config = part.config("depth_backward", config)
     depth_key, depth_value = part.operands.depth_key, part.operands.depth_value
-    dq = _like(rows.query.shape, dq_dtype) if dq_dtype is not None else _like((1,), jnp.float32)
+    dq = _like(rows.query.shape, dq_dtype)
     old, new, aliases = _running(part, depth_grads, want_depth, first_input=8, first_output=1)
     static = part.operands.depth_length is None and part.options.depth_window is None
     d_query, *d_depth = launch.call(
         depth_backward_kernel,
         [*rows, depth_key, depth_value, bounds, part.segments[0], *old], [dq, *new],
         part.slot_grid(config), config, aliases=aliases, **part.depth_constants(bounds),
-        SLOTS=depth_key.shape[0], ALL_SLOTS=static, WANT_QUERY=dq_dtype is not None,
-        WANT_DEPTH=want_depth, ADD=bool(aliases), **part.slot_blocks(config),
+        SLOTS=depth_key.shape[0], ALL_SLOTS=static, WANT_DEPTH=want_depth, ADD=bool(aliases), **part.slot_blocks(config),
     )  # fmt: skip
-    return (
-        d_query if dq_dtype is not None else None,
-        (d_depth[0], d_depth[1]) if want_depth else None,
-    )
+    return d_query, (d_depth[0], d_depth[1]) if want_depth else None
 
 
 def _running(

@@ -49,13 +49,13 @@ def depth_backward_kernel(
     Q_LEN: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr, KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP_PAD: tl.constexpr,
     SCALE: tl.constexpr, PRECISION: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    RANGES: tl.constexpr, ALL_SLOTS: tl.constexpr, WANT_QUERY: tl.constexpr,
-    WANT_DEPTH: tl.constexpr, ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    RANGES: tl.constexpr, ALL_SLOTS: tl.constexpr, WANT_DEPTH: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Program (tile and key/value head, batch): reads each slot once, writes each gradient once.
 
     ADD: the gradients are added to `old_dk` and `old_dv`, which the outputs alias; else slots that
-    nobody sees get zeros, unless ALL_SLOTS are seen. Missing outputs are not written.
+    nobody sees get zeros, unless ALL_SLOTS are seen. Without WANT_DEPTH neither is written.
     """
     kv_head, tile = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
     batch = tl.program_id(1)
@@ -91,16 +91,14 @@ def depth_backward_kernel(
             weights = tl.where(mask, weights, 0.0)
             d_weights = tl.dot(d_outs, tl.trans(values), input_precision=PRECISION)
             d_scores = (weights * (d_weights - row_delta[:, None]) * SCALE).to(keys.dtype)
-            if WANT_QUERY:
-                dq = tl.dot(d_scores, keys, dq, input_precision=PRECISION)
+            dq = tl.dot(d_scores, keys, dq, input_precision=PRECISION)
             if WANT_DEPTH:
                 dk = tl.dot(tl.trans(d_scores), queries, input_precision=PRECISION)
                 store_gradient(old_dk, new_dk, offset, dk, there, ADD, HEAD_DIM, WIDTH)
                 weights = weights.to(d_outs.dtype)
                 dv = tl.dot(tl.trans(weights), d_outs, input_precision=PRECISION)
                 store_gradient(old_dv, new_dv, offset, dv, there, ADD, HEAD_DIM, WIDTH)
-    if WANT_QUERY:
-        store_matrix(d_query + base * HEAD_DIM, rows, dq, inside, HEAD_DIM, WIDTH)
+    store_matrix(d_query + base * HEAD_DIM, rows, dq, inside, HEAD_DIM, WIDTH)
     if WANT_DEPTH and not ADD and not ALL_SLOTS:
         begin = 0
         for i in tl.static_range(RANGES):

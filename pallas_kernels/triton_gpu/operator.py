@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.operands import (
-    DepthReaders,
     Gradients,
     Operands,
     Options,
-    layers_as_heads,
     num_kv_heads,
     row_delta,
     visible_slots,
@@ -126,37 +124,6 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
     if sign != 1:
         d_query = d_query * sign
     return Gradients(d_query, d_key, d_value, *(d_depth if want_depth and d_depth else (None,) * 2))
-
-
-def add_depth_grads(
-    readers: DepthReaders,
-    depth_key: jax.Array,
-    depth_value: jax.Array,
-    depth_grads: tuple[jax.Array, jax.Array],
-    first: Any,
-    stop: Any,
-    *,
-    scale: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Adds what R layers owe to the slots first ... stop - 1. See `xla.add_depth_grads`.
-
-    To the depth kernel, the layers' queries are query heads: a token's slots meet R·G of them, as
-    many layers at a time as a tile of MAX_GROUP rows holds.
-    """
-    kv_heads = depth_key.shape[-2]
-    layers, heads = readers.query.shape[0], readers.query.shape[3]
-    together = max(1, MAX_GROUP // (heads // kv_heads))
-    bounds = jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, stop)])
-    for start in range(0, layers, together):
-        some = (x[start : start + together] for x in readers)
-        rows = Rows(*(layers_as_heads(x, kv_heads) for x in some))
-        operands = Operands(rows.query, None, None, depth_key, depth_value)
-        operands, positive, _ = _positive_scale(operands, Options(scale))
-        part = Part(operands, Options(positive), positive)
-        _, depth_grads = calls.depth_backward(
-            part, rows._replace(query=operands.query), bounds, None, depth_grads, want_depth=True
-        )
-    return depth_grads
 
 
 def _bounds(operands: Operands, options: Options) -> jax.Array:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.operands import (
-    DepthReaders,
     Gradients,
     Operands,
     Options,
@@ -205,47 +204,6 @@ def _chunks(rows: _Rows, operands: Operands, options: Options, grads):
         )
 
     return tiles.for_each_slot(visible_slots(operands, options), body, grads)
-
-
-def add_depth_grads(
-    readers: DepthReaders,
-    depth_key: jax.Array,
-    depth_value: jax.Array,
-    depth_grads: tuple[jax.Array, jax.Array],
-    first: jax.Array,
-    stop: jax.Array,
-    *,
-    scale: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Adds what R layers owe to the slots first ... stop - 1, which all of them read.
-
-    One pass over the running gradient cache in place of R: a slot is read and written once. Other
-    slots keep their bits, and are not read.
-
-    Args:
-      readers: of the R layers.
-      depth_key, depth_value: [S, B, T, K, H].
-      depth_grads: a pair [S, B, T, K, H], in any float dtype.
-      first, stop: int32 scalars, may be traced.
-      scale: of the scores.
-    """
-    kv_heads = depth_key.shape[-2]
-    query, d_out, lse, delta = (
-        x.reshape(*x.shape[:3], kv_heads, x.shape[3] // kv_heads, *x.shape[4:]) for x in readers
-    )
-    blind = jnp.isneginf(lse)
-    lse = jnp.where(blind, 0.0, lse)
-
-    def body(slot, grads):
-        key, value = depth_key[slot], depth_value[slot]  # [B, T, K, H]
-        scores = scale * tiles.dot("rbtkgh,btkh->rbtkg", query, key)
-        p = jnp.where(blind, 0.0, jnp.exp(scores - lse))
-        ds = scale * p * (tiles.dot("rbtkgh,btkh->rbtkg", d_out, value) - delta)
-        d_key = jnp.sum(ds[..., None] * query, axis=(0, 4))
-        d_value = jnp.sum(p[..., None] * d_out, axis=(0, 4))
-        return _add_slot(grads[0], slot, d_key), _add_slot(grads[1], slot, d_value)
-
-    return tiles.for_each_slot([(first, stop)], body, depth_grads)
 
 
 def _add_slot(grads_SxBxTxKxH: jax.Array | None, slot: jax.Array, block: jax.Array):

@@ -14,8 +14,8 @@ from pallas_kernels.operands import (
     KeptLayers,
     Operands,
     accumulator_dtype,
-    depth_readers,
     num_kv_heads,
+    row_delta,
 )
 from pallas_kernels.xla import tiles
 
@@ -28,12 +28,12 @@ def keep_layer(
     d_lse: jax.Array | None,
 ) -> KeptLayers:
     """What `gather_depth_grads` needs of one call, without the axis R."""
-    query, d_out, lse, delta = depth_readers(operands, out, lse, d_out, d_lse)
+    delta = row_delta(out, lse, d_out, d_lse)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # e^(s - inf) = 0
     batch, kv_heads = lse.shape[0], num_kv_heads(operands)
     rows = jnp.stack([lse, delta], axis=1).reshape(batch, 2, lse.shape[1], kv_heads, -1)
     rows = jnp.moveaxis(rows, 3, 1).reshape(batch, kv_heads, -1)
-    return KeptLayers(query, d_out, rows)
+    return KeptLayers(operands.query, d_out.astype(operands.query.dtype), rows)
 
 
 def gather_refusal(operands: Operands) -> str | None:
