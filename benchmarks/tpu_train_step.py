@@ -4,10 +4,10 @@
     python -m benchmarks.tpu_train_step [--topologies v5e:4x4,v5p:4x4x4] [--attention mosaic_tpu]
 
 Each config of `configs/` is compiled, ahead of time, for a mesh of fsdp x tensor over the slice's
-chips: the real optimizer step (`moda_jax.train.train_step`). NAME/FIELD=VALUE+FIELD=VALUE is NAME with
-other fields of its ModelConfig. Nothing runs: memory is what the compiler assigned, FLOPs and bytes
-are counted in the program that it made (`benchmarks.hlo_cost`), those of the attention kernels in
-their own block schedule. Takes one to two minutes per program.
+chips: the real optimizer step (`moda_jax.train.train_step`). NAME/FIELD=VALUE+FIELD=VALUE is NAME
+with other fields of its ModelConfig. Nothing runs: memory is what the compiler assigned, FLOPs and
+bytes are counted in the program that it made (`benchmarks.hlo_cost`), those of the attention
+kernels in their own block schedule. Takes one to two minutes per program.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python -m benchmarks.train_step [--configs olmo2_700m_36,moda_700m_row3,moda_700m_row4]
         [--batch-size 16] [--remat full] [--kernels 20] [--output docs/benchmarks/train_step]
 
-Each config of `configs/` runs its real optimizer step (`moda_jax.train.train_step`) on random tokens, one
-document a row, without data loading. Ratios are to the first config, in the same process. Without
-`--batch-size` every config gets the largest batch that the device's allocator can hold: set
-XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, JAX takes 0.75 of the memory by itself.
+Each config of `configs/` runs its real optimizer step (`moda_jax.train.train_step`) on random
+tokens, one document a row, without data loading. Ratios are to the first config, in the same
+process. Without `--batch-size` every config gets the largest batch that the device's allocator can
+hold: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, JAX takes 0.75 of the memory by itself.
 """
 
 import argparse

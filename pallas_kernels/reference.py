@@ -20,6 +20,11 @@ from pallas_kernels.operands import (
 )
 
 
+def unsupported_reason(operands: Operands, options: Options, platform: str) -> str | None:
+    """See `contract.UnsupportedReason`."""
+    return None
+
+
 def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
     """Returns o [B, Tq, N, H] in the query's dtype and lse [B, Tq, N], float32 or wider.
 

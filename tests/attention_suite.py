@@ -217,7 +217,10 @@ class AttentionSuite:
         ("chunk", "grads_dtype"), [(None, "float32"), (None, "bfloat16"), (4, "bfloat16")]
     )
     def test_backward_adds_into_running_gradients(self, chunk, grads_dtype):
-        """Visible slots get their gradient added; the others keep their bits, -0.0 included."""
+        """Visible slots get their gradient added; the others keep their bits, -0.0 included.
+
+        Without gradients of slots the others are the same.
+        """
         backend = backends.BACKENDS[self.implementation]
         case = self.sized(Case("running", q_len=9, slots=11))
         problem, dtype = make_problem(case), self.dtypes[0]
@@ -233,10 +236,14 @@ class AttentionSuite:
             out, lse = backend.forward(operands, options)
             d_out, d_lse = problem.cotangents
             args = operands, options, out, lse, d_out.astype(out.dtype), d_lse
-            return backend.gradients(*args, None), backend.gradients(*args, tuple(start))
+            alone, added = backend.gradients(*args), backend.gradients(*args, tuple(start))
+            return alone, added, backend.gradients(*args, depth=False)
 
         visible = np.isin(np.arange(11), [0, 5, 6, 7])
-        alone, added = run(arrays, jnp.int32(8), start)
+        alone, added, without = run(arrays, jnp.int32(8), start)
+        assert without[3:] == (None, None)
+        for x, y in zip(without[:3], alone[:3], strict=True):
+            assert_close("without gradients of slots", x, y, RELATIVE[dtype])
         np.testing.assert_array_equal(alone.query, added.query)
         for before, gradient, after in zip(start, alone[3:], added[3:], strict=True):
             assert after.dtype == grads_dtype
@@ -310,7 +317,8 @@ class AttentionSuite:
 
             wanted, kept = lax.map(lambda factor: layer(factor)[:2], factors)
             args = layer(factors[1])[2]
-            without = backend.gathering.backward(*args), backend.gradients(*args, None)
+            without = backend.gradients(*args, depth=False), backend.gradients(*args)
+            assert without[0][3:] == (None, None)
             slots = [only(arrays[x], 2) for x in ("depth_key", "depth_value")]
             settings = {"scale": options.scale, "dtype": dtypes[0]}
             gather = backend.gathering.gather

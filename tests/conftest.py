@@ -73,17 +73,17 @@ def pretend(monkeypatch):
     """A function that makes another backend, and other devices, the default ones of a test.
 
     What was concluded from them is forgotten: a mosaic_gpu call that is compiled later in the same
-    process must not be refused.
+    process must find the backend supported again.
     """
 
     def set_default(backend, *devices):
         monkeypatch.setattr(jax, "default_backend", lambda: backend)
         if devices:
             monkeypatch.setattr(jax, "devices", lambda: list(devices))
-        operator._device_refusal.cache_clear()
+        operator._device_unsupported_reason.cache_clear()
 
     yield set_default
-    operator._device_refusal.cache_clear()
+    operator._device_unsupported_reason.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What the front door refuses, and what it says: argument, expectation, value."""
+"""Which calls raise, and what the error says: argument, expectation, value."""
 
 import dataclasses
 import re
@@ -113,7 +113,7 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=lambda x: x if isinstance(x, str) else "")
 def test_bad_input_is_named_with_expectation_and_value(changes, message):
-    if message.startswith("implementation"):  # the roster may have grown
+    if message.startswith("implementation"):  # the registry may have grown
         message = message.replace("xla, reference", ", ".join(backends.BACKENDS))
     for call in (moda_attention, explain_attention):
         with pytest.raises(ValueError, match=re.escape(message)) as error:
@@ -131,47 +131,50 @@ def trace_call(**kwargs):
     return jax.eval_shape(lambda: moda_attention(**kwargs))
 
 
-def refusing(operands, options, platform):
+def unsupported(operands, options, platform):
     return f"no {operands.query.dtype} on {platform}"
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Registers a fastest backend `fake` with the refusal function given."""
+    """Registers a fastest backend `fake` with the function `unsupported_reason` given."""
 
-    def register(refusal, **changes):
+    def register(unsupported_reason, **changes):
+        changes["unsupported_reason"] = unsupported_reason
         xla = backends.BACKENDS["xla"]
-        backend = dataclasses.replace(xla, name="fake", refusal=refusal, **changes)
+        backend = dataclasses.replace(xla, name="fake", **changes)
         others = {name: x for name, x in backends.BACKENDS.items() if name != "fake"}
-        roster = {"fake": backend} | others
-        monkeypatch.setattr(backends, "BACKENDS", roster)
-        return roster
+        registry = {"fake": backend} | others
+        monkeypatch.setattr(backends, "BACKENDS", registry)
+        return registry
 
     return register
 
 
-def test_refusal_of_the_backend_asked_for(fake):
-    fake(refusing)
+def test_reason_of_the_backend_asked_for(fake):
+    fake(unsupported)
     message = "no attention implementation takes this call: fake: no float32 on cpu$"
     with pytest.raises(NotImplementedError, match=message):
         moda_attention(**arrays(), implementation="fake")
 
 
-def test_when_every_backend_refuses_each_reason_is_listed(fake, monkeypatch):
-    roster = fake(refusing)
+def test_when_no_backend_can_each_reason_is_listed(fake, monkeypatch):
+    registry = fake(unsupported)
     no = {
-        name: dataclasses.replace(backend, refusal=lambda *_, name=name: f"{name} says no")
-        for name, backend in roster.items()
+        name: dataclasses.replace(
+            backend, unsupported_reason=lambda *_, name=name: f"{name} says no"
+        )
+        for name, backend in registry.items()
         if name != "fake"
     }
-    monkeypatch.setattr(backends, "BACKENDS", roster | no)
+    monkeypatch.setattr(backends, "BACKENDS", registry | no)
     with pytest.raises(NotImplementedError) as error:
         trace_call(**arrays())
     for reason in ("fake: no float32 on cpu", "xla: xla says no", "reference: reference says no"):
         assert reason in str(error.value)
 
 
-def test_float64_is_refused_but_by_the_reference():
+def test_float64_is_for_the_reference_only():
     with jax.enable_x64(True):
         doubles = {name: x.astype(np.float64) for name, x in arrays().items()}
         assert trace_call(**doubles, implementation="reference").dtype == np.float64
@@ -179,13 +182,13 @@ def test_float64_is_refused_but_by_the_reference():
             moda_attention(**doubles, implementation="xla")
 
 
-def test_a_registered_backend_is_picked_and_a_refusing_one_explained(fake):
+def test_a_registered_backend_is_picked_and_one_that_cannot_explained(fake):
     fake(lambda *_: None)
     assert explain_attention(**arrays()).name == "fake"
-    fake(refusing)
+    fake(unsupported)
     choice = explain_attention(**arrays())
     assert (choice.name, choice.platform) == ("xla", "cpu")
-    assert choice.refusals["fake"] == "no float32 on cpu"
+    assert choice.unsupported_reasons["fake"] == "no float32 on cpu"
     assert "fake: no float32 on cpu" in str(choice)
     assert str(choice).startswith("xla on cpu")
 
@@ -206,7 +209,7 @@ def test_explain_takes_shapes_alone_and_every_argument():
 
 
 def test_slow_fallback_warns_once_and_only_where_nobody_asked_for_it(fake, pretend):
-    fake(refusing)
+    fake(unsupported)
     pretend("gpu")
     backends.warn_once.cache_clear()
     assert explain_attention(**arrays()).is_slow
@@ -237,7 +240,9 @@ def test_no_warning_on_the_platform_a_backend_is_built_for(fake):
 
 def test_interpreted_backend_is_taken_only_by_name(fake):
     fake(lambda *_: None, only_by_name_on=("cpu",))
-    assert explain_attention(**arrays()).refusals["fake"].startswith("interpreted on cpu")
+    assert (
+        explain_attention(**arrays()).unsupported_reasons["fake"].startswith("interpreted on cpu")
+    )
     assert explain_attention(**arrays(), implementation="fake").name == "fake"
 
 

@@ -88,17 +88,19 @@ def arrays(**changes):
     ],
 )
 @needs_mosaic
-def test_refusals(changes, reason):
+def test_unsupported_reasons(changes, reason):
     choice = explain_attention(**arrays(**changes))
-    assert reason in choice.refusals["mosaic_gpu"]
+    assert reason in choice.unsupported_reasons["mosaic_gpu"]
 
 
-def test_refuses_other_chips(pretend):
+def test_other_chips_are_not_supported(pretend):
     operands, options = check(*(jnp.zeros((1, 8, 2, 64), jnp.bfloat16),) * 3)
-    assert "NVIDIA GPU" in mosaic_gpu.refusal(operands, options, "tpu")
+    assert "NVIDIA GPU" in mosaic_gpu.unsupported_reason(operands, options, "tpu")
     chip = types.SimpleNamespace(compute_capability="8.0", device_kind="NVIDIA A100")
     pretend("gpu", chip)
-    assert "9.0 (H100, H200), NVIDIA A100 has 8.0" in mosaic_gpu.refusal(operands, options, "gpu")
+    assert "9.0 (H100, H200), NVIDIA A100 has 8.0" in mosaic_gpu.unsupported_reason(
+        operands, options, "gpu"
+    )
 
 
 @needs_mosaic

@@ -215,7 +215,7 @@ def test_tiles_fit(kv_heads, group, head_dim, itemsize):
     for length in (1, 129, 4096, 65536):
         shape = schedule.Shape(2, length, length, kv_heads, group, head_dim, itemsize)
         if group * head_dim * itemsize > 2**13:
-            continue  # 32 heads of 256 on one key head: refused, see below
+            continue  # 32 heads of 256 on one key head do not fit, see below
         tiles = schedule.choose_tiles(shape)
         assert max(schedule.vmem_need(shape, tiles).values()) <= schedule.VMEM_BYTES
         spans = schedule.query_spans(length, tiles)
@@ -232,7 +232,7 @@ def test_tiles_that_do_not_fit_are_named():
         schedule.choose_tiles(small)
 
 
-# --- refusals -------------------------------------------------------------------------------------
+# --- unsupported calls ----------------------------------------------------------------------------
 
 
 def shapes(dtype=jnp.bfloat16, heads=4, length=16, head_dim=64):
@@ -250,8 +250,8 @@ def shapes(dtype=jnp.bfloat16, heads=4, length=16, head_dim=64):
         ({"heads": 256, "head_dim": 256}, "bytes of VMEM"),
     ],
 )
-def test_refusals(changes, reason):
-    assert reason in explain_attention(**shapes(**changes)).refusals["mosaic_tpu"]
+def test_unsupported_reasons(changes, reason):
+    assert reason in explain_attention(**shapes(**changes)).unsupported_reasons["mosaic_tpu"]
 
 
 def test_is_the_choice_for_a_tpu_and_no_other():
@@ -261,4 +261,4 @@ def test_is_the_choice_for_a_tpu_and_no_other():
         choice = explain_attention(**shapes())
         assert (choice.name, choice.is_slow) == ("mosaic_tpu", False)
     with platforms.compiling_for("gpu"):
-        assert "need a TPU" in explain_attention(**shapes()).refusals["mosaic_tpu"]
+        assert "need a TPU" in explain_attention(**shapes()).unsupported_reasons["mosaic_tpu"]

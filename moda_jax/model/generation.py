@@ -20,7 +20,7 @@ from moda_jax.config import ModelConfig
 from moda_jax.model.layers import compute_dtype
 from moda_jax.model.stack import Tokens, scan_layers
 from moda_jax.model.transformer import Transformer
-from moda_jax.ops.sharded_attention import attention_call
+from moda_jax.ops.sharded_attention import ShardedAttention
 
 BUCKET = 64
 """Prompts and caches are padded to a multiple of this, so that few sizes are compiled."""
@@ -62,7 +62,7 @@ def prefill(
 
     def attend(layer, inputs, cache, state):
         depth = {} if cache is None else cache.attention_kwargs()
-        out, _ = attention_call(
+        out, _ = ShardedAttention.of(
             inputs.query, inputs.key, inputs.value, **depth, segment_ids=segment_ids,
             implementation=model.config.attention,
         ).forward()  # fmt: skip
@@ -88,7 +88,7 @@ def decode_step(model: Transformer, cache: KVCache, tokens: jax.Array) -> tuple[
             for x, new in zip(state, (inputs.key, inputs.value), strict=True)
         )
         depth = {} if depth_cache is None else depth_cache.attention_kwargs()
-        out, _ = attention_call(
+        out, _ = ShardedAttention.of(
             inputs.query, key[layer], value[layer], **depth, query_offset=position,
             kv_length=position + 1, implementation=model.config.attention,
         ).forward()  # fmt: skip

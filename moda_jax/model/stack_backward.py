@@ -21,7 +21,7 @@ from moda_jax.model.layers import compute_dtype
 from moda_jax.model.stack_layer import StackParams, StackSpec, Tokens
 from moda_jax.ops import backends
 from moda_jax.ops.depth_cache import DepthCache
-from moda_jax.ops.sharded_attention import AttentionCall, GatheredDepth
+from moda_jax.ops.sharded_attention import ShardedAttention, ShardedGathering
 from moda_jax.ops.sharding import stacked_memory
 
 
@@ -81,7 +81,7 @@ def _one_by_one(context: _Context, carry: _Carry) -> tuple[_Carry, Any]:
     return _last_to_first(context, visit, (carry, _memory_of_blocks(context)))
 
 
-def _by_gathering(context: _Context, carry: _Carry, gathered: GatheredDepth) -> tuple[_Carry, Any]:
+def _by_gathering(context: _Context, carry: _Carry, gathered) -> tuple[_Carry, Any]:
     """A layer's slots get their gradients from the later layers, when the layer is reached.
 
     Of the layers after its block first, in one pass for all slots of the block.
@@ -162,7 +162,7 @@ def _memory_of_blocks(context: _Context) -> Any:
     )
 
 
-def _call(context: _Context, x: jax.Array) -> AttentionCall:
+def _call(context: _Context, x: jax.Array) -> ShardedAttention:
     """The first layer's attention: every layer's has its shapes."""
     spec, layer = context.spec, jnp.int32(0)
     weights = stack_layer.layer_params(
@@ -172,7 +172,7 @@ def _call(context: _Context, x: jax.Array) -> AttentionCall:
     return stack_layer.attention_call(spec, layer, inputs, context.cache, context.tokens)
 
 
-def _together(context: _Context, x: jax.Array) -> GatheredDepth | None:
+def _together(context: _Context, x: jax.Array) -> ShardedGathering | None:
     """How to gather with the backend that the layers' calls pick; None: add layer by layer."""
     if context.spec.config.depth_grad_mode == "add":
         return None
@@ -186,9 +186,9 @@ def _together(context: _Context, x: jax.Array) -> GatheredDepth | None:
     ((call, backend),) = found
     reason: str | None = f"{backend.name} cannot gather"
     if backend.gathering is not None:
-        reason = backend.gathering.refusal(call.operands)
+        reason = backend.gathering.unsupported_reason(call.operands)
         if reason is None:
-            return GatheredDepth(backend.gathering, call.options.scale)
+            return ShardedGathering(backend.gathering, call.options.scale)
     backends.warn_once(f"depth_grad_mode=gather: {reason}; depth gradients are added instead")
     return None
 

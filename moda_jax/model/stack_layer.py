@@ -13,8 +13,8 @@ from jax import lax
 from moda_jax.config import ModelConfig
 from moda_jax.model.block import AttentionInputs, Block, KeyValue, KVProjection, Rope
 from moda_jax.model.layers import compute_dtype, rope_table
-from moda_jax.ops import sharded_attention
 from moda_jax.ops.depth_cache import DepthCache
+from moda_jax.ops.sharded_attention import ShardedAttention
 from moda_jax.ops.sharding import constrain, unwritten
 from pallas_kernels import platforms
 
@@ -78,7 +78,7 @@ def attention_call(spec: StackSpec, layer, inputs: AttentionInputs, cache, token
     depth = {} if cache is None else cache.attention_kwargs()
     if cache is not None:
         depth["depth_length"] = spec.slots_before(layer)
-    return sharded_attention.attention_call(
+    return ShardedAttention.of(
         inputs.query, inputs.key, inputs.value, **depth, segment_ids=tokens.segment_ids,
         implementation=spec.config.attention,
     )  # fmt: skip

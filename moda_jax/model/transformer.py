@@ -10,7 +10,7 @@ from moda_jax.config import ModelConfig
 from moda_jax.model.block import Block, KVProjection
 from moda_jax.model.layers import Linear, RMSNorm, compute_dtype, parameter
 from moda_jax.model.stack import StackParams, StackSpec, Tokens, run_stack, scan_layers
-from moda_jax.ops.sharded_attention import attention_call
+from moda_jax.ops.sharded_attention import ShardedAttention
 from moda_jax.ops.sharding import constrain
 
 
@@ -116,7 +116,7 @@ class Transformer(nnx.Module):
 
         def attend(layer, inputs, cache, state):
             depth = {} if cache is None else cache.attention_kwargs()
-            out, lse = attention_call(
+            out, lse = ShardedAttention.of(
                 inputs.query, inputs.key, inputs.value, **depth, segment_ids=segment_ids,
                 implementation=self.config.attention,
             ).forward()  # fmt: skip

@@ -1,7 +1,7 @@
 """The model's attention call, run by every device on its own rows and heads.
 
 The compiler cannot split a kernel: left to itself it gathers all operands on every device, or
-refuses. Attention mixes neither rows nor key/value heads, so under a mesh of several devices the
+fails. Attention mixes neither rows nor key/value heads, so under a mesh of several devices the
 call runs per shard (`jax.shard_map`), with nothing to exchange; on one device it is a plain call.
 """
 
@@ -16,38 +16,52 @@ from jax.sharding import PartitionSpec
 
 from moda_jax.ops import attention, backends
 from moda_jax.ops.sharding import compiler_axes, partition_spec
-from pallas_kernels.operands import (
-    Gradients,
-    KeptLayers,
-    Operands,
-    Options,
-    num_kv_heads,
-)
+from pallas_kernels.contract import ArrayPair, GatheringKernels
+from pallas_kernels.operands import Gradients, KeptLayers, Operands, Options, num_kv_heads
 
 _TOKENS, _ROWS = ("batch", None), ("batch",)
 _QUERY = (*_TOKENS, "heads", None)
 _KEY = (*_TOKENS, "kv_heads", None)
 _DEPTH = (None, *_KEY)
 _AXES: dict[str, tuple[str | None, ...]] = {
-    "query": _QUERY, "key": _KEY, "value": _KEY, "depth_key": _DEPTH, "depth_value": _DEPTH,
-    "depth_length": (), "query_segments": _TOKENS, "key_segments": _TOKENS,
-    "query_offset": _ROWS, "kv_length": _ROWS,
-}  # fmt: skip
+    "query": _QUERY,
+    "key": _KEY,
+    "value": _KEY,
+    "depth_key": _DEPTH,
+    "depth_value": _DEPTH,
+    "depth_length": (),
+    "query_segments": _TOKENS,
+    "key_segments": _TOKENS,
+    "query_offset": _ROWS,
+    "kv_length": _ROWS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionCall:
+class ShardedAttention:
     """One checked call. Each device picks the backend by the shapes that it gets itself."""
 
     operands: Operands
     options: Options
     implementation: str | None
 
+    @classmethod
+    def of(
+        cls, *arrays: Any, implementation: str | None = None, **settings: Any
+    ) -> "ShardedAttention":
+        """A call with the arguments of `moda_attention` but `return_lse`; raises what it raises."""
+        operands, options = attention.check(*arrays, implementation=implementation, **settings)
+        return cls(operands, options, implementation)
+
     def forward(self) -> tuple[jax.Array, jax.Array]:
-        """(o, lse), as `moda_attention` with return_lse; not differentiable."""
+        """(o, lse), as `moda_attention` with return_lse; not differentiable.
+
+        Raises:
+          ValueError: the current mesh's tensor axis does not divide the key/value heads.
+        """
 
         def attend(operands: Operands) -> tuple[jax.Array, jax.Array]:
-            return self._backend(operands).forward(operands, self.options)
+            return self.backend_for(operands).forward(operands, self.options)
 
         specs = self.specs()
         return _per_shard(attend, (self.operands,), (specs,), (specs.query, _of_lse(specs)))
@@ -57,12 +71,12 @@ class AttentionCall:
         out: jax.Array,
         lse: jax.Array,
         d_out: jax.Array,
-        depth_grads: tuple[jax.Array, jax.Array] | None,
+        depth_grads: ArrayPair | None,
     ) -> Gradients:
-        """The backward of `forward`, adding into `depth_grads` as `Backend.gradients` does."""
+        """The backward of `forward`; `depth_grads`: see `contract.Backward`."""
 
         def attend(operands, out, lse, d_out, depth_grads) -> Gradients:
-            return self._backend(operands).gradients(
+            return self.backend_for(operands).gradients(
                 operands, self.options, out, lse, d_out, None, depth_grads
             )
 
@@ -80,14 +94,15 @@ class AttentionCall:
         found = []
 
         def attend(operands: Operands) -> jax.Array:
-            found.append(self._backend(operands))
+            found.append(self.backend_for(operands))
             return operands.query
 
         specs = self.specs()
         jax.eval_shape(lambda x: _per_shard(attend, (x,), (specs,), specs.query), self.operands)
         return found[0]
 
-    def _backend(self, operands: Operands) -> backends.Backend:
+    def backend_for(self, operands: Operands) -> backends.Backend:
+        """The backend that is picked for the operands of one shard."""
         return backends.resolve(operands, self.options, self.implementation)
 
     def specs(self) -> Any:
@@ -107,22 +122,26 @@ class AttentionCall:
 
 
 @dataclasses.dataclass(frozen=True)
-class GatheredDepth:
-    """Depth gradients from the layers that read the slots; their calls all pick one backend."""
+class ShardedGathering:
+    """Depth gradients from the layers whose queries read the slots.
 
-    gathering: backends.Gathering
+    The calls of all layers pick the same backend, the one that `kernels` are of.
+    """
+
+    kernels: GatheringKernels
     scale: float
 
-    def empty(self, call: AttentionCall, num_layers: int) -> KeptLayers:
-        """Memory [num_layers, ...], not initialized, for what `gradients` keeps of such calls.
+    def empty(self, call: ShardedAttention, num_layers: int) -> KeptLayers:
+        """Uninitialized memory [num_layers, ...] for what `gradients` keeps of such calls.
 
-        Every device makes its part: what is made whole and split is whole on every device first.
+        Every device allocates its own shard: XLA allocates an array that is made whole and split
+        afterwards in full on every device.
         """
 
         def make(operands: Operands) -> KeptLayers:
             def keep(operands):
                 out, lse = operands.query, jnp.zeros(operands.query.shape[:3], jnp.float32)
-                return self.gathering.keep(operands, out, lse, out, None)
+                return self.kernels.keep(operands, out, lse, out, None)
 
             one = jax.eval_shape(keep, operands)
             return KeptLayers(*(lax.empty((num_layers, *x.shape), x.dtype) for x in one))
@@ -132,13 +151,15 @@ class GatheredDepth:
         return _per_shard(make, (call.operands,), (specs,), KeptLayers(*kept))
 
     def gradients(
-        self, call: AttentionCall, out: jax.Array, lse: jax.Array, d_out: jax.Array
+        self, call: ShardedAttention, out: jax.Array, lse: jax.Array, d_out: jax.Array
     ) -> tuple[Gradients, KeptLayers]:
         """The backward without the slots' gradients, and what is kept for those."""
 
         def attend(operands, out, lse, d_out) -> tuple[Gradients, KeptLayers]:
-            grads = self.gathering.backward(operands, call.options, out, lse, d_out, None)
-            return grads, self.gathering.keep(operands, out, lse, d_out, None)
+            grads = call.backend_for(operands).gradients(
+                operands, call.options, out, lse, d_out, None, depth=False
+            )
+            return grads, self.kernels.keep(operands, out, lse, d_out, None)
 
         specs = call.specs()
         query, key, value = specs[:3]
@@ -159,12 +180,12 @@ class GatheredDepth:
         first: jax.Array | int,
         count: int,
         dtype: Any,
-        so_far: tuple[jax.Array, jax.Array] | None = None,
+        so_far: ArrayPair | None = None,
         offset: jax.Array | int = 0,
-    ) -> tuple[jax.Array, jax.Array]:
-        """What layers start ... stop - 1 of `kept` [L, ...] owe to `count` slots from `first` on.
+    ) -> ArrayPair:
+        """What the layers start ... stop - 1 of `kept` [L, ...] contribute to `count` slots.
 
-        See `pallas_kernels.xla.gather_depth_grads`.
+        Arguments as `contract.GatherDepthGrads`.
         """
         sizes = compiler_axes()
         query = partition_spec(_QUERY, kept.query.shape[1:], sizes)
@@ -174,10 +195,18 @@ class GatheredDepth:
 
         def on_shard(kept, depth_key, depth_value, scalars, so_far):
             start, stop, first, offset = scalars
-            return self.gathering.gather(
-                kept, depth_key, depth_value, (start, stop), first, count, scale=self.scale,
-                dtype=dtype, so_far=so_far, offset=offset,
-            )  # fmt: skip
+            return self.kernels.gather(
+                kept,
+                depth_key,
+                depth_value,
+                (start, stop),
+                first,
+                count,
+                scale=self.scale,
+                dtype=dtype,
+                so_far=so_far,
+                offset=offset,
+            )
 
         scalars = tuple(jnp.int32(x) for x in (*layers, first, offset))
         pair = depth, depth
@@ -185,23 +214,14 @@ class GatheredDepth:
             on_shard,
             (kept, depth_key, depth_value, scalars, so_far),
             (
-                KeptLayers(*kept_specs), depth, depth, (PartitionSpec(),) * 4,
+                KeptLayers(*kept_specs),
+                depth,
+                depth,
+                (PartitionSpec(),) * 4,
                 None if so_far is None else pair,
             ),
             pair,
-        )  # fmt: skip
-
-
-def attention_call(
-    *arrays: Any, implementation: str | None = None, **settings: Any
-) -> AttentionCall:
-    """A call with the arguments of `moda_attention` but `return_lse`; raises what it raises.
-
-    Raises:
-      ValueError: besides, the current mesh's tensor axis does not divide the key/value heads.
-    """
-    operands, options = attention.check(*arrays, implementation=implementation, **settings)
-    return AttentionCall(operands, options, implementation)
+        )
 
 
 def _of_kept(query: Any, key: Any) -> KeptLayers:

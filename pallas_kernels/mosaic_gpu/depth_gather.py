@@ -199,7 +199,7 @@ def keep_layer(
     d_out: jax.Array,
     d_lse: jax.Array | None,
 ) -> KeptLayers:
-    """What `gather_depth_grads` needs of one call, without the axis R."""
+    """See `contract.KeepLayer`."""
     delta = row_delta(out, lse, d_out, d_lse)
     kv_heads = num_kv_heads(operands)
     heads = _heads(operands.query.shape[2] // kv_heads)
@@ -228,7 +228,7 @@ def gather_depth_grads(
     so_far: tuple[jax.Array, jax.Array] | None = None,
     offset: Any = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `xla.gather_depth_grads`; head sizes 64 and 128."""
+    """See `contract.GatherDepthGrads`; head sizes 64 and 128."""
     _, batch, length, num_heads, head_dim = kept.query.shape
     kv_heads = depth_key.shape[3]
     plan = Plan(

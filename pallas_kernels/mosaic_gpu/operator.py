@@ -24,11 +24,11 @@ from pallas_kernels.operands import (
 _HEAD_DIMS = (64, 128)
 
 
-def refusal(operands: Operands, options: Options, platform: str) -> str | None:
-    """Why this backend cannot do a call; None if it can."""
+def unsupported_reason(operands: Operands, options: Options, platform: str) -> str | None:
+    """See `contract.UnsupportedReason`."""
     if platform == "tpu":
         return "Mosaic GPU kernels need an NVIDIA GPU"
-    if platform == "gpu" and (reason := _device_refusal()):
+    if platform == "gpu" and (reason := _device_unsupported_reason()):
         return reason
     if jax.__version_info__ < (0, 11):
         return f"needs JAX >= 0.11, this is {jax.__version__}"
@@ -45,7 +45,7 @@ def refusal(operands: Operands, options: Options, platform: str) -> str | None:
 
 
 @functools.cache
-def _device_refusal() -> str | None:
+def _device_unsupported_reason() -> str | None:
     """Of the first device: all devices of a mesh are of one kind."""
     if platforms.current() != jax.default_backend().replace("cuda", "gpu"):
         return None  # compiled ahead of time for a chip that is not here
@@ -62,7 +62,7 @@ def _one_by_one(function: Any) -> Any:
 
 
 def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
-    """o [B, Tq, N, H] in the query's dtype, lse [B, Tq, N] float32. See `reference.forward`."""
+    """See `contract.Forward`."""
     return _one_by_one(functools.partial(_forward, options=options))(operands)
 
 
@@ -106,23 +106,13 @@ def backward(
     d_out: jax.Array,
     d_lse: jax.Array | None,
     depth_grads: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    depth: bool = True,
 ) -> Gradients:
-    """Gradients of the differentiable operands; see `pallas_kernels` for `depth_grads`."""
-    call = functools.partial(_backward, options, want_depth=True)
+    """See `contract.Backward`."""
+    assert depth or depth_grads is None
+    call = functools.partial(_backward, options, want_depth=depth)
     return _one_by_one(call)(operands, out, lse, d_out, d_lse, depth_grads)
-
-
-def backward_without_depth_grads(
-    operands: Operands,
-    options: Options,
-    out: jax.Array,
-    lse: jax.Array,
-    d_out: jax.Array,
-    d_lse: jax.Array | None,
-) -> Gradients:
-    """As `backward`, but the gradients of the slots are neither computed nor written: None."""
-    call = functools.partial(_backward, options, want_depth=False)
-    return _one_by_one(call)(operands, out, lse, d_out, d_lse, None)
 
 
 def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_depth) -> Gradients:
@@ -160,8 +150,8 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
     return Gradients(*(None if x is None else x[..., :head_dim] for x in grads))
 
 
-def gather_refusal(operands: Operands) -> str | None:
-    """Why gathering would cost more than adding: whole caches would be padded for every layer."""
+def gather_unsupported_reason(operands: Operands) -> str | None:
+    """See `contract.GatherUnsupportedReason`: other shapes pad whole caches for every layer."""
     length, _, head_dim = operands.query.shape[1:]
     if head_dim not in _HEAD_DIMS:
         return f"gathers for head sizes {_HEAD_DIMS}, not {head_dim}"

@@ -33,11 +33,6 @@ Decoding works, at a price: in the tokens kernels a row's few queries have 128 l
 `schedule` says which blocks are visited, how many bytes they take and what is computed.
 """
 
-from pallas_kernels.mosaic_tpu.operator import (
-    backward,
-    backward_without_depth_grads,
-    forward,
-    refusal,
-)
+from pallas_kernels.mosaic_tpu.operator import backward, forward, unsupported_reason
 
-__all__ = ["backward", "backward_without_depth_grads", "forward", "refusal"]
+__all__ = ["backward", "forward", "unsupported_reason"]

@@ -27,8 +27,8 @@ _SUBLANES = 16  # rows of a 16-bit register: H, which stands in the rows, is pad
 _MAX_HEAD_DIM = 256
 
 
-def refusal(operands: Operands, options: Options, platform: str) -> str | None:
-    """Why this backend cannot do a call; None if it can."""
+def unsupported_reason(operands: Operands, options: Options, platform: str) -> str | None:
+    """See `contract.UnsupportedReason`."""
     if platform == "gpu":
         return "Mosaic TPU kernels need a TPU"
     dtype = operands.query.dtype
@@ -47,7 +47,7 @@ def refusal(operands: Operands, options: Options, platform: str) -> str | None:
 
 
 def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
-    """o [B, Tq, N, H] in the query's dtype, lse [B, Tq, N] float32. See `reference.forward`."""
+    """See `contract.Forward`."""
     return _one_by_one(functools.partial(_forward, options=options))(operands)
 
 
@@ -59,23 +59,13 @@ def backward(
     d_out: jax.Array,
     d_lse: jax.Array | None,
     depth_grads: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    depth: bool = True,
 ) -> Gradients:
-    """Gradients of the differentiable operands; see `pallas_kernels` for `depth_grads`."""
-    call = functools.partial(_backward, options, want_depth=True)
+    """See `contract.Backward`."""
+    assert depth or depth_grads is None
+    call = functools.partial(_backward, options, want_depth=depth)
     return _one_by_one(call)(operands, out, lse, d_out, d_lse, depth_grads)
-
-
-def backward_without_depth_grads(
-    operands: Operands,
-    options: Options,
-    out: jax.Array,
-    lse: jax.Array,
-    d_out: jax.Array,
-    d_lse: jax.Array | None,
-) -> Gradients:
-    """As `backward`, but the gradients of the slots are neither computed nor written: None."""
-    call = functools.partial(_backward, options, want_depth=False)
-    return _one_by_one(call)(operands, out, lse, d_out, d_lse, None)
 
 
 def _one_by_one(function: Any) -> Any:

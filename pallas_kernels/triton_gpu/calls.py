@@ -241,7 +241,8 @@ def depth_backward(
         depth_backward_kernel,
         [*rows, depth_key, depth_value, bounds, part.segments[0], *old], [dq, *new],
         part.slot_grid(config), config, aliases=aliases, **part.depth_constants(bounds),
-        SLOTS=depth_key.shape[0], ALL_SLOTS=static, WANT_DEPTH=want_depth, ADD=bool(aliases), **part.slot_blocks(config),
+        SLOTS=depth_key.shape[0], ALL_SLOTS=static, WANT_DEPTH=want_depth, ADD=bool(aliases),
+        **part.slot_blocks(config),
     )  # fmt: skip
     return d_query, (d_depth[0], d_depth[1]) if want_depth else None
 

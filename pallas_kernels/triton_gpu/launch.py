@@ -27,7 +27,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def refusal(platform: str) -> str | None:
+def unsupported_reason(platform: str) -> str | None:
     """Why no kernel can run on a platform; None if one can."""
     if platform == "tpu":
         return "Triton kernels need a GPU"
@@ -37,7 +37,7 @@ def refusal(platform: str) -> str | None:
         return "TRITON_INTERPRET is set: the kernels are for the interpreter, on the CPU"
     needed: tuple[str, ...] = ("triton",) if platform == "cpu" else ("triton", "jax-triton", "jax")
     for package in needed:
-        if reason := _version_refusal(package):
+        if reason := _version_unsupported_reason(package):
             return reason
     if platform == "gpu" and re.fullmatch(r"sm_[1-7]\d", tiles.architecture()):
         return f"needs compute capability 8.0 or later, this GPU is {tiles.architecture()}"
@@ -45,7 +45,7 @@ def refusal(platform: str) -> str | None:
 
 
 @functools.cache
-def _version_refusal(package: str) -> str | None:
+def _version_unsupported_reason(package: str) -> str | None:
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -44,31 +44,13 @@ def backward(
     d_out: jax.Array,
     d_lse: jax.Array | None,
     depth_grads: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    depth: bool = True,
 ) -> Gradients:
-    """Gradients of `forward`, from its unified (o, lse) alone.
-
-    With `depth_grads`, a pair [S, B, Td, K, H] in any float dtype, the depth gradients are added
-    into it and returned in its dtype; slots that are not visible keep their value.
-    """
-    if depth_grads is None and operands.depth_key is not None:
+    """See `contract.Backward`; `depth_grads` may have any float dtype."""
+    assert depth or depth_grads is None
+    if depth and depth_grads is None and operands.depth_key is not None:
         depth_grads = jnp.zeros_like(operands.depth_key), jnp.zeros_like(operands.depth_value)
-    return _backward(operands, options, out, lse, d_out, d_lse, depth_grads)
-
-
-def backward_without_depth_grads(
-    operands: Operands,
-    options: Options,
-    out: jax.Array,
-    lse: jax.Array,
-    d_out: jax.Array,
-    d_lse: jax.Array | None,
-) -> Gradients:
-    """`backward` with None for the slots' gradients, which `add_depth_grads` adds later."""
-    return _backward(operands, options, out, lse, d_out, d_lse, None)
-
-
-def _backward(operands: Operands, options: Options, out, lse, d_out, d_lse, depth_grads):
-    """Slots are differentiated where there is a `depth_grads` to add into."""
     kv_heads = num_kv_heads(operands)
     delta = row_delta(out, lse, d_out, d_lse)
     safe_lse = jnp.where(jnp.isneginf(lse), 0.0, lse)

@@ -27,7 +27,7 @@ def keep_layer(
     d_out: jax.Array,
     d_lse: jax.Array | None,
 ) -> KeptLayers:
-    """What `gather_depth_grads` needs of one call, without the axis R."""
+    """See `contract.KeepLayer`."""
     delta = row_delta(out, lse, d_out, d_lse)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # e^(s - inf) = 0
     batch, kv_heads = lse.shape[0], num_kv_heads(operands)
@@ -36,8 +36,8 @@ def keep_layer(
     return KeptLayers(operands.query, d_out.astype(operands.query.dtype), rows)
 
 
-def gather_refusal(operands: Operands) -> str | None:
-    """Why gathering would cost more than adding; None if it would not. Here any shape will do."""
+def gather_unsupported_reason(operands: Operands) -> str | None:
+    """See `contract.GatherUnsupportedReason`: any shape will do."""
     return None
 
 
@@ -54,21 +54,7 @@ def gather_depth_grads(
     so_far: tuple[jax.Array, jax.Array] | None = None,
     offset: Any = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of a few slots: what the layers that read them owe, each slot written once.
-
-    Args:
-      kept: of R layers.
-      depth_key, depth_value: [S, B, T, K, H].
-      layers: (start, stop), int32 scalars, may be traced: the layers that read the slots, all of
-        them. Other layers' arrays may hold anything.
-      first, count: of the slots; `first` may be traced.
-      scale: of the scores.
-      dtype: of the results.
-      so_far: a pair [C, B, T, K, H], of which the `count` slots from `offset` on are added.
-
-    Returns:
-      dkd, dvd [count, B, T, K, H], summed in float32.
-    """
+    """See `contract.GatherDepthGrads`."""
     slots = [lax.dynamic_slice_in_dim(x, first, count) for x in (depth_key, depth_value)]
     key, value = slots
     batch, length, kv_heads, head_dim = key.shape[1:]

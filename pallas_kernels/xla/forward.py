@@ -27,8 +27,15 @@ class Softmax(NamedTuple):
     denominator: jax.Array  # [B, K, T, G]
 
 
+def unsupported_reason(operands: Operands, options: Options, platform: str) -> str | None:
+    """See `contract.UnsupportedReason`."""
+    if operands.query.dtype.itemsize == 8:
+        return "float64 is for the reference only"
+    return None
+
+
 def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
-    """o [B, Tq, N, H] in the query's dtype, lse [B, Tq, N] float32. See `reference.forward`."""
+    """See `contract.Forward`."""
     query = tiles.to_heads_first(operands.query, num_kv_heads(operands))
     dtype = accumulator_dtype(query.dtype)
     state = Softmax(
