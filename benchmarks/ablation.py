@@ -119,9 +119,15 @@ def table(results: dict[str, Any]) -> str:
             kind: f"{before[kind] / ms:.2f}" if ms and kind in before else ""
             for kind, ms in now.items()
         }
-        cells = [name, _number(row.get("forward")), _number(now["measured"]), gains["measured"],
-                 f"{row['error']:.1e}" if "error" in row else row["error message"],
-                 _number(now["paper"]), gains["paper"]]  # fmt: skip
+        cells = [
+            name,
+            _number(row.get("forward")),
+            _number(now["measured"]),
+            gains["measured"],
+            f"{row['error']:.1e}" if "error" in row else row["error message"],
+            _number(now["paper"]),
+            gains["paper"],
+        ]
         lines.append("| " + " | ".join(cells) + " |")
         before |= {kind: ms for kind, ms in now.items() if ms}
     return "\n".join(lines)
@@ -160,9 +166,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.ablation", description=__doc__,
+        "python -m benchmarks.ablation",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     split = functools.partial(str.split, sep=",")
     parser.add_argument("--steps", type=split, default=list(STEPS), help=", ".join(STEPS))
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, for a CPU")

@@ -117,10 +117,14 @@ class FlatDepth:
             )
         tokens = jnp.arange(1, length + 1, dtype=jnp.int32)
         operands = Operands(
-            query, depth_key, depth_value, None, None,
+            query,
+            depth_key,
+            depth_value,
+            None,
+            None,
             query_segments=jnp.broadcast_to(tokens, (batch, length)),
             key_segments=jnp.broadcast_to(jnp.repeat(tokens, total // length), (batch, total)),
-        )  # fmt: skip
+        )
         kind: Any = _WholeAxis if self.whole_axis else calls.Part
         return kind(operands, Options(scale, is_causal=False), scale)
 

@@ -169,11 +169,15 @@ def layer_call(config: Config, slots: int) -> Call:
     """What one device of the config's mesh computes in a layer that sees `slots` slots."""
     model, mesh = config.model, config.mesh
     return Call(
-        tokens=config.data.seq_len, slots=slots, heads=model.num_heads // mesh.tensor,
-        kv_heads=model.num_kv_heads // mesh.tensor, head_dim=model.head_dim,
+        tokens=config.data.seq_len,
+        slots=slots,
+        heads=model.num_heads // mesh.tensor,
+        kv_heads=model.num_kv_heads // mesh.tensor,
+        head_dim=model.head_dim,
         batch=config.batch_size // (mesh.fsdp * mesh.data * config.accumulation_steps),
-        segments=True, grads_dtype=model.running_grad_dtype,
-    )  # fmt: skip
+        segments=True,
+        grads_dtype=model.running_grad_dtype,
+    )
 
 
 def mean_kernels(config: Config, chip: Chip) -> dict[str, KernelCost]:

@@ -196,9 +196,13 @@ def kernels() -> dict[str, Kernel]:
             part = Depth(depth_key, depth_value, slots(shape))
             fused = fuses(query, key, part, is_causal=True, config=config)
             function = scaled(
-                sequence_backward, shape, config, is_causal=True, dq_dtype=query.dtype,
+                sequence_backward,
+                shape,
+                config,
+                is_causal=True,
+                dq_dtype=query.dtype,
                 depth=part if fused else None,
-            )  # fmt: skip
+            )
             grads = function(query, key, value, d_out, lse, delta)
             if fused:
                 return grads
@@ -212,15 +216,13 @@ def kernels() -> dict[str, Kernel]:
     def run_depth_forward(shape: Shape, config: Any):
         (query, _, _, *depth), _ = make_inputs(shape)
         function = scaled(
-            depth_forward, shape, config, slots=slots(shape), is_prefix=True, valid=None,
-        )  # fmt: skip
+            depth_forward, shape, config, slots=slots(shape), is_prefix=True, valid=None
+        )
         return function, (query, *depth)
 
     def run_depth_backward(shape: Shape, config: Any):
         (query, _, _, *depth), d_out = make_inputs(shape)
-        function = scaled(
-            depth_backward, shape, config, slots=slots(shape), is_prefix=True
-        )  # fmt: skip
+        function = scaled(depth_backward, shape, config, slots=slots(shape), is_prefix=True)
         return function, (query, d_out, *rows(shape), *depth)
 
     depth = {"columns": (32, 64, 128), "stages": (2, 3, 4), "tokens_first": (False, True)}
@@ -228,25 +230,35 @@ def kernels() -> dict[str, Kernel]:
         "forward": Kernel(
             lambda shape: forward_config(shape.head_dim),
             {
-                "block_kv": (64, 128, 192), "stages": (2, 3, 4), "warpgroups": (2, 3),
-                "persistent": (False, True), "turns": (False, True),
-                "depth_parts": (1, 2, 4), "alternate": (False, True), "piles": (1, 2, 4),
+                "block_kv": (64, 128, 192),
+                "stages": (2, 3, 4),
+                "warpgroups": (2, 3),
+                "persistent": (False, True),
+                "turns": (False, True),
+                "depth_parts": (1, 2, 4),
+                "alternate": (False, True),
+                "piles": (1, 2, 4),
             },
             run_forward,
         ),
         "sequence_backward": Kernel(
             lambda shape: sequence_backward_config(shape.head_dim),
             {
-                "dq_block_kv": (64, 128), "dq_stages": (2, 3), "dq_slot_stages": (2, 3),
-                "dq_warpgroups": (2, 3), "dq_piles": (1, 2, 4),
-                "dkv_block_q": (64, 128), "dkv_stages": (2, 3), "dkv_warpgroups": (2, 3),
+                "dq_block_kv": (64, 128),
+                "dq_stages": (2, 3),
+                "dq_slot_stages": (2, 3),
+                "dq_warpgroups": (2, 3),
+                "dq_piles": (1, 2, 4),
+                "dkv_block_q": (64, 128),
+                "dkv_stages": (2, 3),
+                "dkv_warpgroups": (2, 3),
                 "fuse_depth": (False, True),
             },
             run_sequence_backward,
         ),
         "depth_forward": Kernel(lambda _: DepthConfig(), depth, run_depth_forward),
         "depth_backward": Kernel(lambda _: DepthConfig(), depth, run_depth_backward),
-    }  # fmt: skip
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -273,9 +285,11 @@ def main(argv: list[str] | None = None) -> int:
             if lowest < first and available.table is not None and not options.dry_run:
                 key = table_key(name, shape.head_dim, shape.group, True, available.device)
                 entry = {
-                    "config": dataclasses.asdict(best), "shape": row, "ms": lowest,
+                    "config": dataclasses.asdict(best),
+                    "shape": row,
+                    "ms": lowest,
                     "default_ms": first,
-                }  # fmt: skip
+                }
                 available.table.write({key: entry})
     return int(failed)
 
@@ -290,9 +304,10 @@ def _narrowed(kernel: Kernel, fields: str | None) -> Kernel:
 
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.tune", description=__doc__,
+        "python -m benchmarks.tune",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--backend", default="mosaic_gpu", choices=("mosaic_gpu", "triton"))
     jobs = "configs compiled side by side (Triton's compiler holds Python's lock: no faster there)"
     parser.add_argument("--jobs", type=int, default=1, help=jobs)

@@ -60,15 +60,18 @@ def kernels() -> dict[str, Kernel]:
     """By the name that the table's keys use."""
     rows: dict[str, Any] = {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
     tokens = rows | {"rows": (64, 128), "keys": (32, 64, 128)}
-    slots = {"rows": (16, 32, 64), "keys": (32, 64, 128), "num_warps": (1, 2, 4, 8),
-             "num_stages": (1, 2, 3, 4)}  # fmt: skip
+    slots = {
+        "rows": (16, 32, 64),
+        "keys": (32, 64, 128),
+        "num_warps": (1, 2, 4, 8),
+        "num_stages": (1, 2, 3, 4),
+    }
 
     def kernel(name: str, call: Any, grid: Any, *, depth: bool, backward: bool) -> Kernel:
         def default(shape: Shape) -> tiles.TileConfig:
             return tiles.choose(
-                name, head_dim=shape.head_dim, group=shape.group, is_causal=True,
-                dtype=jnp.bfloat16,
-            )  # fmt: skip
+                name, head_dim=shape.head_dim, group=shape.group, is_causal=True, dtype=jnp.bfloat16
+            )
 
         def run(shape: Shape, config: Any) -> Any:
             return _with(call, shape, config, depth=depth, backward=backward)
@@ -80,22 +83,27 @@ def kernels() -> dict[str, Kernel]:
             "sequence_forward", _forward_after_slots, tokens, depth=False, backward=False
         ),
         "sequence_dkv": kernel(
-            "sequence_dkv", calls.sequence_dkv,
-            tokens | {"rows": (32, 64, 128), "num_stages": (1, 2, 3, 4)}, depth=False,
+            "sequence_dkv",
+            calls.sequence_dkv,
+            tokens | {"rows": (32, 64, 128), "num_stages": (1, 2, 3, 4)},
+            depth=False,
             backward=True,
         ),
-        "sequence_dq": kernel(
-            "sequence_dq", _dq_after_slots, tokens, depth=False, backward=True
-        ),
+        "sequence_dq": kernel("sequence_dq", _dq_after_slots, tokens, depth=False, backward=True),
         "depth_forward": kernel(
-            "depth_forward", functools.partial(calls.depth_forward, out_dtype=jnp.float32), slots,
-            depth=True, backward=False,
+            "depth_forward",
+            functools.partial(calls.depth_forward, out_dtype=jnp.float32),
+            slots,
+            depth=True,
+            backward=False,
         ),
         "depth_backward": kernel(
             "depth_backward",
             functools.partial(
                 calls.depth_backward, dq_dtype=jnp.float32, depth_grads=None, want_depth=True
             ),
-            slots, depth=True, backward=True,
+            slots,
+            depth=True,
+            backward=True,
         ),
-    }  # fmt: skip
+    }

@@ -130,6 +130,7 @@ def _chunk_part(operands: Operands, options: Options, query: jax.Array):
     score = jnp.einsum("btkgh,sbukh->bkgtsu", query, key, precision="highest")
     mask = jnp.broadcast_to(mask[..., None, :] & slots[:, None], score.shape)
     flat = (*score.shape[:4], -1)
-    value = value.transpose(1, 3, 0, 2, 4).reshape(*value.shape[1:2], value.shape[3], 1, -1,
-                                                   value.shape[4])  # fmt: skip
+    value = value.transpose(1, 3, 0, 2, 4).reshape(
+        *value.shape[1:2], value.shape[3], 1, -1, value.shape[4]
+    )
     return score.reshape(flat), mask.reshape(flat), value

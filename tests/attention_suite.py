@@ -121,9 +121,10 @@ class AttentionSuite:
             depth = arrays["depth_key"], arrays["depth_value"]
             parts = [
                 self.attend(query, key[:, :20], value[:, :20], is_causal=False, return_lse=True),
-                self.attend(query, key[:, 20:], value[:, 20:], *depth, is_causal=False,
-                            return_lse=True),
-            ]  # fmt: skip
+                self.attend(
+                    query, key[:, 20:], value[:, 20:], *depth, is_causal=False, return_lse=True
+                ),
+            ]
             lse = jnp.logaddexp(parts[0][1], parts[1][1])
             whole = sum(o * jnp.exp(part - lse)[..., None] for o, part in parts)
             return whole.astype(dtype), lse
@@ -168,8 +169,9 @@ class AttentionSuite:
         segments = np.where(np.arange(40) < border, 1, 2).astype(np.int32)[None]
         run = self.compiled(case)
         dtype = self.dtypes[0]
-        packed = run(_cast(problem.arrays, dtype), problem.cotangents,
-                     {"segment_ids": segments}, None)  # fmt: skip
+        packed = run(
+            _cast(problem.arrays, dtype), problem.cotangents, {"segment_ids": segments}, None
+        )
         for part in (slice(0, border), slice(border, 40)):
             arrays = {
                 name: x[:, :, part] if name.startswith("depth") else x[:, part]
@@ -252,9 +254,11 @@ class AttentionSuite:
             wanted = np.float64(before[visible]) + np.float64(gradient[visible])
             # `gradient` was rounded to the operands' dtype, what was added was not.
             assert_close(
-                "running gradient", after[visible], wanted,
+                "running gradient",
+                after[visible],
+                wanted,
                 max(RELATIVE[grads_dtype], RELATIVE[dtype]),
-            )  # fmt: skip
+            )
             assert np.abs(np.float64(gradient[visible])).max() > 0.1
 
     @pytest.mark.parametrize(
@@ -287,9 +291,15 @@ class AttentionSuite:
             pytest.skip(f"{self.implementation} cannot gather")
         dtype = "float16" if "float16" in dtypes else self.dtypes[0]
         case = Case(
-            "gathered", q_len=19, batch=rows, heads=rows * group, kv_heads=rows, head_dim=head_dim,
-            slots=count + 3, segments="packed",
-        )  # fmt: skip
+            "gathered",
+            q_len=19,
+            batch=rows,
+            heads=rows * group,
+            kv_heads=rows,
+            head_dim=head_dim,
+            slots=count + 3,
+            segments="packed",
+        )
         problem = make_problem(case)
         arrays, segments = _cast(problem.arrays, dtype), problem.integers["segment_ids"]
         first, offset, options = 2, 1, Options(head_dim**-0.5)
@@ -306,8 +316,9 @@ class AttentionSuite:
             def layer(factor):
                 operands = Operands(
                     **arrays | {"query": (factor * arrays["query"]).astype(dtype)},
-                    query_segments=segments, key_segments=segments,
-                )  # fmt: skip
+                    query_segments=segments,
+                    key_segments=segments,
+                )
                 d_out, d_lse = problem.cotangents
                 out, lse = xla.forward(operands, options)
                 args = operands, options, out, lse, (d_out + factor).astype(out.dtype), d_lse

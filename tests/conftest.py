@@ -45,9 +45,10 @@ from pallas_kernels.mosaic_gpu import operator  # noqa: E402
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--newer-pair", action="store_true",
+        "--newer-pair",
+        action="store_true",
         help="what an older JAX skips, slow or not, and of the other fast tests every fourth case",
-    )  # fmt: skip
+    )
 
 
 def pytest_collection_modifyitems(config, items):

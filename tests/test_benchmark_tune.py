@@ -29,8 +29,12 @@ def neighbours(config):
 
 def test_candidates_differ_in_one_field():
     assert neighbours(Tiles(128, 3)) == [
-        Tiles(32, 3), Tiles(64, 3), Tiles(256, 3), Tiles(128, 2), Tiles(128, 4)
-    ]  # fmt: skip
+        Tiles(32, 3),
+        Tiles(64, 3),
+        Tiles(256, 3),
+        Tiles(128, 2),
+        Tiles(128, 4),
+    ]
 
 
 def test_search_goes_on_until_nothing_is_a_percent_faster():

@@ -110,9 +110,17 @@ def test_sharded_train_step_lowers_for_gpus(mode, block):
     if jax.device_count() < 4:
         pytest.skip("needs 4 devices, real or virtual")
     model = ModelConfig(
-        vocab_size=512, num_layers=4, embed_dim=256, num_heads=4, num_kv_heads=2, head_dim=64,
-        mlp_dim=256, attention="mosaic_gpu", depth_grad_mode=mode, depth_grad_block=block,
-    )  # fmt: skip
+        vocab_size=512,
+        num_layers=4,
+        embed_dim=256,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        mlp_dim=256,
+        attention="mosaic_gpu",
+        depth_grad_mode=mode,
+        depth_grad_block=block,
+    )
     config = Config(name="sharded", model=model, mesh=MeshConfig(fsdp=2, tensor=2), batch_size=4)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), platforms.compiling_for("gpu"):

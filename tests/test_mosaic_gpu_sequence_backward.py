@@ -57,9 +57,16 @@ def run(operands, lse, delta, segments, is_causal, config, **settings):
     @jax.jit
     def call(operands, lse, delta, segments):
         return sequence_backward(
-            *operands, lse, delta, scale=operands[0].shape[-1] ** -0.5, is_causal=is_causal,
-            query_segments=segments, key_segments=segments, config=config, **settings,
-        )  # fmt: skip
+            *operands,
+            lse,
+            delta,
+            scale=operands[0].shape[-1] ** -0.5,
+            is_causal=is_causal,
+            query_segments=segments,
+            key_segments=segments,
+            config=config,
+            **settings,
+        )
 
     with common.race_detection():
         return call(operands, lse, delta, segments)
@@ -133,10 +140,14 @@ def with_depth(made, num_slots, slots, running, segments=None):
     arrays = [rng.normal(size=shape).astype(np.float32) for _ in range(2)]
     index = np.arange(num_slots)
     shown = sum((index >= a) & (index < b) for a, b in (slots[:2], slots[2:])) > 0
-    kd, vd = (jnp.asarray(np.where(shown[:, None, None, None, None], x, np.nan), query.dtype)
-              for x in arrays)  # fmt: skip
-    q, do, k, v = (np.asarray(x, np.float32)[shown, :, :, 0] if x.ndim == 5
-                   else np.asarray(x, np.float32) for x in (query, d_out, kd, vd))  # fmt: skip
+    kd, vd = (
+        jnp.asarray(np.where(shown[:, None, None, None, None], x, np.nan), query.dtype)
+        for x in arrays
+    )
+    q, do, k, v = (
+        np.asarray(x, np.float32)[shown, :, :, 0] if x.ndim == 5 else np.asarray(x, np.float32)
+        for x in (query, d_out, kd, vd)
+    )
     mask = visible(query.shape[1], key.shape[1], True, segments)
     lse, (dq, dk, dv) = reference((query, key, value, d_out), delta, mask, 0.5)
     scale = query.shape[-1] ** -0.5
@@ -183,9 +194,15 @@ def test_slots_go_along(capfd, group, num_slots, slots, running, documents):
         untouched = np.asarray(before)[hidden] if running else 0
         np.testing.assert_array_equal(np.asarray(gradient)[hidden], untouched)
     split = group != 4  # slots and keys of dq are summed in turn, or by two warpgroups each
-    *alone, nothing = run(*made[:1], lse, made[1], segments, True,
-                          SequenceBackwardConfig(depth_warpgroups=split),
-                          depth=depth._replace(want_slots=False))  # fmt: skip
+    *alone, nothing = run(
+        *made[:1],
+        lse,
+        made[1],
+        segments,
+        True,
+        SequenceBackwardConfig(depth_warpgroups=split),
+        depth=depth._replace(want_slots=False),
+    )
     assert nothing is None
     if split:
         close(alone[0], wanted[0], tolerance)

@@ -34,18 +34,42 @@ not_on_gpu = pytest.mark.skipif(
 FAST = ("window_static", "chunk_whole_sequence", "decode", "packed")
 # Several blocks each way, the last ones ragged, and two spans of queries for dq.
 SMALL_TILES = {
-    "q_block": 128, "k_block": 128, "q_grad_block": 128, "k_grad_block": 128, "q_span": 256,
-    "depth_block": 128, "depth_heads": 1, "depth_grad_block": 128, "depth_grad_heads": 1,
-}  # fmt: skip
+    "q_block": 128,
+    "k_block": 128,
+    "q_grad_block": 128,
+    "k_grad_block": 128,
+    "q_span": 256,
+    "depth_block": 128,
+    "depth_heads": 1,
+    "depth_grad_block": 128,
+    "depth_grad_heads": 1,
+}
 MANY_BLOCKS = (
     Case("blocks_causal", q_len=300, batch=1, slots=3, depth_lengths=(2,)),
     Case("blocks_packed", q_len=300, segments="packed", slots=2),
     Case("blocks_full", q_len=300, k_len=200, batch=1, slots=2, options={"is_causal": False}),
-    Case("blocks_chunk", q_len=300, batch=1, heads=2, slots=2, segments="packed",
-         options={"depth_chunk": 96}, depth_lengths=(1,)),
-    Case("blocks_decode", q_len=150, k_len=400, depth_tokens=250, query_offset=(7, 220),
-         kv_length=(157, 370), slots=2, segments="pair", options={"depth_chunk": 64}),
-)  # fmt: skip
+    Case(
+        "blocks_chunk",
+        q_len=300,
+        batch=1,
+        heads=2,
+        slots=2,
+        segments="packed",
+        options={"depth_chunk": 96},
+        depth_lengths=(1,),
+    ),
+    Case(
+        "blocks_decode",
+        q_len=150,
+        k_len=400,
+        depth_tokens=250,
+        query_offset=(7, 220),
+        kv_length=(157, 370),
+        slots=2,
+        segments="pair",
+        options={"depth_chunk": 64},
+    ),
+)
 
 
 def narrowed(cases):
@@ -114,9 +138,7 @@ def test_in_simulated_memory(name, capfd):
 def count_fetches(grid, operand, scalars) -> int:
     """How often a pipeline fetches a block: whenever its index differs from the step before."""
     refs = types.SimpleNamespace(**{name: np.asarray(x) for name, x in scalars.items()})
-    indices = [
-        tuple(int(n) for n in operand.index(*ids, refs)) for ids in np.ndindex(*grid)
-    ]  # fmt: skip
+    indices = [tuple(int(n) for n in operand.index(*ids, refs)) for ids in np.ndindex(*grid)]
     return 1 + sum(a != b for a, b in itertools.pairwise(indices))
 
 
@@ -130,8 +152,9 @@ def launches(monkeypatch):
         seen.setdefault(name, []).append((grid, scalars, present, outputs, work))
         return {
             key: jnp.zeros(x.array.shape, x.array.dtype)
-            for key, x in outputs.items() if x.array is not None
-        }  # fmt: skip
+            for key, x in outputs.items()
+            if x.array is not None
+        }
 
     monkeypatch.setattr(common, "launch", launch)
     monkeypatch.setattr(operator, "_one_by_one", lambda function: function)
@@ -167,8 +190,8 @@ def test_work_counts_what_the_grid_fetches(launches, causal):
 def test_invisible_slots_and_other_documents_are_not_fetched(launches):
     segments = jnp.repeat(jnp.arange(1, 5), 128)[None]
     operands, options = attention_operands(
-        512, slots=9, depth_window=2, depth_reserved=1, segment_ids=segments,
-    )  # fmt: skip
+        512, slots=9, depth_window=2, depth_reserved=1, segment_ids=segments
+    )
     operands = operands._replace(depth_length=jnp.int32(6))
     with schedule.override(**SMALL_TILES), jax.disable_jit():
         mosaic_tpu.forward(operands, options)

@@ -142,7 +142,7 @@ VARIANTS = {
     "group_3": ({"length": 1100, "heads": 24}, {}, {}),
     "two_rows": ({"length": 1024, "batch": 2}, {}, {}),
     "decode": ({"length": 1, "k_len": 2100}, {"query_offset": ROW, "kv_length": ROW}, {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -212,9 +212,14 @@ def test_a_block_beyond_vmem_does_not_compile(monkeypatch):
 def sharded_step(chip: str):
     """A training step of a small model, fsdp 2 x tensor 2, compiled for four chips."""
     model = ModelConfig(
-        vocab_size=512, num_layers=4, embed_dim=256, num_heads=4, num_kv_heads=2, head_dim=64,
+        vocab_size=512,
+        num_layers=4,
+        embed_dim=256,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
         mlp_dim=256,
-    )  # fmt: skip
+    )
     config = Config(name="sharded", model=model, mesh=MeshConfig(fsdp=2, tensor=2), batch_size=4)
     mesh = make_mesh(config.mesh, devices(chip))
     with contextlib.ExitStack() as stack:
@@ -234,9 +239,10 @@ def test_sharded_train_step_compiles(chip):
     model, compiled = sharded_step(chip)
     calls = [line for line in compiled.as_text().splitlines() if "tpu_custom_call" in line]
     in_place = [
-        line for line in calls
+        line
+        for line in calls
         if "moda_depth_backward" in line and "output_to_operand_aliasing" in line
-    ]  # fmt: skip
+    ]
     assert len(in_place) == 1
     slots = model.depth_slots + model.slots_per_writer  # the last layer's, too
     local = (slots, 2, 1, 64, 256)  # rows and key heads of a chip, tokens in the lanes

@@ -57,9 +57,12 @@ def inputs(rows=B):
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     arrays = (
-        normal(rows, T, N, H), normal(rows, T, K, H), normal(rows, T, K, H),
-        normal(S, rows, T, K, H), normal(S, rows, T, K, H),
-    )  # fmt: skip
+        normal(rows, T, N, H),
+        normal(rows, T, K, H),
+        normal(rows, T, K, H),
+        normal(S, rows, T, K, H),
+        normal(S, rows, T, K, H),
+    )
     segments = jnp.asarray(np.sort(rng.integers(0, 3, (rows, T)), axis=1), jnp.int32)
     running = (normal(S, rows, T, K, H), normal(S, rows, T, K, H))
     return arrays, segments, normal(rows, T, N, H), running
@@ -68,9 +71,13 @@ def inputs(rows=B):
 @jax.jit
 def both_passes(arrays, segments, d_out, running, depth_length, position):
     call = ShardedAttention.of(
-        *arrays, segment_ids=segments, depth_length=depth_length, query_offset=position,
-        kv_length=position + T, implementation="spy",
-    )  # fmt: skip
+        *arrays,
+        segment_ids=segments,
+        depth_length=depth_length,
+        query_offset=position,
+        kv_length=position + T,
+        implementation="spy",
+    )
     out, lse = call.forward()
     return out, lse, call.gradients(out, lse, d_out, running)
 
@@ -85,10 +92,17 @@ def test_each_device_attends_to_its_own_rows_and_heads(name, seen):
         got = both_passes(*arguments)
     key = (rows, T, kv_heads, H)
     local = {
-        "query": (rows, T, heads, H), "key": key, "value": key, "depth_key": (S, *key),
-        "depth_value": (S, *key), "depth_length": (), "query_segments": (rows, T),
-        "key_segments": (rows, T), "query_offset": (rows,), "kv_length": (rows,),
-    }  # fmt: skip
+        "query": (rows, T, heads, H),
+        "key": key,
+        "value": key,
+        "depth_key": (S, *key),
+        "depth_value": (S, *key),
+        "depth_length": (),
+        "query_segments": (rows, T),
+        "key_segments": (rows, T),
+        "query_offset": (rows,),
+        "kv_length": (rows,),
+    }
     assert seen == [("forward", local), ("backward", local)]
     jax.tree.map(assert_close, got, expected)
     for before, after in zip(arguments[3], got[2][3:], strict=True):

@@ -56,9 +56,12 @@ def gradients(**changes):
 
 
 FAST_GATHERING = (
-    ("row4", "full", 2), ("row5", "save_attention", 3), ("row3", "none", 1),
-    ("every2", "full", 2), ("one-layer", "full", 2),
-)  # fmt: skip
+    ("row4", "full", 2),
+    ("row5", "save_attention", 3),
+    ("row3", "none", 1),
+    ("every2", "full", 2),
+    ("one-layer", "full", 2),
+)
 
 
 @functools.cache
@@ -132,8 +135,9 @@ def worst_error(mode, **changes):
     exact = changes | {"compute_dtype": "float32", "depth_grad_dtype": "float32"}
     errors = jax.tree.map(
         lambda a, b: float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-6)),
-        got[1], gradients(**exact)[1],
-    )  # fmt: skip
+        got[1],
+        gradients(**exact)[1],
+    )
     return max(jax.tree.leaves(errors))
 
 
@@ -212,8 +216,10 @@ def test_one_pass_over_the_later_layers(monkeypatch):
     def gather(kept, depth_key, depth_value, layers, first, count, **settings):
         jax.debug.callback(
             lambda start, stop, first: passes.append((count, int(first), int(start), int(stop))),
-            *layers, first, ordered=True,
-        )  # fmt: skip
+            *layers,
+            first,
+            ordered=True,
+        )
         return xla.gathering.gather(kept, depth_key, depth_value, layers, first, count, **settings)
 
     spy = dataclasses.replace(xla, gathering=xla.gathering._replace(gather=gather), name="spy")
@@ -223,7 +229,12 @@ def test_one_pass_over_the_later_layers(monkeypatch):
     jax.effects_barrier()
     # (slots, the first of them, the layers that read them); the last layer writes none.
     assert passes == [
-        (4, 4, 5, 5), (2, 6, 5, 5),
-        (4, 4, 4, 5), (2, 6, 4, 4), (2, 4, 3, 4),
-        (4, 0, 2, 5), (2, 2, 2, 2), (2, 0, 1, 2),
-    ]  # fmt: skip
+        (4, 4, 5, 5),
+        (2, 6, 5, 5),
+        (4, 4, 4, 5),
+        (2, 6, 4, 4),
+        (2, 4, 3, 4),
+        (4, 0, 2, 5),
+        (2, 2, 2, 2),
+        (2, 0, 1, 2),
+    ]

@@ -64,13 +64,17 @@ class TestTriton:
 class TestTritonWhole(AttentionSuite):
     implementation = "triton"
     dtypes = DTYPES
-    cases = tuple(
-        dataclasses.replace(case, dtypes=tuple(dict.fromkeys((*case.dtypes, *DTYPES[1:]))))
-        for case in TAKEN
-    ) if ON_GPU else tuple(
-        dataclasses.replace(smaller(case), dtypes=DTYPES[case.name in FAST : len(case.dtypes)])
-        for case in TAKEN
-    )  # fmt: skip
+    cases = (
+        tuple(
+            dataclasses.replace(case, dtypes=tuple(dict.fromkeys((*case.dtypes, *DTYPES[1:]))))
+            for case in TAKEN
+        )
+        if ON_GPU
+        else tuple(
+            dataclasses.replace(smaller(case), dtypes=DTYPES[case.name in FAST : len(case.dtypes)])
+            for case in TAKEN
+        )
+    )
     if not ON_GPU:
         sized = staticmethod(smaller)
 
@@ -88,15 +92,17 @@ def test_blocks_of_other_documents_are_not_touched():
     segments = {"segment_ids": np.where(first[:, 0], 1, 2).astype(np.int32)[None]}
     packed = compile_quickly(differentiate(case, "triton"))(
         {name: jnp.float32(x) for name, x in arrays.items()}, cotangents, segments, None
-    )  # fmt: skip
+    )
 
     def second(name: str, x):
         return x[:, :, border:] if name.startswith("depth") else x[:, border:]
 
     alone = compile_quickly(differentiate(case, "reference"))(
         {name: jnp.float32(second(name, x)) for name, x in problem.arrays.items()},
-        [x[:, border:] for x in problem.cotangents], {}, None,
-    )  # fmt: skip
+        [x[:, border:] for x in problem.cotangents],
+        {},
+        None,
+    )
     grads = {name: second(name, x) for name, x in packed[2].items()}
     got = packed[0][:, border:], packed[1][:, border:], grads
     assert_results_close(got, to_float64(alone), "float32")

@@ -42,15 +42,31 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
         lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
     else:
         out, lse = attend(
-            query, key, value, None, None, None, scale=options.scale, is_causal=options.is_causal,
-            query_segments=operands.query_segments, key_segments=operands.key_segments,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            None,
+            None,
+            None,
+            scale=options.scale,
+            is_causal=options.is_causal,
+            query_segments=operands.query_segments,
+            key_segments=operands.key_segments,
+        )
 
     def body(slot, state):
         part = attend(
-            query, depth_key[slot], depth_value[slot], None, None, None, scale=options.scale,
-            is_causal=True, query_segments=names, key_segments=names,
-        )  # fmt: skip
+            query,
+            depth_key[slot],
+            depth_value[slot],
+            None,
+            None,
+            None,
+            scale=options.scale,
+            is_causal=True,
+            query_segments=names,
+            key_segments=names,
+        )
         return _merge(state, part)
 
     state = (out.astype(jnp.float32), lse)
@@ -90,9 +106,17 @@ def backward(
     def body(slot, carry):
         total, grads = carry
         dq, *new, _ = sequence_backward(
-            query, depth_key[slot], depth_value[slot], d_out, lse, delta, scale=options.scale,
-            is_causal=True, query_segments=names, key_segments=names,
-        )  # fmt: skip
+            query,
+            depth_key[slot],
+            depth_value[slot],
+            d_out,
+            lse,
+            delta,
+            scale=options.scale,
+            is_causal=True,
+            query_segments=names,
+            key_segments=names,
+        )
         if want_depth:
             grads = tuple(_add_slot(g, slot, d) for g, d in zip(grads, new, strict=True))
         return total + dq, grads

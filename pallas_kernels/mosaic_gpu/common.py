@@ -211,8 +211,9 @@ def store(source: Any, target: Any, *, add: bool, old: tuple[Any, Any] | None = 
         return
     pallas().run_scoped(
         lambda old, loaded: read_and_add(old, loaded.at[0]),
-        smem(source.shape, source.dtype), barrier(1, 1),
-    )  # fmt: skip
+        smem(source.shape, source.dtype),
+        barrier(1, 1),
+    )
 
 
 def zeros(shape: tuple[int, int]) -> jax.Array:

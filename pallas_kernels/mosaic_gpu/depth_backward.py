@@ -91,9 +91,16 @@ def depth_backward(
         rows = take(query), take(d_out), take(lse), take(delta)
         before = None if so_far is None else take(so_far)
         dq, depth_grads = _call(
-            launch, *rows, depth_key, depth_value, before, depth_grads, scale,
-            want_depth=want_depth, config=config,
-        )  # fmt: skip
+            launch,
+            *rows,
+            depth_key,
+            depth_value,
+            before,
+            depth_grads,
+            scale,
+            want_depth=want_depth,
+            config=config,
+        )
         parts[launch.heads] = dq
     if len(parts) > 1:
         parts.pop((0, group), None)
@@ -101,9 +108,20 @@ def depth_backward(
 
 
 def _call(
-    launch: Launch, query, d_out, lse, delta, depth_key, depth_value, d_query, grads, scale, *,
-    want_depth, config,
-):  # fmt: skip
+    launch: Launch,
+    query,
+    d_out,
+    lse,
+    delta,
+    depth_key,
+    depth_value,
+    d_query,
+    grads,
+    scale,
+    *,
+    want_depth,
+    config,
+):
     """One launch."""
     batch, length, num_heads, _ = query.shape
     kv_heads = depth_key.shape[3]
@@ -133,14 +151,19 @@ def _call(
     common.check_smem(smem_bytes(tile, config, grad_dtype), "depth_backward")
     outputs = common.launch(
         functools.partial(
-            _kernel, tile=tile, config=config, scale=scale, has_d_query=d_query is not None,
-            want_depth=want_depth, add=bool(running),
+            _kernel,
+            tile=tile,
+            config=config,
+            scale=scale,
+            has_d_query=d_query is not None,
+            want_depth=want_depth,
+            add=bool(running),
         ),
         name="moda_depth_backward",
         grid={"head": kv_heads, "tile": -(-length // tile.tokens), "row": batch},
         out_type=out_type,
         scratch=_scratch(tile, config, query.dtype, grad_dtype),
-    )(*operands, *running)  # fmt: skip
+    )(*operands, *running)
     dq = common.unpad_heads(outputs[0][:, :length], kv_heads, group)
     if not want_depth:
         return dq, None
@@ -170,10 +193,22 @@ def _scratch(tile: Tile, config: DepthConfig, dtype: Any, grad_dtype: Any) -> di
 
 
 def _kernel(
-    slots_ref, q_ref, do_ref, lse_ref, delta_ref, kd_ref, vd_ref, *refs,
-    tile: Tile, config: DepthConfig, scale: float, has_d_query: bool, want_depth: bool,
-    add: bool, **scratch,
-):  # fmt: skip
+    slots_ref,
+    q_ref,
+    do_ref,
+    lse_ref,
+    delta_ref,
+    kd_ref,
+    vd_ref,
+    *refs,
+    tile: Tile,
+    config: DepthConfig,
+    scale: float,
+    has_d_query: bool,
+    want_depth: bool,
+    add: bool,
+    **scratch,
+):
     """One warpgroup: a token tile of one row and key/value head. `refs`: see `_split_refs`."""
     plgpu = common.mosaic()
     d_query_ref, grad_refs, dq_ref = _split_refs(refs, has_d_query=has_d_query, add=add)

@@ -172,9 +172,18 @@ class _Softmax(NamedTuple):
 
 
 def _kernel(
-    slots_ref, q_ref, lse_ref, kd_ref, vd_ref, *refs, tile: Tile, config: DepthConfig,
-    scale: float, has_out: bool, **scratch,
-):  # fmt: skip
+    slots_ref,
+    q_ref,
+    lse_ref,
+    kd_ref,
+    vd_ref,
+    *refs,
+    tile: Tile,
+    config: DepthConfig,
+    scale: float,
+    has_out: bool,
+    **scratch,
+):
     """One warpgroup: a token tile of one row and key/value head. refs: ([o before], o, lse)."""
     plgpu = common.mosaic()
     here = Place.here(lse_ref.shape[2] // tile.rows, tile)

@@ -232,9 +232,17 @@ def gather_depth_grads(
     _, batch, length, num_heads, head_dim = kept.query.shape
     kv_heads = depth_key.shape[3]
     plan = Plan(
-        batch, length, kv_heads, num_heads // kv_heads, head_dim, kept.query.dtype, scale, count,
-        jnp.dtype(dtype), None if so_far is None else so_far[0].dtype,
-    )  # fmt: skip
+        batch,
+        length,
+        kv_heads,
+        num_heads // kv_heads,
+        head_dim,
+        kept.query.dtype,
+        scale,
+        count,
+        jnp.dtype(dtype),
+        None if so_far is None else so_far[0].dtype,
+    )
 
     def flat(x: jax.Array) -> jax.Array:
         """[R, B, T, N, H] -> [R, B·T, N·H]."""

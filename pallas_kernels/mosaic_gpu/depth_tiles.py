@@ -124,10 +124,11 @@ def _slots_first(group, head_dim, slots, config) -> list[Launch]:
     return [
         Launch(
             slots_first_tile(common.next_power_of_two(stop - start), head_dim, config),
-            slots, (start, stop),
+            slots,
+            (start, stop),
         )
         for start, stop in common.split_heads(group, limit)
-    ]  # fmt: skip
+    ]
 
 
 def _range(start: Any, stop: Any) -> jax.Array:

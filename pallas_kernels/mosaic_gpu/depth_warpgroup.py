@@ -145,9 +145,14 @@ class Reader(NamedTuple):
         def load():
             place = self._place(tile, cursor.octet)
             load_slots(
-                place, self.blocks, self.refs.depth_key, self.refs.depth_value, self.memory,
-                cursor.block, self._stage(step),
-            )  # fmt: skip
+                place,
+                self.blocks,
+                self.refs.depth_key,
+                self.refs.depth_value,
+                self.memory,
+                cursor.block,
+                self._stage(step),
+            )
 
         common.when((cursor.octet < self.plan.octets) & (self.blocks.count > 0), load)
         return cursor.after(self.blocks.count)
@@ -215,10 +220,11 @@ def depth_dq(plan: Plan, refs: Refs, warpgroup: jax.Array) -> None:
         lse, delta = (
             plgpu.load(
                 x.at[tile.batch, tile.kv_head, number, rows],
-                layout=plgpu.Layout.WGMMA.reduce(0), optimized=False,
+                layout=plgpu.Layout.WGMMA.reduce(0),
+                optimized=False,
             )
             for x in (refs.lse, refs.delta)
-        )  # fmt: skip
+        )
         same_token = ((iota(shape, 0) ^ iota(shape, 1)) & (TOKEN_ALIGNMENT - 1)) == 0
         bias = jnp.where(same_token, -spread(lse, shape, 1), -jnp.inf)
         query, d_out = (x.at[warpgroup, rows] for x in (refs.q_smem, refs.do_smem))

@@ -87,10 +87,19 @@ def attend(
             config = dataclasses.replace(config, depth_parts=1, alternate=False)
     config.check(head_dim)
     plan = Plan(
-        config, batch, q_len, 0 if key is None else key.shape[1], kv_heads, num_heads // kv_heads,
-        head_dim, query.dtype, scale, is_causal, query_segments is not None,
+        config,
+        batch,
+        q_len,
+        0 if key is None else key.shape[1],
+        kv_heads,
+        num_heads // kv_heads,
+        head_dim,
+        query.dtype,
+        scale,
+        is_causal,
+        query_segments is not None,
         0 if depth_key is None else depth_key.shape[0],
-    )  # fmt: skip
+    )
     inputs = {"query": pad_rows(query, plan.tokens)}
     if key is not None and value is not None:
         inputs |= {"key": pad_tokens(key, 1), "value": pad_tokens(value, 1)}

@@ -165,9 +165,7 @@ def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
     if segments is not None:
         segments = segments.at[rem(step, plan.config.stages)]
     start = worker.tile.kv.nth(i) * plan.config.block_kv
-    mask = functools.partial(
-        key_mask, plan, worker.token, worker.row_segment, start, segments
-    )  # fmt: skip
+    mask = functools.partial(key_mask, plan, worker.token, worker.row_segment, start, segments)
     block = Block.at(plan, worker.refs, worker.warpgroup, step)
     return step + 1, _attend(worker, block, mask if masked else None, state)
 

@@ -81,20 +81,30 @@ def _forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array
     elif has_depth and key is None:
         segments = operands.query_segments
         out, lse = depth_forward(
-            query, depth_key, depth_value, _slots(operands, options),
+            query,
+            depth_key,
+            depth_value,
+            _slots(operands, options),
             is_prefix=options.depth_window is None,
-            valid=None if segments is None else segments != 0, **settings,
-        )  # fmt: skip
+            valid=None if segments is None else segments != 0,
+            **settings,
+        )
     elif has_depth:
         out, lse = attend(
-            query, key, value, depth_key, depth_value, jnp.asarray(_slots(operands, options)),
-            is_causal=options.is_causal, **settings, **ids,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            depth_key,
+            depth_value,
+            jnp.asarray(_slots(operands, options)),
+            is_causal=options.is_causal,
+            **settings,
+            **ids,
+        )
     else:
         out, lse = attend(
-            query, key, value, None, None, None, is_causal=options.is_causal, **settings,
-            **ids,
-        )  # fmt: skip
+            query, key, value, None, None, None, is_causal=options.is_causal, **settings, **ids
+        )
     return out[..., :head_dim], lse
 
 
@@ -142,10 +152,19 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
         )
     elif rest is not None:
         d_query, new = depth_backward(
-            query, d_out, lse, delta, depth_key, depth_value, rest.slots,
-            scale=options.scale, is_prefix=options.depth_window is None, d_query=d_query,
-            depth_grads=running, want_depth=want_depth,
-        )  # fmt: skip
+            query,
+            d_out,
+            lse,
+            delta,
+            depth_key,
+            depth_value,
+            rest.slots,
+            scale=options.scale,
+            is_prefix=options.depth_window is None,
+            d_query=d_query,
+            depth_grads=running,
+            want_depth=want_depth,
+        )
     grads = [d_query, d_key, d_value, *(new if new is not None and want_depth else (None, None))]
     return Gradients(*(None if x is None else x[..., :head_dim] for x in grads))
 
@@ -167,10 +186,17 @@ def _sequence(operands: Operands, options: Options, rows: tuple, depth: Depth | 
     if depth is not None and _takes_along(operands, options, depth):
         taken, depth = depth, None
     return depth, sequence_backward(
-        query, key, value, *rows, scale=options.scale, is_causal=options.is_causal,
-        query_segments=operands.query_segments, key_segments=operands.key_segments, depth=taken,
+        query,
+        key,
+        value,
+        *rows,
+        scale=options.scale,
+        is_causal=options.is_causal,
+        query_segments=operands.query_segments,
+        key_segments=operands.key_segments,
+        depth=taken,
         dq_dtype=query.dtype,
-    )  # fmt: skip
+    )
 
 
 def _takes_along(operands: Operands, options: Options, depth: Depth) -> bool:

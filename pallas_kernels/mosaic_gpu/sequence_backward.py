@@ -82,9 +82,19 @@ def _query_plan(config, query, key, scale, is_causal, segments, slots) -> forwar
     batch, q_len, num_heads, head_dim = query.shape
     kv_len, kv_heads = key.shape[1:3]
     return forward_tiles.Plan(
-        config.dq_tiles, batch, q_len, kv_len, kv_heads, num_heads // kv_heads, head_dim,
-        query.dtype, scale, is_causal, segments, slots,
-    )  # fmt: skip
+        config.dq_tiles,
+        batch,
+        q_len,
+        kv_len,
+        kv_heads,
+        num_heads // kv_heads,
+        head_dim,
+        query.dtype,
+        scale,
+        is_causal,
+        segments,
+        slots,
+    )
 
 
 def _by_head(x: jax.Array, length: int, fill: float) -> jax.Array:
@@ -135,8 +145,10 @@ def sequence_backward(
     config.check(query.shape[-1])
     # A query that sees nothing: e^(z - inf) is 0, where e^(z + inf) would not be.
     base2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
-    arrays = {name: pad_tokens(x, 1) for name, x in (
-        ("query", query), ("d_out", d_out), ("key", key), ("value", value))}  # fmt: skip
+    arrays = {
+        name: pad_tokens(x, 1)
+        for name, x in (("query", query), ("d_out", d_out), ("key", key), ("value", value))
+    }
     segments = None
     if query_segments is not None:
         assert key_segments is not None
@@ -186,9 +198,14 @@ def _with_slots(config, plan, results: Results) -> forward_tiles.Plan:
 
 def _with_depth_warpgroups(config, plan) -> forward_tiles.Plan:
     tiles = dataclasses.replace(
-        plan.config, warpgroups=2, block_kv=config.depth_block_kv, stages=config.depth_stages,
-        piles=config.depth_piles, depth_warpgroups=True, slot_stages=config.slot_stages,
-    )  # fmt: skip
+        plan.config,
+        warpgroups=2,
+        block_kv=config.depth_block_kv,
+        stages=config.depth_stages,
+        piles=config.depth_piles,
+        depth_warpgroups=True,
+        slot_stages=config.slot_stages,
+    )
     return plan._replace(config=tiles)
 
 
@@ -226,9 +243,18 @@ def _key_plan(config, query, key, scale, is_causal, segments) -> Plan:
     batch, q_len, num_heads, head_dim = query.shape
     kv_len, kv_heads = key.shape[1:3]
     return Plan(
-        config, batch, q_len, kv_len, kv_heads, num_heads // kv_heads, head_dim, query.dtype,
-        scale, is_causal, segments,
-    )  # fmt: skip
+        config,
+        batch,
+        q_len,
+        kv_len,
+        kv_heads,
+        num_heads // kv_heads,
+        head_dim,
+        query.dtype,
+        scale,
+        is_causal,
+        segments,
+    )
 
 
 def _dkv(plan: Plan, arrays, base2, delta, segments):

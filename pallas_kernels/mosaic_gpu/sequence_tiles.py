@@ -43,10 +43,16 @@ class SequenceBackwardConfig:
     def dq_tiles(self) -> ForwardConfig:
         """The dq kernel's tiles, which are those of a forward."""
         return ForwardConfig(
-            block_kv=self.dq_block_kv, stages=self.dq_stages, warpgroups=self.dq_warpgroups,
-            persistent=False, turns=False, depth_parts=1, alternate=False,
-            piles=self.dq_piles or 1, slot_stages=self.slot_stages,
-        )  # fmt: skip
+            block_kv=self.dq_block_kv,
+            stages=self.dq_stages,
+            warpgroups=self.dq_warpgroups,
+            persistent=False,
+            turns=False,
+            depth_parts=1,
+            alternate=False,
+            piles=self.dq_piles or 1,
+            slot_stages=self.slot_stages,
+        )
 
     def shared_memory(self, head_dim: int) -> int:
         """Bytes of shared memory of the dk, dv kernel, barriers rounded up."""

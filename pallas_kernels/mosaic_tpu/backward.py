@@ -58,14 +58,24 @@ def tokens_backward(
     )
     plan = dataclasses.replace(plan, q_count=size)
     call = functools.partial(
-        _launch, plan, (query, key, value, d_out, lse, delta), slots, sides, shape=shape,
-        scale=scale, want_keys=want_keys,
+        _launch,
+        plan,
+        (query, key, value, d_out, lse, delta),
+        slots,
+        sides,
+        shape=shape,
+        scale=scale,
+        want_keys=want_keys,
         work=schedule.tokens_backward_work(
-            shape, tiles, causal=causal, chunk=chunk, sources=key.shape[0],
+            shape,
+            tiles,
+            causal=causal,
+            chunk=chunk,
+            sources=key.shape[0],
             running=grads is not None,
             grads_itemsize=key.dtype.itemsize if grads is None else grads[0].dtype.itemsize,
         ).divided(spans),
-    )  # fmt: skip
+    )
     if spans == 1:
         d_query, grads = call(jnp.int32(0), None, grads)
     else:
@@ -81,10 +91,19 @@ def tokens_backward(
 
 
 def _launch(
-    plan: blocks.Plan, arrays: tuple[jax.Array, ...], slots: jax.Array, sides: blocks.Sides,
-    span: jax.Array, d_query: jax.Array | None, grads: Any, *, shape: schedule.Shape, scale: float,
-    want_keys: bool, work: schedule.Work,
-) -> tuple[jax.Array, Any]:  # fmt: skip
+    plan: blocks.Plan,
+    arrays: tuple[jax.Array, ...],
+    slots: jax.Array,
+    sides: blocks.Sides,
+    span: jax.Array,
+    d_query: jax.Array | None,
+    grads: Any,
+    *,
+    shape: schedule.Shape,
+    scale: float,
+    want_keys: bool,
+    work: schedule.Work,
+) -> tuple[jax.Array, Any]:
     """dq of the span-th q_count query blocks, put into `d_query`, and what they owe to the keys."""
     query, key, value, d_out, lse, delta = arrays
     running = want_keys and grads is not None
@@ -140,14 +159,17 @@ def _launch(
             "old_key": Blocked(old and old[0], keys, of_key),
             "old_value": Blocked(old and old[1], keys, of_key),
             **mask_inputs(
-                plan, sides, shape.batch,
+                plan,
+                sides,
+                shape.batch,
                 q_index=lambda b, k, s, j, i, refs: (b, 0, q_index(b, s, j, i, refs)),
                 k_index=lambda b, k, s, j, i, refs: (b, 0, source_and_column(b, s, j, refs)[1]),
             ),
         },
         outputs={
             "d_query": Blocked(
-                jax.ShapeDtypeStruct(dq_shape, jnp.float32), span_rows,
+                jax.ShapeDtypeStruct(dq_shape, jnp.float32),
+                span_rows,
                 lambda b, k, s, j, i, refs: (b, k, 0, 0, refs.span[0]),
             ),
             "d_key": Blocked(new, keys, of_key),
@@ -156,7 +178,7 @@ def _launch(
         scratch={"key_sum": keys[3:], "value_sum": keys[3:]} if want_keys else {},
         work=work,
         aliases=aliases | ({} if d_query is None else {"old_query": "d_query"}),
-    )  # fmt: skip
+    )
     return out["d_query"], (out["d_key"], out["d_value"]) if want_keys else None
 
 

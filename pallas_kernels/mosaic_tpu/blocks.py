@@ -56,18 +56,30 @@ class Plan:
 
 
 def make_plan(
-    shape: schedule.Shape, blocks: tuple[int, int], sides: Sides, *, causal: bool,
-    chunk: int | None, k_step: int = 0,
-) -> Plan:  # fmt: skip
+    shape: schedule.Shape,
+    blocks: tuple[int, int],
+    sides: Sides,
+    *,
+    causal: bool,
+    chunk: int | None,
+    k_step: int = 0,
+) -> Plan:
     """blocks: tokens of a query and of a key block. k_step: 0 where there is none."""
     q_block, k_block = blocks
     return Plan(
-        shape.q_len, shape.k_len, q_block, k_block, min(k_step, k_block),
+        shape.q_len,
+        shape.k_len,
+        q_block,
+        k_block,
+        min(k_step, k_block),
         q_count=schedule.num_blocks(shape.q_len, q_block),
-        k_count=schedule.num_blocks(shape.k_len, k_block), causal=causal, chunk=chunk,
+        k_count=schedule.num_blocks(shape.k_len, k_block),
+        causal=causal,
+        chunk=chunk,
         has_offsets=sides.q_offset is not None or sides.k_base is not None,
-        has_lengths=sides.k_stop is not None, has_segments=sides.q_segments is not None,
-    )  # fmt: skip
+        has_lengths=sides.k_stop is not None,
+        has_segments=sides.q_segments is not None,
+    )
 
 
 def block_scalars(
@@ -91,9 +103,10 @@ def block_scalars(
     rows = {
         "q_offset": zeros if sides.q_offset is None else sides.q_offset,
         "k_base": zeros if sides.k_base is None else sides.k_base,
-        "k_stop": zeros + plan.k_len if sides.k_stop is None else
-        jnp.clip(sides.k_stop, 0, plan.k_len),
-    }  # fmt: skip
+        "k_stop": zeros + plan.k_len
+        if sides.k_stop is None
+        else jnp.clip(sides.k_stop, 0, plan.k_len),
+    }
     column = {name: x[:, None] for name, x in rows.items()}
     q_start, q_stop, k_start, k_stop = _bounds(plan, q_blocks, jnp.arange(plan.k_count), **column)
     ids, lowest = {}, None
@@ -105,9 +118,13 @@ def block_scalars(
         }
         lowest = lowest[:, :, None]
     needed = schedule.needed(
-        q_start[:, :, None], q_stop[:, :, None], k_start[:, None], k_stop[:, None],
-        causal=plan.causal, lowest=lowest,
-    )  # fmt: skip
+        q_start[:, :, None],
+        q_stop[:, :, None],
+        k_start[:, None],
+        k_stop[:, None],
+        causal=plan.causal,
+        lowest=lowest,
+    )
     if plan.has_segments:
         q_ids = _block_ids(sides.q_segments, plan.q_block, _NO_ID.min)
         # A span may reach beyond the last block: nothing is needed there.
@@ -178,9 +195,13 @@ def pair(plan: Plan, scalars: Any, row: Any, q_step: Any, k_block: Any) -> Pair:
     """Whether the pair has to be computed, and whether without a mask."""
     q_block = q_step + scalars.span[0] * plan.q_count
     bounds = _bounds(
-        plan, q_block, k_block, q_offset=scalars.q_offset[row], k_base=scalars.k_base[row],
+        plan,
+        q_block,
+        k_block,
+        q_offset=scalars.q_offset[row],
+        k_base=scalars.k_base[row],
         k_stop=scalars.k_stop[row],
-    )  # fmt: skip
+    )
     entry = row * plan.q_count + q_step
     lowest = highest = None
     if plan.chunk is not None:

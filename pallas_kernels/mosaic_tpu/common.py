@@ -175,9 +175,12 @@ def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Product of two matrices over axis contract[0] of x and contract[1] of y, in float32."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
-        x, y, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
+        x,
+        y,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=precision,
         preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
 
 
 # --- layouts --------------------------------------------------------------------------------------

@@ -84,12 +84,16 @@ def depth_backward(
             "acc": (heads, shape.group, shape.head_dim, block),
         },
         work=schedule.depth_backward_work(
-            shape, tiles, depth_key.shape[0], running=grads is not None,
-            grads_itemsize=0 if new is None else new.dtype.itemsize, continues=d_query is not None,
+            shape,
+            tiles,
+            depth_key.shape[0],
+            running=grads is not None,
+            grads_itemsize=0 if new is None else new.dtype.itemsize,
+            continues=d_query is not None,
             want_depth=want_depth,
         ),
         aliases={"old_key": "d_key", "old_value": "d_value"} if old[0] is not None else {},
-    )  # fmt: skip
+    )
     return out["d_query"], (out["d_key"], out["d_value"]) if want_depth else None
 
 

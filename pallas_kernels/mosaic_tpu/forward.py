@@ -46,9 +46,13 @@ def attend(
       o in `out_dtype` and lse, float32, shaped as those of `initial`.
     """
     plan = blocks.make_plan(
-        shape, (tiles.q_block, tiles.k_block), sides, causal=causal, chunk=chunk,
+        shape,
+        (tiles.q_block, tiles.k_block),
+        sides,
+        causal=causal,
+        chunk=chunk,
         k_step=tiles.k_step,
-    )  # fmt: skip
+    )
     sources = key.shape[0]
     scalars = {"slots": slots} | blocks.block_scalars(plan, sides, shape.batch, by_key=False)
 
@@ -82,14 +86,18 @@ def attend(
             "value": Blocked(value, keys, of_key),
             "first_out": Blocked(first[0], rows, of_query),
             "first_lse": Blocked(first[1], vectors, lse_of_query),
-            **mask_inputs(plan, sides, shape.batch, q_index=lambda b, k, i, s, j, refs: (b, 0, i),
-                          k_index=lambda b, k, i, s, j, refs: (b, 0, key_index(b, i, s, j, refs))),
+            **mask_inputs(
+                plan,
+                sides,
+                shape.batch,
+                q_index=lambda b, k, i, s, j, refs: (b, 0, i),
+                k_index=lambda b, k, i, s, j, refs: (b, 0, key_index(b, i, s, j, refs)),
+            ),
         },
         outputs={
             "out": Blocked(jax.ShapeDtypeStruct(queries, out_dtype), rows, of_query),
             "lse": Blocked(
-                jax.ShapeDtypeStruct((*queries[:3], queries[4]), jnp.float32), vectors,
-                lse_of_query,
+                jax.ShapeDtypeStruct((*queries[:3], queries[4]), jnp.float32), vectors, lse_of_query
             ),
         },
         scratch={
@@ -98,10 +106,9 @@ def attend(
             "total": (shape.group, plan.q_block),
         },
         work=schedule.tokens_forward_work(
-            shape, tiles, causal=causal, chunk=chunk, sources=sources,
-            continues=initial is not None,
+            shape, tiles, causal=causal, chunk=chunk, sources=sources, continues=initial is not None
         ),
-    )  # fmt: skip
+    )
     return out["out"], out["lse"]
 
 

@@ -86,10 +86,18 @@ def _forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array
     if operands.key is not None:
         shape = _shape(operands, operands.key.shape[1])
         state = attend(
-            query, _keys(operands.key)[None], _keys(operands.value)[None], _all_slots(1),
-            _sequence_sides(operands), state, shape=shape, tiles=schedule.choose_tiles(shape),
-            scale=options.scale, causal=options.is_causal, out_dtype=dtype,
-        )  # fmt: skip
+            query,
+            _keys(operands.key)[None],
+            _keys(operands.value)[None],
+            _all_slots(1),
+            _sequence_sides(operands),
+            state,
+            shape=shape,
+            tiles=schedule.choose_tiles(shape),
+            scale=options.scale,
+            causal=options.is_causal,
+            out_dtype=dtype,
+        )
     if state is None:
         return jnp.zeros_like(operands.query), jnp.full(operands.query.shape[:3], -jnp.inf)
     return common.from_lanes(state[0])[..., :head_dim], common.from_lanes(state[1])
@@ -102,15 +110,28 @@ def _depth_forward(operands, options, query, out_dtype) -> tuple[jax.Array, jax.
     settings: dict[str, Any] = {"scale": options.scale, "out_dtype": out_dtype}
     if options.depth_chunk is not None:
         return attend(
-            query, *keys, slots, _chunk_sides(operands, options.depth_chunk), None, causal=True,
-            chunk=options.depth_chunk, shape=shape,
-            tiles=schedule.choose_tiles(shape, options.depth_chunk), **settings,
-        )  # fmt: skip
+            query,
+            *keys,
+            slots,
+            _chunk_sides(operands, options.depth_chunk),
+            None,
+            causal=True,
+            chunk=options.depth_chunk,
+            shape=shape,
+            tiles=schedule.choose_tiles(shape, options.depth_chunk),
+            **settings,
+        )
     fold = _Fold(shape)
     state = depth_forward(
-        fold(query), fold(keys[0], 1), fold(keys[1], 1), slots, fold(operands.query_segments),
-        shape=fold.shape, tiles=schedule.choose_tiles(fold.shape), **settings,
-    )  # fmt: skip
+        fold(query),
+        fold(keys[0], 1),
+        fold(keys[1], 1),
+        slots,
+        fold(operands.query_segments),
+        shape=fold.shape,
+        tiles=schedule.choose_tiles(fold.shape),
+        **settings,
+    )
     return fold.undo(state[0]), fold.undo(state[1])
 
 
@@ -147,17 +168,29 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
     dtype, key, depth_key = operands.query.dtype, operands.key, operands.depth_key
     delta = row_delta(out, lse, d_out, d_lse)
     rows = _Rows(
-        _queries(operands.query, kv_heads), _queries(d_out.astype(dtype), kv_heads),
-        _blind(common.to_lanes(lse, kv_heads)), common.to_lanes(delta, kv_heads),
-    )  # fmt: skip
+        _queries(operands.query, kv_heads),
+        _queries(d_out.astype(dtype), kv_heads),
+        _blind(common.to_lanes(lse, kv_heads)),
+        common.to_lanes(delta, kv_heads),
+    )
     d_query = d_keys = new = None
     if key is not None:
         shape = _shape(operands, key.shape[1])
         d_query, d_keys = tokens_backward(
-            rows.query, _keys(key)[None], _keys(operands.value)[None], rows.d_out, rows.lse,
-            rows.delta, _all_slots(1), _sequence_sides(operands), None, shape=shape,
-            tiles=schedule.choose_tiles(shape), scale=options.scale, causal=options.is_causal,
-        )  # fmt: skip
+            rows.query,
+            _keys(key)[None],
+            _keys(operands.value)[None],
+            rows.d_out,
+            rows.lse,
+            rows.delta,
+            _all_slots(1),
+            _sequence_sides(operands),
+            None,
+            shape=shape,
+            tiles=schedule.choose_tiles(shape),
+            scale=options.scale,
+            causal=options.is_causal,
+        )
     if depth_key is not None and depth_key.shape[0] == 0:
         new = depth_grads or (depth_key, operands.depth_value)
     elif depth_key is not None:
@@ -166,9 +199,11 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
     d_key, d_value = grads or (None, None)
     d_query = jnp.zeros_like(rows.query) if d_query is None else d_query.astype(dtype)
     return Gradients(
-        common.from_lanes(d_query)[..., :head_dim], d_key, d_value,
+        common.from_lanes(d_query)[..., :head_dim],
+        d_key,
+        d_value,
         *(new if want_depth and new is not None else (None, None)),
-    )  # fmt: skip
+    )
 
 
 class _Rows(NamedTuple):
@@ -193,20 +228,40 @@ def _depth_backward(operands, options, rows, d_query, depth_grads, want_depth):
     if options.depth_chunk is None:
         fold = _Fold(shape)
         d_query, new = depth_backward(
-            fold(rows.query), fold(keys[0], 1), fold(keys[1], 1), fold(rows.d_out), fold(rows.lse),
-            fold(rows.delta), slots, fold(d_query),
-            grads and (fold(grads[0], 1), fold(grads[1], 1)), shape=fold.shape,
-            tiles=schedule.choose_tiles(fold.shape), scale=options.scale, want_depth=want_depth,
-        )  # fmt: skip
+            fold(rows.query),
+            fold(keys[0], 1),
+            fold(keys[1], 1),
+            fold(rows.d_out),
+            fold(rows.lse),
+            fold(rows.delta),
+            slots,
+            fold(d_query),
+            grads and (fold(grads[0], 1), fold(grads[1], 1)),
+            shape=fold.shape,
+            tiles=schedule.choose_tiles(fold.shape),
+            scale=options.scale,
+            want_depth=want_depth,
+        )
         d_query = fold.undo(d_query)
         new = new and (fold.undo(new[0], 1), fold.undo(new[1], 1))
     else:
         chunk = options.depth_chunk
         d_chunk, new = tokens_backward(
-            rows.query, *keys, rows.d_out, rows.lse, rows.delta, slots,
-            _chunk_sides(operands, chunk), grads, causal=True, chunk=chunk, want_keys=want_depth,
-            shape=shape, tiles=schedule.choose_tiles(shape, chunk), scale=options.scale,
-        )  # fmt: skip
+            rows.query,
+            *keys,
+            rows.d_out,
+            rows.lse,
+            rows.delta,
+            slots,
+            _chunk_sides(operands, chunk),
+            grads,
+            causal=True,
+            chunk=chunk,
+            want_keys=want_depth,
+            shape=shape,
+            tiles=schedule.choose_tiles(shape, chunk),
+            scale=options.scale,
+        )
         d_query = d_chunk if d_query is None else d_query + d_chunk
     if new is None:
         return d_query, None
@@ -220,9 +275,14 @@ def _shape(operands: Operands, k_len: int) -> schedule.Shape:
     batch, q_len, heads, head_dim = operands.query.shape
     kv_heads = num_kv_heads(operands)
     return schedule.Shape(
-        batch, q_len, k_len, kv_heads, heads // kv_heads, head_dim + -head_dim % _SUBLANES,
+        batch,
+        q_len,
+        k_len,
+        kv_heads,
+        heads // kv_heads,
+        head_dim + -head_dim % _SUBLANES,
         operands.query.dtype.itemsize,
-    )  # fmt: skip
+    )
 
 
 def _key_length(operands: Operands) -> int:
@@ -262,9 +322,12 @@ def _all_slots(count: int) -> jax.Array:
 
 def _sequence_sides(operands: Operands) -> Sides:
     return Sides(
-        operands.query_offset, None, operands.kv_length, operands.query_segments,
+        operands.query_offset,
+        None,
+        operands.kv_length,
+        operands.query_segments,
         operands.key_segments,
-    )  # fmt: skip
+    )
 
 
 def _chunk_sides(operands: Operands, chunk: int) -> Sides:

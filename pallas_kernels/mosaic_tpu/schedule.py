@@ -154,9 +154,14 @@ def query_spans(q_len: int, tiles: Tiles) -> list[tuple[int, int]]:
 
 
 def tokens_forward_work(
-    shape: Shape, tiles: Tiles, *, causal: bool, chunk: int | None = None, sources: int = 1,
+    shape: Shape,
+    tiles: Tiles,
+    *,
+    causal: bool,
+    chunk: int | None = None,
+    sources: int = 1,
     continues: bool = False,
-) -> Work:  # fmt: skip
+) -> Work:
     """`continues`: starts from the (o, lse) of another kernel."""
     pairs = block_pairs(shape, tiles.q_block, tiles.k_block, causal=causal, chunk=chunk)
     heads, group, width = shape.batch * shape.kv_heads, shape.group, shape.head_dim
@@ -164,23 +169,31 @@ def tokens_forward_work(
     entries = visited * group * tiles.q_block * tiles.k_block
     queries = heads * group * shape.q_len
     query_bytes = queries * width * shape.itemsize
+    key_blocks = heads * fetches(pairs, sources, same_source=False)
+    key_bytes = key_blocks * 2 * width * tiles.k_block * shape.itemsize
     return Work(
-        steps=pairs.size * heads * sources, pairs=visited,
-        bytes_read=query_bytes + heads * fetches(pairs, sources, same_source=False)
-        * 2 * width * tiles.k_block * shape.itemsize
-        + continues * queries * (width + 1) * 4,
+        steps=pairs.size * heads * sources,
+        pairs=visited,
+        bytes_read=query_bytes + key_bytes + continues * queries * (width + 1) * 4,
         bytes_written=query_bytes + queries * 4,
         mxu_flops=2 * 2 * entries * width,
         # scale, max, subtract, sum, cast; the output is rescaled once a pair
         vpu_ops=5 * entries + 2 * visited * group * tiles.q_block * width,
         exps=entries,
-    )  # fmt: skip
+    )
 
 
 def tokens_backward_work(
-    shape: Shape, tiles: Tiles, *, causal: bool, chunk: int | None = None, sources: int = 1,
-    grads_itemsize: int = 4, running: bool = False, span: tuple[int, int] | None = None,
-) -> Work:  # fmt: skip
+    shape: Shape,
+    tiles: Tiles,
+    *,
+    causal: bool,
+    chunk: int | None = None,
+    sources: int = 1,
+    grads_itemsize: int = 4,
+    running: bool = False,
+    span: tuple[int, int] | None = None,
+) -> Work:
     """Of the launch for a `span` of query blocks, or of all launches together.
 
     `running`: dk and dv are added to a gradient that is there, of `grads_itemsize` bytes.
@@ -189,11 +202,17 @@ def tokens_backward_work(
     if span is None:
         parts = [
             tokens_backward_work(
-                shape, tiles, causal=causal, chunk=chunk, sources=sources, span=part,
-                grads_itemsize=grads_itemsize, running=running,
+                shape,
+                tiles,
+                causal=causal,
+                chunk=chunk,
+                sources=sources,
+                span=part,
+                grads_itemsize=grads_itemsize,
+                running=running,
             )
             for part in spans
-        ]  # fmt: skip
+        ]
         return Work(*map(sum, zip(*map(dataclasses.astuple, parts), strict=True)))
     q_block, k_block = tiles.q_grad_block, tiles.k_grad_block
     pairs = block_pairs(shape, q_block, k_block, causal=causal, chunk=chunk)[slice(*span)]
@@ -206,16 +225,17 @@ def tokens_backward_work(
     own = shape.itemsize if len(spans) == 1 else 4
     grads = keys * (grads_itemsize if running else own)
     queries = heads * group * (span[1] - span[0]) * q_block
+    query_blocks = heads * fetches(pairs.T, sources, same_source=True)
+    query_bytes = query_blocks * group * q_block * (2 * width * shape.itemsize + 2 * 4)
     return Work(
-        steps=pairs.shape[0] * seen * heads * sources, pairs=visited,
-        bytes_read=heads * fetches(pairs.T, sources, same_source=True) * group * q_block
-        * (2 * width * shape.itemsize + 2 * 4)
-        + keys * shape.itemsize + grads * adds,
+        steps=pairs.shape[0] * seen * heads * sources,
+        pairs=visited,
+        bytes_read=query_bytes + keys * shape.itemsize + grads * adds,
         bytes_written=queries * width * 4 + grads,
         mxu_flops=5 * 2 * entries * width,
         vpu_ops=6 * entries,  # scale, subtract; subtract, multiply; two casts
         exps=entries,
-    )  # fmt: skip
+    )
 
 
 def depth_forward_work(shape: Shape, tiles: Tiles, slots: int, *, last: bool = False) -> Work:
@@ -225,33 +245,44 @@ def depth_forward_work(shape: Shape, tiles: Tiles, slots: int, *, last: bool = F
     blocks = _depth_blocks(shape, tiles.depth_block, tiles.depth_heads)
     width, entries = shape.head_dim, rows * slots
     return Work(
-        steps=blocks * slots, pairs=blocks * slots,
+        steps=blocks * slots,
+        pairs=blocks * slots,
         bytes_read=rows * width * shape.itemsize + slot_bytes(shape, slots),
         bytes_written=rows * width * (shape.itemsize if last else 4) + rows * 4,
         mxu_flops=0,
         # multiply, add; rescale, multiply, add
-        vpu_ops=5 * entries * width + 6 * entries, exps=2 * entries,
-    )  # fmt: skip
+        vpu_ops=5 * entries * width + 6 * entries,
+        exps=2 * entries,
+    )
 
 
 def depth_backward_work(
-    shape: Shape, tiles: Tiles, slots: int, *, grads_itemsize: int, running: bool,
-    continues: bool = False, want_depth: bool = True,
-) -> Work:  # fmt: skip
+    shape: Shape,
+    tiles: Tiles,
+    slots: int,
+    *,
+    grads_itemsize: int,
+    running: bool,
+    continues: bool = False,
+    want_depth: bool = True,
+) -> Work:
     """`running`: adds into a gradient cache. `continues`: adds to the sequence part's dq."""
     rows = shape.batch * shape.q_len * shape.kv_heads * shape.group
     blocks = _depth_blocks(shape, tiles.depth_grad_block, tiles.depth_grad_heads)
     width, entries = shape.head_dim, rows * slots
     grads = slot_bytes(shape, slots) // shape.itemsize * grads_itemsize if want_depth else 0
     return Work(
-        steps=blocks * slots, pairs=blocks * slots,
-        bytes_read=rows * (2 * width * shape.itemsize + 2 * 4) + slot_bytes(shape, slots)
-        + grads * running + rows * width * 4 * continues,
+        steps=blocks * slots,
+        pairs=blocks * slots,
+        bytes_read=rows * (2 * width * shape.itemsize + 2 * 4)
+        + slot_bytes(shape, slots)
+        + grads * running
+        + rows * width * 4 * continues,
         bytes_written=rows * width * shape.itemsize + grads,
         mxu_flops=0,
         vpu_ops=(6 + 4 * want_depth) * entries * width + 4 * entries,
         exps=entries,
-    )  # fmt: skip
+    )
 
 
 def slot_bytes(shape: Shape, slots: int) -> int:

@@ -137,9 +137,10 @@ def choose_tiles(shape: Shape, chunk: int | None = None, *, vmem_bytes: int = VM
         pairs, lambda q, k: tokens_backward_vmem(shape, q, k, min(2 * q, q_all)) <= vmem_bytes
     )
     fitting = [
-        n for n in range(q_block, q_all + q_block, q_block)
+        n
+        for n in range(q_block, q_all + q_block, q_block)
         if tokens_backward_vmem(shape, q_block, k_block, n) <= vmem_bytes
-    ]  # fmt: skip
+    ]
     backward = q_block, k_block, max(fitting, default=q_block)
     heads = [n for n in range(shape.kv_heads, 0, -1) if shape.kv_heads % n == 0]
     depth = [(n, m) for n in (512, 256, 128) if n <= q_all for m in heads]
@@ -190,7 +191,7 @@ def vmem_need(shape: Shape, tiles: Tiles) -> dict[str, int]:
         "depth_backward": depth_backward_vmem(
             shape, tiles.depth_grad_block, tiles.depth_grad_heads
         ),
-    }  # fmt: skip
+    }
 
 
 def _span_of(shape: Shape, tiles: Tiles) -> int:

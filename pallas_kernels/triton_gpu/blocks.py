@@ -68,9 +68,15 @@ def load_row_lse(lse, offset, mask):
 
 @triton.jit
 def token_mask(
-    row_token, key_token, row_segment, key_segment, key_len,
-    CAUSAL: tl.constexpr, CHUNK: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-):  # fmt: skip
+    row_token,
+    key_token,
+    row_segment,
+    key_segment,
+    key_len,
+    CAUSAL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+):
     """[rows, keys]: which keys a row's token may look at. CHUNK 0: there are no chunks."""
     mask = (key_token < key_len)[None, :]
     if CAUSAL:
@@ -134,9 +140,16 @@ def attend_block(
 
 @triton.jit
 def start_softmax(
-    partial_out, partial_lse, base, rows, mask, HAS_PARTIAL: tl.constexpr,
-    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    partial_out,
+    partial_lse,
+    base,
+    rows,
+    mask,
+    HAS_PARTIAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """The state of an online softmax: empty, or of keys that another kernel has attended to."""
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
@@ -150,9 +163,17 @@ def start_softmax(
 
 @triton.jit
 def finish_softmax(
-    out, lse, base, rows, mask, total, maximum, denominator,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    out,
+    lse,
+    base,
+    rows,
+    mask,
+    total,
+    maximum,
+    denominator,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Writes o and lse; o = 0 and lse = -inf where nothing was seen."""
     seen = denominator > 0
     safe = tl.where(seen, denominator, 1.0)

@@ -83,18 +83,23 @@ class Part:
     def constants(self) -> dict[str, Any]:
         query = self.operands.query
         return {
-            "Q_LEN": self.q_len, "KV_HEADS": self.kv_heads, "GROUP": self.group,
-            "HEAD_DIM": query.shape[-1], "WIDTH": max(16, padded(query.shape[-1])),
-            "GROUP_PAD": padded(self.group), "SCALE": self.scale,
+            "Q_LEN": self.q_len,
+            "KV_HEADS": self.kv_heads,
+            "GROUP": self.group,
+            "HEAD_DIM": query.shape[-1],
+            "WIDTH": max(16, padded(query.shape[-1])),
+            "GROUP_PAD": padded(self.group),
+            "SCALE": self.scale,
             # Products of float32 in full; 16-bit operands have one way to be multiplied.
             "PRECISION": "ieee" if query.dtype == jnp.float32 else "tf32",
             "HAS_SEGMENTS": self.operands.query_segments is not None,
-        }  # fmt: skip
+        }
 
     def sequence_constants(self) -> dict[str, Any]:
         return self.constants() | {
-            "K_LEN": self.operands.key.shape[1], "CAUSAL": self.options.is_causal,
-        }  # fmt: skip
+            "K_LEN": self.operands.key.shape[1],
+            "CAUSAL": self.options.is_causal,
+        }
 
     def depth_constants(self, bounds: jax.Array) -> dict[str, Any]:
         return self.constants() | {"BATCH": self.batch, "RANGES": bounds.shape[0] // 2}
@@ -102,9 +107,12 @@ class Part:
     def config(self, kernel: str, override: TileConfig | None) -> TileConfig:
         query = self.operands.query
         return override or tiles.choose(
-            kernel, head_dim=query.shape[-1], group=self.group, dtype=query.dtype,
+            kernel,
+            head_dim=query.shape[-1],
+            group=self.group,
+            dtype=query.dtype,
             is_causal=self.options.is_causal,
-        )  # fmt: skip
+        )
 
     def tokens(self, config: TileConfig) -> int:
         """Query tokens of a tile."""
@@ -144,10 +152,14 @@ def sequence_forward(part: Part, partial: Pair | None, config: TileConfig | None
     out, lse = launch.call(
         sequence_forward_kernel,
         [query, key, value, *part.segments, part.met_by_queries(config), *before],
-        part.out_shapes(query.dtype), part.row_grid(config), config,
-        **part.sequence_constants(), HAS_PARTIAL=partial is not None,
-        BLOCK_T=part.tokens(config), BLOCK_N=config.keys,
-    )  # fmt: skip
+        part.out_shapes(query.dtype),
+        part.row_grid(config),
+        config,
+        **part.sequence_constants(),
+        HAS_PARTIAL=partial is not None,
+        BLOCK_T=part.tokens(config),
+        BLOCK_N=config.keys,
+    )
     return out, lse
 
 
@@ -160,10 +172,14 @@ def depth_forward(
     config = part.config("depth_forward", config)
     query, _, _, depth_key, depth_value = part.operands[:5]
     out, lse = launch.call(
-        depth_forward_kernel, [query, depth_key, depth_value, bounds, part.segments[0]],
-        part.out_shapes(out_dtype), part.slot_grid(config), config,
-        **part.depth_constants(bounds), **part.slot_blocks(config),
-    )  # fmt: skip
+        depth_forward_kernel,
+        [query, depth_key, depth_value, bounds, part.segments[0]],
+        part.out_shapes(out_dtype),
+        part.slot_grid(config),
+        config,
+        **part.depth_constants(bounds),
+        **part.slot_blocks(config),
+    )
     return out, lse
 
 
@@ -176,11 +192,16 @@ def chunk_forward(
     config = part.config("chunk_forward", config)
     query, _, _, depth_key, depth_value = part.operands[:5]
     out, lse = launch.call(
-        chunk_forward_kernel, [query, depth_key, depth_value, bounds, part.segments[0]],
-        part.out_shapes(out_dtype), part.row_grid(config), config,
-        **part.depth_constants(bounds), CHUNK=part.options.depth_chunk,
-        BLOCK_T=part.tokens(config), BLOCK_N=config.keys,
-    )  # fmt: skip
+        chunk_forward_kernel,
+        [query, depth_key, depth_value, bounds, part.segments[0]],
+        part.out_shapes(out_dtype),
+        part.row_grid(config),
+        config,
+        **part.depth_constants(bounds),
+        CHUNK=part.options.depth_chunk,
+        BLOCK_T=part.tokens(config),
+        BLOCK_N=config.keys,
+    )
     return out, lse
 
 
@@ -194,9 +215,12 @@ def sequence_dkv(part: Part, rows: Rows, config: TileConfig | None = None) -> Pa
         sequence_dkv_kernel,
         [rows.query, key, value, *rows[1:], *part.segments, part.met_by_keys(config)],
         [_like(key.shape, key.dtype), _like(value.shape, value.dtype)],
-        (-(-key.shape[1] // config.keys), part.kv_heads, part.batch), config,
-        **part.sequence_constants(), BLOCK_T=part.tokens(config), BLOCK_N=config.keys,
-    )  # fmt: skip
+        (-(-key.shape[1] // config.keys), part.kv_heads, part.batch),
+        config,
+        **part.sequence_constants(),
+        BLOCK_T=part.tokens(config),
+        BLOCK_N=config.keys,
+    )
     return d_key, d_value
 
 
@@ -212,10 +236,14 @@ def sequence_dq(
     (d_query,) = launch.call(
         sequence_dq_kernel,
         [rows.query, key, value, *rows[1:], *part.segments, part.met_by_queries(config), before],
-        [_like(rows.query.shape, rows.query.dtype)], part.row_grid(config), config,
-        **part.sequence_constants(), HAS_PARTIAL=partial_dq is not None,
-        BLOCK_T=part.tokens(config), BLOCK_N=config.keys,
-    )  # fmt: skip
+        [_like(rows.query.shape, rows.query.dtype)],
+        part.row_grid(config),
+        config,
+        **part.sequence_constants(),
+        HAS_PARTIAL=partial_dq is not None,
+        BLOCK_T=part.tokens(config),
+        BLOCK_N=config.keys,
+    )
     return d_query
 
 
@@ -239,11 +267,18 @@ def depth_backward(
     static = part.operands.depth_length is None and part.options.depth_window is None
     d_query, *d_depth = launch.call(
         depth_backward_kernel,
-        [*rows, depth_key, depth_value, bounds, part.segments[0], *old], [dq, *new],
-        part.slot_grid(config), config, aliases=aliases, **part.depth_constants(bounds),
-        SLOTS=depth_key.shape[0], ALL_SLOTS=static, WANT_DEPTH=want_depth, ADD=bool(aliases),
+        [*rows, depth_key, depth_value, bounds, part.segments[0], *old],
+        [dq, *new],
+        part.slot_grid(config),
+        config,
+        aliases=aliases,
+        **part.depth_constants(bounds),
+        SLOTS=depth_key.shape[0],
+        ALL_SLOTS=static,
+        WANT_DEPTH=want_depth,
+        ADD=bool(aliases),
         **part.slot_blocks(config),
-    )  # fmt: skip
+    )
     return d_query, (d_depth[0], d_depth[1]) if want_depth else None
 
 
@@ -282,11 +317,16 @@ def chunk_dq(
     config = part.config("chunk_dq", config)
     depth_key, depth_value = part.operands.depth_key, part.operands.depth_value
     (d_query,) = launch.call(
-        chunk_dq_kernel, [*rows, depth_key, depth_value, bounds, part.segments[0]],
-        [_like(rows.query.shape, dq_dtype)], part.row_grid(config), config,
-        **part.depth_constants(bounds), CHUNK=part.options.depth_chunk,
-        BLOCK_T=part.tokens(config), BLOCK_N=config.keys,
-    )  # fmt: skip
+        chunk_dq_kernel,
+        [*rows, depth_key, depth_value, bounds, part.segments[0]],
+        [_like(rows.query.shape, dq_dtype)],
+        part.row_grid(config),
+        config,
+        **part.depth_constants(bounds),
+        CHUNK=part.options.depth_chunk,
+        BLOCK_T=part.tokens(config),
+        BLOCK_N=config.keys,
+    )
     return d_query
 
 
@@ -304,9 +344,17 @@ def chunk_dkv(
     slots, batch, length, kv_heads, _ = depth_key.shape
     old, new, aliases = _running(part, depth_grads, True, first_input=8, first_output=0)
     d_key, d_value = launch.call(
-        chunk_dkv_kernel, [*rows, depth_key, depth_value, bounds, part.segments[0], *old], new,
-        (-(-length // config.keys) * slots, kv_heads, batch), config, aliases=aliases,
-        **part.depth_constants(bounds), SLOTS=slots, CHUNK=part.options.depth_chunk,
-        ADD=bool(aliases), BLOCK_T=part.tokens(config), BLOCK_N=config.keys,
-    )  # fmt: skip
+        chunk_dkv_kernel,
+        [*rows, depth_key, depth_value, bounds, part.segments[0], *old],
+        new,
+        (-(-length // config.keys) * slots, kv_heads, batch),
+        config,
+        aliases=aliases,
+        **part.depth_constants(bounds),
+        SLOTS=slots,
+        CHUNK=part.options.depth_chunk,
+        ADD=bool(aliases),
+        BLOCK_T=part.tokens(config),
+        BLOCK_N=config.keys,
+    )
     return d_key, d_value

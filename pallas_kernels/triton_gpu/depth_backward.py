@@ -28,10 +28,19 @@ def store_gradient(
 
 @triton.jit
 def zero_slots(
-    d_key, d_value, start, stop, first, LENGTH: tl.constexpr, BATCH: tl.constexpr,
-    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
+    d_key,
+    d_value,
+    start,
+    stop,
+    first,
+    LENGTH: tl.constexpr,
+    BATCH: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
-):  # fmt: skip
+):
     """The gradients of slots that nobody sees."""
     zeros = tl.zeros([BLOCK_T * BLOCK_S, WIDTH], tl.float32)
     for slot in range(start, stop, BLOCK_S):
@@ -44,14 +53,37 @@ def zero_slots(
 
 @triton.jit
 def depth_backward_kernel(
-    query, d_out, lse, delta, depth_key, depth_value, bounds, query_segments, old_dk, old_dv,
-    d_query, d_depth_key, d_depth_value,
-    Q_LEN: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr, KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP_PAD: tl.constexpr,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    RANGES: tl.constexpr, ALL_SLOTS: tl.constexpr, WANT_DEPTH: tl.constexpr,
-    ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    query,
+    d_out,
+    lse,
+    delta,
+    depth_key,
+    depth_value,
+    bounds,
+    query_segments,
+    old_dk,
+    old_dv,
+    d_query,
+    d_depth_key,
+    d_depth_value,
+    Q_LEN: tl.constexpr,
+    BATCH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    RANGES: tl.constexpr,
+    ALL_SLOTS: tl.constexpr,
+    WANT_DEPTH: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """Program (tile and key/value head, batch): reads each slot once, writes each gradient once.
 
     ADD: the gradients are added to `old_dk` and `old_dv`, which the outputs alias; else slots that
@@ -103,11 +135,31 @@ def depth_backward_kernel(
         begin = 0
         for i in tl.static_range(RANGES):
             zero_slots(
-                new_dk, new_dv, begin, tl.load(bounds + 2 * i), first, Q_LEN, BATCH, KV_HEADS,
-                HEAD_DIM, WIDTH, BLOCK_T, BLOCK_S,
-            )  # fmt: skip
+                new_dk,
+                new_dv,
+                begin,
+                tl.load(bounds + 2 * i),
+                first,
+                Q_LEN,
+                BATCH,
+                KV_HEADS,
+                HEAD_DIM,
+                WIDTH,
+                BLOCK_T,
+                BLOCK_S,
+            )
             begin = tl.load(bounds + 2 * i + 1)
         zero_slots(
-            new_dk, new_dv, begin, SLOTS, first, Q_LEN, BATCH, KV_HEADS, HEAD_DIM, WIDTH, BLOCK_T,
+            new_dk,
+            new_dv,
+            begin,
+            SLOTS,
+            first,
+            Q_LEN,
+            BATCH,
+            KV_HEADS,
+            HEAD_DIM,
+            WIDTH,
+            BLOCK_T,
             BLOCK_S,
-        )  # fmt: skip
+        )

@@ -84,17 +84,24 @@ def call(
       constants: the kernel's `tl.constexpr` arguments.
     """
     if platforms.current() == "cpu":
-        host = functools.partial(_interpret, kernel, tuple(outputs), grid, dict(aliases or {}),
-                                 constants)  # fmt: skip
+        host = functools.partial(
+            _interpret, kernel, tuple(outputs), grid, dict(aliases or {}), constants
+        )
         return list(jax.pure_callback(host, tuple(outputs), *inputs, vmap_method="sequential"))
     import jax_triton
 
     name = tiles.architecture()
     results = jax_triton.triton_call(
-        *inputs, kernel=kernel, out_shape=list(outputs), grid=grid, num_warps=config.num_warps,
-        num_stages=config.num_stages, input_output_aliases=dict(aliases or {}),
-        compute_capability=int(name[3:]) if name.startswith("sm_") else None, **constants,
-    )  # fmt: skip
+        *inputs,
+        kernel=kernel,
+        out_shape=list(outputs),
+        grid=grid,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        input_output_aliases=dict(aliases or {}),
+        compute_capability=int(name[3:]) if name.startswith("sm_") else None,
+        **constants,
+    )
     # Where a result goes straight into a stacked array (a scan that keeps lse), XLA would fuse a
     # second copy of the kernel with the update, and run both.
     return list(jax.lax.optimization_barrier(results))
@@ -138,8 +145,10 @@ class _HostArray:
 def _interpret(kernel: Any, outputs: Any, grid: Any, aliases: Any, constants: Any, *inputs: Any):
     """The kernel's programs one after another; memory that it does not write is garbage."""
     arrays = [np.array(x) for x in inputs]
-    results = [np.frombuffer(b"\xff" * (x.size * x.dtype.itemsize), x.dtype).reshape(x.shape).copy()
-               for x in outputs]  # fmt: skip
+    results = [
+        np.frombuffer(b"\xff" * (x.size * x.dtype.itemsize), x.dtype).reshape(x.shape).copy()
+        for x in outputs
+    ]
     for source, target in aliases.items():
         results[target] = arrays[source]
     with np.errstate(all="ignore"):

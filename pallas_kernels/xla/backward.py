@@ -54,10 +54,12 @@ def backward(
     kv_heads = num_kv_heads(operands)
     delta = row_delta(out, lse, d_out, d_lse)
     safe_lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
-    rows = _Rows(*(
-        tiles.to_heads_first(x, kv_heads)
-        for x in (operands.query, d_out.astype(operands.query.dtype), safe_lse, delta)
-    ))  # fmt: skip
+    rows = _Rows(
+        *(
+            tiles.to_heads_first(x, kv_heads)
+            for x in (operands.query, d_out.astype(operands.query.dtype), safe_lse, delta)
+        )
+    )
     d_query = jnp.zeros(rows.query.shape, delta.dtype)
     d_key = d_value = None
     d_depth_key, d_depth_value = (None, None) if depth_grads is None else depth_grads
@@ -68,10 +70,17 @@ def backward(
         )
     if operands.key is not None:
         d_query, d_key, d_value = tokens_backward(
-            rows, d_query, operands.key, operands.value, query_tokens(operands),
-            key_tokens(operands), scale=options.scale, causal=options.is_causal, chunk=None,
+            rows,
+            d_query,
+            operands.key,
+            operands.value,
+            query_tokens(operands),
+            key_tokens(operands),
+            scale=options.scale,
+            causal=options.is_causal,
+            chunk=None,
             offset_known=operands.query_offset is None,
-        )  # fmt: skip
+        )
         d_key, d_value = d_key.astype(operands.key.dtype), d_value.astype(operands.key.dtype)
     d_query = tiles.to_tokens_first(d_query).astype(operands.query.dtype)
     return Gradients(d_query, d_key, d_value, d_depth_key, d_depth_value)
@@ -175,10 +184,17 @@ def _chunks(rows: _Rows, operands: Operands, options: Options, grads):
     def body(slot, grads):
         d_query, d_depth_key, d_depth_value = grads
         d_query, d_key, d_value = tokens_backward(
-            rows, d_query, operands.depth_key[slot], operands.depth_value[slot],
-            query_tokens(operands), depth_tokens(operands, chunk), scale=options.scale,
-            causal=True, chunk=chunk, offset_known=operands.query_offset is None,
-        )  # fmt: skip
+            rows,
+            d_query,
+            operands.depth_key[slot],
+            operands.depth_value[slot],
+            query_tokens(operands),
+            depth_tokens(operands, chunk),
+            scale=options.scale,
+            causal=True,
+            chunk=chunk,
+            offset_known=operands.query_offset is None,
+        )
         return (
             d_query,
             _add_slot(d_depth_key, slot, d_key),

@@ -48,10 +48,18 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
         state = attend(state, query, operands, options)
     if operands.key is not None:
         state = attend_tokens(
-            state, query, operands.key, operands.value, query_tokens(operands),
-            key_tokens(operands), scale=options.scale, causal=options.is_causal, chunk=None,
-            offset_known=operands.query_offset is None, kv_length=operands.kv_length,
-        )  # fmt: skip
+            state,
+            query,
+            operands.key,
+            operands.value,
+            query_tokens(operands),
+            key_tokens(operands),
+            scale=options.scale,
+            causal=options.is_causal,
+            chunk=None,
+            offset_known=operands.query_offset is None,
+            kv_length=operands.kv_length,
+        )
     seen = state.denominator > 0
     denominator = jnp.where(seen, state.denominator, 1.0)
     out = state.total / denominator[..., None]
@@ -123,13 +131,16 @@ def attend_tokens(
         if kv_length is not None:  # unwritten cache rows may be NaN, and 0 * NaN is NaN
             value_tile = jnp.where(key_here.valid[:, None, :, None], value_tile, 0)
         new = _update(
-            here, scores,
+            here,
+            scores,
             lambda p: tiles.dot("bktgs,bksh->bktgh", p.astype(value.dtype), value_tile),
-        )  # fmt: skip
-        return Softmax(*(
-            jax.lax.dynamic_update_slice_in_dim(old, x, i * q_block, 2)
-            for old, x in zip(state, new, strict=True)
-        ))  # fmt: skip
+        )
+        return Softmax(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(old, x, i * q_block, 2)
+                for old, x in zip(state, new, strict=True)
+            )
+        )
 
     state = tiles.for_each_pair(schedule, num_pairs, body, state)
     return Softmax(*(x[:, :, :q_len] for x in state))
@@ -165,9 +176,17 @@ def _attend_chunks(state: Softmax, query: jax.Array, operands: Operands, options
     def body(slot, state: Softmax) -> Softmax:
         key, value = operands.depth_key[slot], operands.depth_value[slot]
         return attend_tokens(
-            state, query, key, value, query_tokens(operands), depth_tokens(operands, chunk),
-            scale=options.scale, causal=True, chunk=chunk,
-            offset_known=operands.query_offset is None, kv_length=None,
-        )  # fmt: skip
+            state,
+            query,
+            key,
+            value,
+            query_tokens(operands),
+            depth_tokens(operands, chunk),
+            scale=options.scale,
+            causal=True,
+            chunk=chunk,
+            offset_known=operands.query_offset is None,
+            kv_length=None,
+        )
 
     return tiles.for_each_slot(visible_slots(operands, options), body, state)
