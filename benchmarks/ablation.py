@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.ablation_steps import STEPS, Arrays, Step, flatten, unflatten
+from benchmarks.ablation_steps import STEPS, AblationStep, Arrays, flatten, unflatten
 from benchmarks.attention import make_inputs, ours, with_gradients
 from benchmarks.shapes import SMOKE, TABLE_7, Shape
 from benchmarks.timing import milliseconds
@@ -82,7 +82,7 @@ def _compile(function: Callable[..., Any], arrays: Arrays, d_out: jax.Array) -> 
     return jax.jit(function).lower(arrays, d_out).compile()
 
 
-def _without_gradients(step: Step) -> Callable[..., Any]:
+def _without_gradients(step: AblationStep) -> Callable[..., Any]:
     """The compiler drops the backward, which nothing depends on."""
     return lambda arrays, d_out: step.run(arrays, d_out)[0]
 
@@ -95,7 +95,7 @@ def reference(arrays: Arrays, d_out: jax.Array) -> list[np.ndarray]:
     return [np.asarray(x) for x in (out, *grads)]
 
 
-def worst_error(step: Step, got: Any, expected: list[np.ndarray], shape: Shape) -> float:
+def worst_error(step: AblationStep, got: Any, expected: list[np.ndarray], shape: Shape) -> float:
     """The largest relative error of o and the gradients."""
     out, grads = got
     if step.flat:

@@ -90,7 +90,7 @@ def compile_ours(head_dim: int, device: Any) -> dict[str, tuple[str, float]]:
     shapes = _shapes(head_dim, device, heads_first=False)
     with platforms.compiling_for("tpu"):
         jax.jit(_gradient(moda_attention)).lower(*shapes).compile()
-    shape = schedule.Shape(1, TOKENS, TOKENS, KV_HEADS, HEADS // KV_HEADS, head_dim, itemsize=2)
+    shape = schedule.CallShape(1, TOKENS, TOKENS, KV_HEADS, HEADS // KV_HEADS, head_dim, itemsize=2)
     tiles = schedule.choose_tiles(shape)
     return {
         "forward": ("moda_tokens_forward", BLOCK**2 / (tiles.q_block * tiles.k_block)),

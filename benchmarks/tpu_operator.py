@@ -240,7 +240,7 @@ def _vmem(call: Call) -> dict[str, int]:
     """Bytes of VMEM by kernel, of `common.VMEM_LIMIT`; the compiler refuses a kernel over it."""
     from pallas_kernels.mosaic_tpu import schedule
 
-    shape = schedule.Shape(
+    shape = schedule.CallShape(
         call.batch,
         call.tokens,
         call.tokens,

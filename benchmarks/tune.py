@@ -166,13 +166,17 @@ def triton_kernels() -> Kernels:
 
 def kernels() -> dict[str, Kernel]:
     """The kernels of mosaic_gpu; imported here, where a GPU is needed."""
-    from pallas_kernels.mosaic_gpu.depth_backward import depth_backward
-    from pallas_kernels.mosaic_gpu.depth_forward import depth_forward
-    from pallas_kernels.mosaic_gpu.depth_tiles import DepthConfig
-    from pallas_kernels.mosaic_gpu.forward import attend
-    from pallas_kernels.mosaic_gpu.forward_tiles import forward_config
-    from pallas_kernels.mosaic_gpu.sequence_backward import Depth, fuses, sequence_backward
-    from pallas_kernels.mosaic_gpu.sequence_tiles import sequence_backward_config
+    from pallas_kernels.mosaic_gpu.depth.backward import depth_backward
+    from pallas_kernels.mosaic_gpu.depth.forward import depth_forward
+    from pallas_kernels.mosaic_gpu.depth.tiles import DepthConfig
+    from pallas_kernels.mosaic_gpu.fused_forward.attend import attend
+    from pallas_kernels.mosaic_gpu.row_tiles import forward_config
+    from pallas_kernels.mosaic_gpu.sequence_backward.backward import (
+        DepthPart,
+        fuses,
+        sequence_backward,
+    )
+    from pallas_kernels.mosaic_gpu.sequence_backward.tiles import sequence_backward_config
 
     def slots(shape: Shape) -> np.ndarray:
         return np.asarray([0, shape.slots, shape.slots, shape.slots], np.int32)
@@ -193,7 +197,7 @@ def kernels() -> dict[str, Kernel]:
         (query, key, value, *depth), d_out = make_inputs(shape)
 
         def backward(query, key, value, d_out, lse, delta, depth_key, depth_value):
-            part = Depth(depth_key, depth_value, slots(shape))
+            part = DepthPart(depth_key, depth_value, slots(shape))
             fused = fuses(query, key, part, is_causal=True, config=config)
             function = scaled(
                 sequence_backward,

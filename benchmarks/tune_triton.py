@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.attention import make_inputs
 from benchmarks.shapes import Shape
 from benchmarks.tune import Kernel
+from pallas_kernels.contract import ArrayPair
 from pallas_kernels.operands import Operands, Options
 from pallas_kernels.triton_gpu import calls, tiles
 
@@ -35,22 +36,24 @@ def _with(
 
     def run(query: jax.Array, pair: Arrays, *rest: jax.Array) -> Any:
         both = (None, None, *pair) if depth else (*pair, None, None)
-        part = calls.Part(Operands(query, *both), Options(scale), scale)
-        given = [calls.Rows(query, rest[0], rest[1], rest[1])] if backward else []
+        part = calls.KernelCall(Operands(query, *both), Options(scale), scale)
+        given = [calls.QueryRows(query, rest[0], rest[1], rest[1])] if backward else []
         return call(part, *given, *([bounds] if depth else []), config=config)
 
     pair = tuple(slots) if depth else (key, value)
     return run, (query, pair, *((d_out, rows) if backward else ()))
 
 
-def _forward_after_slots(part: calls.Part, config: tiles.TileConfig) -> calls.Pair:
+def _forward_after_slots(part: calls.KernelCall, config: tiles.TileConfig) -> ArrayPair:
     """The sequence's forward, going on from a softmax over slots, as in calls that have them."""
     shape = part.operands.query.shape
     partial = jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:3], jnp.float32)
     return calls.sequence_forward(part, partial, config)
 
 
-def _dq_after_slots(part: calls.Part, rows: calls.Rows, config: tiles.TileConfig) -> jax.Array:
+def _dq_after_slots(
+    part: calls.KernelCall, rows: calls.QueryRows, config: tiles.TileConfig
+) -> jax.Array:
     """The sequence's dq, added to the slots'."""
     partial_dq = jnp.zeros(part.operands.query.shape, jnp.float32)
     return calls.sequence_dq(part, rows, partial_dq, config)

@@ -55,7 +55,7 @@ class KeptLayers(NamedTuple):
     rows: jax.Array  # [R, B, K, X] float32: lse and delta, in an order that is the backend's own
 
 
-class Tokens(NamedTuple):
+class MaskTokens(NamedTuple):
     """What a mask needs to know of the query or key tokens."""
 
     position: jax.Array  # [B or 1, T] int32
@@ -91,22 +91,22 @@ def _positions(batch_offset: jax.Array | None, length: int) -> jax.Array:
     return positions if batch_offset is None else batch_offset[:, None] + positions
 
 
-def query_tokens(operands: Operands) -> Tokens:
+def query_tokens(operands: Operands) -> MaskTokens:
     """Query i stands at query_offset + i; a query in segment 0 is padding and sees nothing."""
     segment = operands.query_segments
     position = _positions(operands.query_offset, operands.query.shape[1])
-    return Tokens(position, segment, None if segment is None else segment != 0)
+    return MaskTokens(position, segment, None if segment is None else segment != 0)
 
 
-def key_tokens(operands: Operands) -> Tokens:
+def key_tokens(operands: Operands) -> MaskTokens:
     """Sequence keys: position is the index; those at or after kv_length are invisible."""
     assert operands.key is not None
     position = _positions(None, operands.key.shape[1])
     valid = None if operands.kv_length is None else position < operands.kv_length[:, None]
-    return Tokens(position, operands.key_segments, valid)
+    return MaskTokens(position, operands.key_segments, valid)
 
 
-def depth_tokens(operands: Operands, chunk: int) -> Tokens:
+def depth_tokens(operands: Operands, chunk: int) -> MaskTokens:
     """Chunk-visible depth keys: index 0 stands at the start of the first query's chunk."""
     assert operands.depth_key is not None
     batch_size, length = operands.depth_key.shape[1:3]
@@ -116,11 +116,11 @@ def depth_tokens(operands: Operands, chunk: int) -> Tokens:
     segment = operands.key_segments
     if segment is None or start is None:
         # Without an offset the depth axis is the query axis, and so are its segments.
-        return Tokens(position, None if segment is None else operands.query_segments, None)
+        return MaskTokens(position, None if segment is None else operands.query_segments, None)
     if operands.key is not None:
         index = jnp.minimum(position, segment.shape[1] - 1)
         segment = jnp.take_along_axis(segment, jnp.broadcast_to(index, (batch_size, length)), 1)
-    return Tokens(position, segment, None)
+    return MaskTokens(position, segment, None)
 
 
 def visible_slots(

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.operands import (
+    MaskTokens,
     Operands,
     Options,
-    Tokens,
     accumulator_dtype,
     depth_tokens,
     key_tokens,
@@ -64,7 +64,9 @@ def _log_sum_exp(scores: jax.Array) -> jax.Array:
     return jnp.where(seen, jax.nn.logsumexp(safe, axis=-1), -jnp.inf)
 
 
-def _token_mask(query: Tokens, key: Tokens, *, causal: bool, chunk: int | None) -> jax.Array:
+def _token_mask(
+    query: MaskTokens, key: MaskTokens, *, causal: bool, chunk: int | None
+) -> jax.Array:
     """[B, 1, 1, Tq, Tk]: which tokens a query may look at."""
     q_pos, k_pos = query.position[:, :, None], key.position[:, None, :]
     mask = k_pos <= q_pos if causal else jnp.full_like(k_pos <= q_pos, True)

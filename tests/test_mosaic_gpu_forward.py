@@ -10,8 +10,8 @@ from tolerances import LSE_RELATIVE, RELATIVE
 
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.forward import attend
-from pallas_kernels.mosaic_gpu.forward_tiles import ForwardConfig, forward_config, tile_heads
+from pallas_kernels.mosaic_gpu.fused_forward.attend import attend
+from pallas_kernels.mosaic_gpu.row_tiles import ForwardConfig, forward_config, tile_heads
 from pallas_kernels.mosaic_gpu.wgmma import Walk
 from pallas_kernels.segments import segment_bounds
 

@@ -9,8 +9,8 @@ from tolerances import RELATIVE
 
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.sequence_backward import Depth, fuses, sequence_backward
-from pallas_kernels.mosaic_gpu.sequence_tiles import (
+from pallas_kernels.mosaic_gpu.sequence_backward.backward import DepthPart, fuses, sequence_backward
+from pallas_kernels.mosaic_gpu.sequence_backward.tiles import (
     SequenceBackwardConfig,
     sequence_backward_config,
 )
@@ -161,7 +161,7 @@ def with_depth(made, num_slots, slots, running, segments=None):
         running = tuple(jnp.asarray(rng.normal(size=shape), running) for _ in range(2))
         new += np.stack([np.asarray(x, np.float32) for x in running])
     dq = dq + scale * np.einsum("btgs,sbth->btgh", ds, k)
-    return Depth(kd, vd, jnp.asarray(slots, jnp.int32), running), lse, (dq, dk, dv, *new)
+    return DepthPart(kd, vd, jnp.asarray(slots, jnp.int32), running), lse, (dq, dk, dv, *new)
 
 
 @needs_mosaic
@@ -218,7 +218,7 @@ def test_which_calls_are_fused():
         slots = jax.ShapeDtypeStruct((4, 1, 64, 1, head_dim), jnp.bfloat16)
         if running is not None:
             running = (jax.ShapeDtypeStruct(slots.shape, running),) * 2
-        return fuses(query, key, Depth(slots, slots, None, running, want), is_causal=True)
+        return fuses(query, key, DepthPart(slots, slots, None, running, want), is_causal=True)
 
     assert [g for g in (1, 2, 3, 4, 6, 8, 16) if fused(g)] == [1, 2, 4, 8]
     assert fused(16, want=False)

@@ -236,7 +236,7 @@ def test_needed_and_unmasked_are_what_the_mask_says(causal, chunk):
 @pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (8, 2), (8, 8), (1, 32), (40, 1)])
 def test_tiles_fit(kv_heads, group, head_dim, itemsize):
     for length in (1, 129, 4096, 65536):
-        shape = schedule.Shape(2, length, length, kv_heads, group, head_dim, itemsize)
+        shape = schedule.CallShape(2, length, length, kv_heads, group, head_dim, itemsize)
         if group * head_dim * itemsize > 2**13:
             continue  # 32 heads of 256 on one key head do not fit, see below
         tiles = schedule.choose_tiles(shape)
@@ -247,10 +247,10 @@ def test_tiles_fit(kv_heads, group, head_dim, itemsize):
 
 
 def test_tiles_that_do_not_fit_are_named():
-    shape = schedule.Shape(1, 512, 512, 1, 64, 256, 4)
+    shape = schedule.CallShape(1, 512, 512, 1, 64, 256, 4)
     with pytest.raises(ValueError, match="mosaic_tpu .*: expected blocks of at most"):
         schedule.choose_tiles(shape)
-    small = schedule.Shape(1, 512, 512, 4, 1, 64, 2)
+    small = schedule.CallShape(1, 512, 512, 4, 1, 64, 2)
     with schedule.override(depth_heads=3), pytest.raises(ValueError, match="divisor of 4, got 3"):
         schedule.choose_tiles(small)
 

@@ -7,7 +7,7 @@ layers whose queries read them. All are deterministic.
 """
 
 from pallas_kernels.contract import GatheringKernels
-from pallas_kernels.mosaic_gpu.depth_gather import gather_depth_grads, keep_layer
+from pallas_kernels.mosaic_gpu.depth.gather import gather_depth_grads, keep_layer
 from pallas_kernels.mosaic_gpu.operator import (
     backward,
     forward,

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic_gpu.forward import attend
-from pallas_kernels.mosaic_gpu.sequence_backward import sequence_backward
+from pallas_kernels.mosaic_gpu.fused_forward.attend import attend
+from pallas_kernels.mosaic_gpu.sequence_backward.backward import sequence_backward
 from pallas_kernels.operands import Operands, Options, visible_slots
 
 

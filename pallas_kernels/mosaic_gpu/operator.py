@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import platforms
-from pallas_kernels.mosaic_gpu import chunks, depth_gather
-from pallas_kernels.mosaic_gpu.depth_backward import depth_backward
-from pallas_kernels.mosaic_gpu.depth_forward import depth_forward
-from pallas_kernels.mosaic_gpu.forward import attend
-from pallas_kernels.mosaic_gpu.sequence_backward import Depth, fuses, sequence_backward
+from pallas_kernels.mosaic_gpu import chunks
+from pallas_kernels.mosaic_gpu.depth.backward import depth_backward
+from pallas_kernels.mosaic_gpu.depth.forward import depth_forward
+from pallas_kernels.mosaic_gpu.depth.gather import COLUMNS as GATHER_COLUMNS
+from pallas_kernels.mosaic_gpu.fused_forward.attend import attend
+from pallas_kernels.mosaic_gpu.sequence_backward.backward import DepthPart, fuses, sequence_backward
 from pallas_kernels.operands import (
     Gradients,
     Operands,
@@ -138,7 +139,7 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
     depth = None
     if depth_key is not None and depth_key.shape[0] and options.depth_chunk is None:
         slots = _slots(operands, options)
-        depth = Depth(depth_key, depth_value, slots, running, want_depth)
+        depth = DepthPart(depth_key, depth_value, slots, running, want_depth)
     d_query = d_key = d_value = new = None
     rest = depth  # what the sequence part does not take along
     if key is not None:
@@ -174,12 +175,12 @@ def gather_unsupported_reason(operands: Operands) -> str | None:
     length, _, head_dim = operands.query.shape[1:]
     if head_dim not in _HEAD_DIMS:
         return f"gathers for head sizes {_HEAD_DIMS}, not {head_dim}"
-    if length % depth_gather.COLUMNS:
-        return f"gathers for rows of a multiple of {depth_gather.COLUMNS} tokens, not {length}"
+    if length % GATHER_COLUMNS:
+        return f"gathers for rows of a multiple of {GATHER_COLUMNS} tokens, not {length}"
     return None
 
 
-def _sequence(operands: Operands, options: Options, rows: tuple, depth: Depth | None):
+def _sequence(operands: Operands, options: Options, rows: tuple, depth: DepthPart | None):
     """What is left of `depth`, and the gradients of the sequence part and what it took along."""
     query, key, value = operands[:3]
     taken = None
@@ -199,7 +200,7 @@ def _sequence(operands: Operands, options: Options, rows: tuple, depth: Depth | 
     )
 
 
-def _takes_along(operands: Operands, options: Options, depth: Depth) -> bool:
+def _takes_along(operands: Operands, options: Options, depth: DepthPart) -> bool:
     """Whether the sequence part's kernel for dq does the depth part; by shapes and dtypes alone."""
     assert operands.key is not None
     return fuses(operands.query, operands.key, depth, is_causal=options.is_causal)

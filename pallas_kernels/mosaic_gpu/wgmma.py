@@ -80,6 +80,55 @@ def accumulate(total: jax.Array, *products: tuple[jax.Array, Any]) -> jax.Array:
     return pl.run_state(add)(plgpu.ACC.init(total))
 
 
+def two_products(first, second, shape: tuple[int, int], use_first):
+    """a @ b twice, issued together; `use_first` runs beside the second product."""
+    pl, plgpu = common.pallas(), common.mosaic()
+
+    def products(first_acc, second_acc):
+        plgpu.wgmma(first_acc, *first)
+        plgpu.wgmma(second_acc, *second)
+        used = use_first(plgpu.wgmma_accumulator_load(first_acc, wait_n=1))
+        return used, plgpu.wgmma_accumulator_load(second_acc, wait_n=0)
+
+    acc = plgpu.ACC(shape, jnp.float32)
+    return pl.run_scoped(products, acc, acc)
+
+
+def key_products(tiles, shape: tuple[int, int], weights, minus_delta, dk, dv):
+    """dk / scale and dv with a block of queries added: four products, two of which run at a time.
+
+    tiles: keys, values, queries and their do, in shared memory. shape: [keys, queries], transposed
+    as the scores are, of which `weights` makes p. The product of do and v starts from -delta,
+    which else would be subtracted from it.
+    """
+    pl, plgpu = common.pallas(), common.mosaic()
+    k_ref, v_ref, q_ref, do_ref = tiles
+    dtype = q_ref.dtype
+    scores = (k_ref, q_ref.transpose((1, 0)))
+    d_weights = (v_ref, do_ref.transpose((1, 0)))
+    if platforms.interpreted():  # which cannot initialise an accumulator
+        p, dp = two_products(scores, d_weights, shape, weights)
+        ds = p * (dp + minus_delta)
+        dv = accumulate(dv, (p.astype(dtype), do_ref))
+        return accumulate(dk, (ds.astype(dtype), q_ref)), dv
+
+    def update(accs):
+        dk_acc, dv_acc, dp_acc = accs
+
+        def products(s_acc):
+            plgpu.wgmma(s_acc, *scores)
+            plgpu.wgmma(dp_acc, *d_weights)
+            p = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
+            plgpu.wgmma(dv_acc, p.astype(dtype), do_ref)
+            ds = p * plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
+            plgpu.wgmma(dk_acc, ds.astype(dtype), q_ref)
+
+        pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+
+    accs = (plgpu.ACC.init(x) for x in (dk, dv, minus_delta))
+    return pl.run_state(update)(tuple(accs))[:2]
+
+
 def split_roles(
     count: int,
     compute: Callable[[jax.Array], None],

@@ -33,7 +33,7 @@ def tokens_backward(
     sides: blocks.Sides,
     grads: tuple[jax.Array, jax.Array] | None,
     *,
-    shape: schedule.Shape,
+    shape: schedule.CallShape,
     tiles: schedule.Tiles,
     scale: float,
     causal: bool,
@@ -53,7 +53,7 @@ def tokens_backward(
     """
     (_, size), *rest = schedule.query_spans(shape.q_len, tiles)
     spans = 1 + len(rest)
-    plan = blocks.make_plan(
+    plan = blocks.plan_pairs(
         shape, (tiles.q_grad_block, tiles.k_grad_block), sides, causal=causal, chunk=chunk
     )
     plan = dataclasses.replace(plan, q_count=size)
@@ -91,7 +91,7 @@ def tokens_backward(
 
 
 def _launch(
-    plan: blocks.Plan,
+    plan: blocks.PairPlan,
     arrays: tuple[jax.Array, ...],
     slots: jax.Array,
     sides: blocks.Sides,
@@ -99,7 +99,7 @@ def _launch(
     d_query: jax.Array | None,
     grads: Any,
     *,
-    shape: schedule.Shape,
+    shape: schedule.CallShape,
     scale: float,
     want_keys: bool,
     work: schedule.Work,
@@ -182,7 +182,7 @@ def _launch(
     return out["d_query"], (out["d_key"], out["d_value"]) if want_keys else None
 
 
-def _kernel(refs: Any, *, plan: blocks.Plan, scale: float) -> None:
+def _kernel(refs: Any, *, plan: blocks.PairPlan, scale: float) -> None:
     b, s, j, i = (pl.program_id(axis) for axis in (0, 2, 3, 4))
     count = common.count_slots(refs.slots)
     entry = b * plan.k_count + j
@@ -231,7 +231,9 @@ def put(new: Any, old: Any, gradient: jax.Array) -> None:
     new[...] = gradient.astype(new.dtype)
 
 
-def _add_block(refs: Any, plan: blocks.Plan, at: blocks.Pair, scale: float, *, masked: bool):
+def _add_block(
+    refs: Any, plan: blocks.PairPlan, at: blocks.BlockPair, scale: float, *, masked: bool
+):
     key, value = refs.key[...], refs.value[...]
     visible = blocks.mask(plan, refs, at) if masked else None
     q_start, k_start = at.q_block * plan.q_block, at.k_block * plan.k_block

@@ -28,7 +28,7 @@ class Sides(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PairPlan:
     """The static part: sizes and kinds of masks."""
 
     q_len: int
@@ -55,18 +55,18 @@ class Plan:
         return self.q_len % self.q_block != 0
 
 
-def make_plan(
-    shape: schedule.Shape,
+def plan_pairs(
+    shape: schedule.CallShape,
     blocks: tuple[int, int],
     sides: Sides,
     *,
     causal: bool,
     chunk: int | None,
     k_step: int = 0,
-) -> Plan:
+) -> PairPlan:
     """blocks: tokens of a query and of a key block. k_step: 0 where there is none."""
     q_block, k_block = blocks
-    return Plan(
+    return PairPlan(
         shape.q_len,
         shape.k_len,
         q_block,
@@ -83,7 +83,7 @@ def make_plan(
 
 
 def block_scalars(
-    plan: Plan,
+    plan: PairPlan,
     sides: Sides,
     batch: int,
     *,
@@ -150,7 +150,7 @@ def block_scalars(
     return rows | ids | hull | end
 
 
-def _bounds(plan: Plan, q_block, k_block, *, q_offset, k_base, k_stop):
+def _bounds(plan: PairPlan, q_block, k_block, *, q_offset, k_base, k_stop):
     """Positions [start, stop) of a query and a key block, from their indices."""
     q_start, k_start = q_block * plan.q_block, k_block * plan.k_block
     q_stop = jnp.minimum(q_start + plan.q_block, plan.q_len)
@@ -177,7 +177,7 @@ def hull_index(step: Any, entry: Any, scalars: Any) -> Any:
     return jnp.maximum(jnp.minimum(first + step, last), 0)
 
 
-class Pair(NamedTuple):
+class BlockPair(NamedTuple):
     """One grid step of a tokens kernel, seen from inside: scalars."""
 
     row: Any
@@ -191,7 +191,7 @@ class Pair(NamedTuple):
     unmasked: Any
 
 
-def pair(plan: Plan, scalars: Any, row: Any, q_step: Any, k_block: Any) -> Pair:
+def pair(plan: PairPlan, scalars: Any, row: Any, q_step: Any, k_block: Any) -> BlockPair:
     """Whether the pair has to be computed, and whether without a mask."""
     q_block = q_step + scalars.span[0] * plan.q_count
     bounds = _bounds(
@@ -218,10 +218,10 @@ def pair(plan: Plan, scalars: Any, row: Any, q_step: Any, k_block: Any) -> Pair:
         k_low, k_high, k_only = (scalars.k_ids[3 * k_entry + n] for n in range(3))
         needed &= (q_low <= k_high) & (k_low <= q_high)
         unmasked &= q_only == k_only
-    return Pair(row, q_step, q_block, k_block, needed, unmasked)
+    return BlockPair(row, q_step, q_block, k_block, needed, unmasked)
 
 
-def mask(plan: Plan, refs: Any, at: Pair) -> jax.Array:
+def mask(plan: PairPlan, refs: Any, at: BlockPair) -> jax.Array:
     """[k_block, q_block] bool: which keys (rows) the queries (columns) see."""
     shape = (plan.k_block, plan.q_block)
     k_index = at.k_block * plan.k_block + lax.broadcasted_iota(jnp.int32, shape, 0)
@@ -240,13 +240,13 @@ def mask(plan: Plan, refs: Any, at: Pair) -> jax.Array:
     return visible
 
 
-def _as_column(row: jax.Array, plan: Plan) -> jax.Array:
+def _as_column(row: jax.Array, plan: PairPlan) -> jax.Array:
     """[1, k_block] -> [k_block, q_block], constant along the lanes."""
     square = jnp.broadcast_to(row, (schedule.LANES, plan.k_block)).T
     return jnp.tile(square, (1, plan.q_block // schedule.LANES))
 
 
-def chunk_starts(plan: Plan, sides: Sides, batch: int) -> jax.Array | None:
+def chunk_starts(plan: PairPlan, sides: Sides, batch: int) -> jax.Array | None:
     """[B, 1, Tq] int32: position of the first key that a query's chunk contains."""
     if plan.chunk is None:
         return None

@@ -30,7 +30,7 @@ def depth_backward(
     d_query: jax.Array | None,
     grads: tuple[jax.Array, jax.Array] | None,
     *,
-    shape: schedule.Shape,
+    shape: schedule.CallShape,
     tiles: schedule.Tiles,
     scale: float,
     want_depth: bool = True,

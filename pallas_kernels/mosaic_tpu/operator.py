@@ -141,7 +141,7 @@ class _Fold:
     [..., B, ..., T] becomes [..., 1, ..., B·T] where rows would leave most lanes empty: decoding.
     """
 
-    def __init__(self, shape: schedule.Shape):
+    def __init__(self, shape: schedule.CallShape):
         self.batch = shape.batch if shape.q_len < schedule.LANES else 1
         self.shape = shape
         if self.batch > 1:
@@ -167,7 +167,7 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
     head_dim, kv_heads = operands.query.shape[-1], num_kv_heads(operands)
     dtype, key, depth_key = operands.query.dtype, operands.key, operands.depth_key
     delta = row_delta(out, lse, d_out, d_lse)
-    rows = _Rows(
+    rows = _LaneRows(
         _queries(operands.query, kv_heads),
         _queries(d_out.astype(dtype), kv_heads),
         _blind(common.to_lanes(lse, kv_heads)),
@@ -206,7 +206,7 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
     )
 
 
-class _Rows(NamedTuple):
+class _LaneRows(NamedTuple):
     """Of the queries, with tokens in the lanes."""
 
     query: jax.Array  # [B, K, G, H, T]
@@ -271,10 +271,10 @@ def _depth_backward(operands, options, rows, d_query, depth_grads, want_depth):
 # --- shapes, layouts and masks --------------------------------------------------------------------
 
 
-def _shape(operands: Operands, k_len: int) -> schedule.Shape:
+def _shape(operands: Operands, k_len: int) -> schedule.CallShape:
     batch, q_len, heads, head_dim = operands.query.shape
     kv_heads = num_kv_heads(operands)
-    return schedule.Shape(
+    return schedule.CallShape(
         batch,
         q_len,
         k_len,

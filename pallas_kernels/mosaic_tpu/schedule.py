@@ -22,7 +22,7 @@ import numpy as np
 from pallas_kernels.mosaic_tpu.tiles import (
     LANES,
     VMEM_BYTES,
-    Shape,
+    CallShape,
     Tiles,
     check_tiles,
     choose_tiles,
@@ -34,7 +34,7 @@ from pallas_kernels.mosaic_tpu.tiles import (
 __all__ = [
     "LANES",
     "VMEM_BYTES",
-    "Shape",
+    "CallShape",
     "Tiles",
     "Work",
     "block_bounds",
@@ -114,7 +114,7 @@ def block_bounds(count: int, block: int, length: int) -> tuple[np.ndarray, np.nd
 
 
 def block_pairs(
-    shape: Shape, q_block: int, k_block: int, *, causal: bool, chunk: int | None = None
+    shape: CallShape, q_block: int, k_block: int, *, causal: bool, chunk: int | None = None
 ) -> np.ndarray:
     """[query blocks, key blocks] bool: pairs that a tokens kernel computes for each head.
 
@@ -154,7 +154,7 @@ def query_spans(q_len: int, tiles: Tiles) -> list[tuple[int, int]]:
 
 
 def tokens_forward_work(
-    shape: Shape,
+    shape: CallShape,
     tiles: Tiles,
     *,
     causal: bool,
@@ -184,7 +184,7 @@ def tokens_forward_work(
 
 
 def tokens_backward_work(
-    shape: Shape,
+    shape: CallShape,
     tiles: Tiles,
     *,
     causal: bool,
@@ -238,7 +238,7 @@ def tokens_backward_work(
     )
 
 
-def depth_forward_work(shape: Shape, tiles: Tiles, slots: int, *, last: bool = False) -> Work:
+def depth_forward_work(shape: CallShape, tiles: Tiles, slots: int, *, last: bool = False) -> Work:
     """`slots`: visible ones. `last`: no sequence follows, so the output has the query's dtype."""
     tokens = shape.batch * shape.q_len
     rows = tokens * shape.kv_heads * shape.group
@@ -257,7 +257,7 @@ def depth_forward_work(shape: Shape, tiles: Tiles, slots: int, *, last: bool = F
 
 
 def depth_backward_work(
-    shape: Shape,
+    shape: CallShape,
     tiles: Tiles,
     slots: int,
     *,
@@ -285,11 +285,11 @@ def depth_backward_work(
     )
 
 
-def slot_bytes(shape: Shape, slots: int) -> int:
+def slot_bytes(shape: CallShape, slots: int) -> int:
     """Bytes of K and V of that many slots: read once per kernel, whatever G is."""
     tokens = shape.batch * shape.q_len * slots
     return 2 * tokens * shape.kv_heads * shape.head_dim * shape.itemsize
 
 
-def _depth_blocks(shape: Shape, block: int, heads: int) -> int:
+def _depth_blocks(shape: CallShape, block: int, heads: int) -> int:
     return shape.batch * num_blocks(shape.q_len, block) * (shape.kv_heads // heads)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.contract import ArrayPair
 from pallas_kernels.operands import Operands, Options, num_kv_heads
 from pallas_kernels.segments import segment_bounds
 from pallas_kernels.triton_gpu import launch, tiles
@@ -17,10 +18,8 @@ from pallas_kernels.triton_gpu.tiles import TileConfig, padded
 MAX_HEAD_DIM = 128
 MAX_GROUP = 64
 
-Pair = tuple[jax.Array, jax.Array]
 
-
-class Rows(NamedTuple):
+class QueryRows(NamedTuple):
     """What a backward knows of the query rows."""
 
     query: jax.Array  # [B, T, N, H]
@@ -30,7 +29,7 @@ class Rows(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class KernelCall:
     """A call, its sizes and the constants that every kernel takes."""
 
     operands: Operands
@@ -58,7 +57,7 @@ class Part:
         return self.operands.query.shape[1]
 
     @property
-    def segments(self) -> Pair:
+    def segments(self) -> ArrayPair:
         """Of queries and keys; something of the same dtype where there are none."""
         query, key = self.operands.query_segments, self.operands.key_segments
         nothing = jnp.zeros(1, jnp.int32)
@@ -142,7 +141,9 @@ def _nothing(dtype: Any) -> jax.Array:
     return jnp.zeros(1, dtype)
 
 
-def sequence_forward(part: Part, partial: Pair | None, config: TileConfig | None = None) -> Pair:
+def sequence_forward(
+    part: KernelCall, partial: ArrayPair | None, config: TileConfig | None = None
+) -> ArrayPair:
     """(o, lse) over the sequence and, if given, the keys behind `partial` (float32)."""
     from pallas_kernels.triton_gpu.sequence_forward import sequence_forward_kernel
 
@@ -164,8 +165,8 @@ def sequence_forward(part: Part, partial: Pair | None, config: TileConfig | None
 
 
 def depth_forward(
-    part: Part, bounds: jax.Array, out_dtype: Any, config: TileConfig | None = None
-) -> Pair:
+    part: KernelCall, bounds: jax.Array, out_dtype: Any, config: TileConfig | None = None
+) -> ArrayPair:
     """(o, lse) over the visible slots of every query's own token."""
     from pallas_kernels.triton_gpu.depth_forward import depth_forward_kernel
 
@@ -184,8 +185,8 @@ def depth_forward(
 
 
 def chunk_forward(
-    part: Part, bounds: jax.Array, out_dtype: Any, config: TileConfig | None = None
-) -> Pair:
+    part: KernelCall, bounds: jax.Array, out_dtype: Any, config: TileConfig | None = None
+) -> ArrayPair:
     """(o, lse) over the visible slots of the tokens of every query's chunk."""
     from pallas_kernels.triton_gpu.chunk_forward import chunk_forward_kernel
 
@@ -205,7 +206,7 @@ def chunk_forward(
     return out, lse
 
 
-def sequence_dkv(part: Part, rows: Rows, config: TileConfig | None = None) -> Pair:
+def sequence_dkv(part: KernelCall, rows: QueryRows, config: TileConfig | None = None) -> ArrayPair:
     """(dk, dv) of the sequence."""
     from pallas_kernels.triton_gpu.sequence_backward import sequence_dkv_kernel
 
@@ -225,7 +226,10 @@ def sequence_dkv(part: Part, rows: Rows, config: TileConfig | None = None) -> Pa
 
 
 def sequence_dq(
-    part: Part, rows: Rows, partial_dq: jax.Array | None, config: TileConfig | None = None
+    part: KernelCall,
+    rows: QueryRows,
+    partial_dq: jax.Array | None,
+    config: TileConfig | None = None,
 ) -> jax.Array:
     """dq of the sequence, with `partial_dq` (float32) added, in the query's dtype."""
     from pallas_kernels.triton_gpu.sequence_backward import sequence_dq_kernel
@@ -248,15 +252,15 @@ def sequence_dq(
 
 
 def depth_backward(
-    part: Part,
-    rows: Rows,
+    part: KernelCall,
+    rows: QueryRows,
     bounds: jax.Array,
     dq_dtype: Any,
-    depth_grads: Pair | None,
+    depth_grads: ArrayPair | None,
     *,
     want_depth: bool,
     config: TileConfig | None = None,
-) -> tuple[jax.Array, Pair | None]:
+) -> tuple[jax.Array, ArrayPair | None]:
     """(dq in `dq_dtype`; the slots' gradients, in `depth_grads` if given)."""
     from pallas_kernels.triton_gpu.depth_backward import depth_backward_kernel
 
@@ -283,7 +287,12 @@ def depth_backward(
 
 
 def _running(
-    part: Part, depth_grads: Pair | None, want_depth: bool, *, first_input: int, first_output: int
+    part: KernelCall,
+    depth_grads: ArrayPair | None,
+    want_depth: bool,
+    *,
+    first_input: int,
+    first_output: int,
 ) -> tuple[list[jax.Array], list[jax.ShapeDtypeStruct], dict[int, int]]:
     """Inputs, outputs and aliases for the slots' gradients."""
     slots = part.operands.depth_key
@@ -296,21 +305,25 @@ def _running(
 
 
 def chunk_backward(
-    part: Part,
-    rows: Rows,
+    part: KernelCall,
+    rows: QueryRows,
     bounds: jax.Array,
     dq_dtype: Any,
-    depth_grads: Pair | None,
+    depth_grads: ArrayPair | None,
     *,
     want_depth: bool,
-) -> tuple[jax.Array, Pair | None]:
+) -> tuple[jax.Array, ArrayPair | None]:
     """As `depth_backward`, for chunk-visible slots."""
     d_query = chunk_dq(part, rows, bounds, dq_dtype)
     return d_query, chunk_dkv(part, rows, bounds, depth_grads) if want_depth else None
 
 
 def chunk_dq(
-    part: Part, rows: Rows, bounds: jax.Array, dq_dtype: Any, config: TileConfig | None = None
+    part: KernelCall,
+    rows: QueryRows,
+    bounds: jax.Array,
+    dq_dtype: Any,
+    config: TileConfig | None = None,
 ) -> jax.Array:
     from pallas_kernels.triton_gpu.chunk_backward import chunk_dq_kernel
 
@@ -331,12 +344,12 @@ def chunk_dq(
 
 
 def chunk_dkv(
-    part: Part,
-    rows: Rows,
+    part: KernelCall,
+    rows: QueryRows,
     bounds: jax.Array,
-    depth_grads: Pair | None,
+    depth_grads: ArrayPair | None,
     config: TileConfig | None = None,
-) -> Pair:
+) -> ArrayPair:
     from pallas_kernels.triton_gpu.chunk_backward import chunk_dkv_kernel
 
     config = part.config("chunk_dkv", config)

@@ -19,7 +19,7 @@ from pallas_kernels.operands import (
     visible_slots,
 )
 from pallas_kernels.triton_gpu import calls, launch
-from pallas_kernels.triton_gpu.calls import MAX_GROUP, MAX_HEAD_DIM, Part, Rows
+from pallas_kernels.triton_gpu.calls import MAX_GROUP, MAX_HEAD_DIM, KernelCall, QueryRows
 
 
 def unsupported_reason(operands: Operands, options: Options, platform: str) -> str | None:
@@ -64,7 +64,7 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
 
 def _forward(options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
     operands, scale, _ = _positive_scale(operands, options)
-    part = Part(operands, options, scale)
+    part = KernelCall(operands, options, scale)
     if not part.has_depth:
         return calls.sequence_forward(part, None)
     depth = calls.chunk_forward if options.depth_chunk is not None else calls.depth_forward
@@ -93,8 +93,8 @@ def backward(
 def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_depth) -> Gradients:
     delta = row_delta(out, lse, d_out, d_lse)
     operands, scale, sign = _positive_scale(operands, options)
-    part = Part(operands, options, scale)
-    rows = Rows(operands.query, d_out.astype(operands.query.dtype), lse, delta)
+    part = KernelCall(operands, options, scale)
+    rows = QueryRows(operands.query, d_out.astype(operands.query.dtype), lse, delta)
     partial_dq, d_depth = None, depth_grads
     if part.has_depth:
         depth = calls.chunk_backward if options.depth_chunk is not None else calls.depth_backward

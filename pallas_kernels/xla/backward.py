@@ -14,9 +14,9 @@ from jax import lax
 
 from pallas_kernels.operands import (
     Gradients,
+    MaskTokens,
     Operands,
     Options,
-    Tokens,
     depth_tokens,
     key_tokens,
     num_kv_heads,
@@ -27,7 +27,7 @@ from pallas_kernels.operands import (
 from pallas_kernels.xla import tiles
 
 
-class _Rows(NamedTuple):
+class _RowsByHead(NamedTuple):
     """Per query row, heads first."""
 
     query: jax.Array  # [B, K, T, G, H]
@@ -54,7 +54,7 @@ def backward(
     kv_heads = num_kv_heads(operands)
     delta = row_delta(out, lse, d_out, d_lse)
     safe_lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
-    rows = _Rows(
+    rows = _RowsByHead(
         *(
             tiles.to_heads_first(x, kv_heads)
             for x in (operands.query, d_out.astype(operands.query.dtype), safe_lse, delta)
@@ -87,12 +87,12 @@ def backward(
 
 
 def tokens_backward(
-    rows: _Rows,
+    rows: _RowsByHead,
     d_query: jax.Array,
     key_BxTxKxH: jax.Array,
     value_BxTxKxH: jax.Array,
-    query_side: Tokens,
-    key_side: Tokens,
+    query_side: MaskTokens,
+    key_side: MaskTokens,
     *,
     scale: float,
     causal: bool,
@@ -107,7 +107,7 @@ def tokens_backward(
         return d_query, jnp.zeros(key_BxTxKxH.shape, dtype), jnp.zeros(value_BxTxKxH.shape, dtype)
     config = tiles.choose_config(batch * kv_heads * group, q_len, k_len, chunk)
     q_block, k_block = config.q_block, config.k_block
-    rows = _Rows(*(tiles.pad_axis(x, 2, q_block) for x in rows))
+    rows = _RowsByHead(*(tiles.pad_axis(x, 2, q_block) for x in rows))
     d_query = tiles.pad_axis(d_query, 2, q_block)
     key, value = (
         tiles.pad_axis(jnp.moveaxis(x, 2, 1), 2, k_block) for x in (key_BxTxKxH, value_BxTxKxH)
@@ -118,7 +118,7 @@ def tokens_backward(
     )
 
     def body(i, j, grads):
-        here = _Rows(*(tiles.take_tile(x, 2, i, q_block) for x in rows))
+        here = _RowsByHead(*(tiles.take_tile(x, 2, i, q_block) for x in rows))
         key_tile, value_tile = (tiles.take_tile(x, 2, j, k_block) for x in (key, value))
         key_here = tiles.take_side(sides[1], j, k_block)
         if key_here.valid is not None:  # as in the forward: unwritten keys may be NaN
@@ -142,7 +142,7 @@ def tokens_backward(
     return d_query[:, :, :q_len], d_key, d_value
 
 
-def _weights(scores, d_weights, rows: _Rows, mask) -> tuple[jax.Array, jax.Array]:
+def _weights(scores, d_weights, rows: _RowsByHead, mask) -> tuple[jax.Array, jax.Array]:
     """p and ds / scale of the keys in the last axis; exactly 0 where masked."""
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
@@ -150,12 +150,12 @@ def _weights(scores, d_weights, rows: _Rows, mask) -> tuple[jax.Array, jax.Array
     return p, p * (d_weights - rows.delta[..., None])
 
 
-def _slots(rows: _Rows, operands: Operands, options: Options, grads):
+def _slots(rows: _RowsByHead, operands: Operands, options: Options, grads):
     """Depth slots of the query's own token; all terms are local to the token.
 
     Tokens first and slot after slot, as `forward._attend_slots`.
     """
-    rows = _Rows(*(jnp.moveaxis(x, 1, 2) for x in rows))
+    rows = _RowsByHead(*(jnp.moveaxis(x, 1, 2) for x in rows))
     valid = query_tokens(operands).valid
     mask = None if valid is None else valid[:, :, None, None, None]
 
@@ -177,7 +177,7 @@ def _slots(rows: _Rows, operands: Operands, options: Options, grads):
     return jnp.moveaxis(grads[0], 2, 1), *grads[1:]
 
 
-def _chunks(rows: _Rows, operands: Operands, options: Options, grads):
+def _chunks(rows: _RowsByHead, operands: Operands, options: Options, grads):
     """Chunk-visible: the gradient of `forward._attend_chunks`, slot after slot."""
     chunk = options.depth_chunk
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.operands import (
+    MaskTokens,
     Operands,
     Options,
-    Tokens,
     accumulator_dtype,
     depth_tokens,
     key_tokens,
@@ -19,7 +19,7 @@ from pallas_kernels.operands import (
 from pallas_kernels.xla import tiles
 
 
-class Softmax(NamedTuple):
+class OnlineSoftmax(NamedTuple):
     """Running state of an online softmax: o = total / denominator."""
 
     total: jax.Array  # [B, K, T, G, H], float32 or wider
@@ -38,7 +38,7 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     """See `contract.Forward`."""
     query = tiles.to_heads_first(operands.query, num_kv_heads(operands))
     dtype = accumulator_dtype(query.dtype)
-    state = Softmax(
+    state = OnlineSoftmax(
         jnp.zeros(query.shape, dtype),
         jnp.full(query.shape[:-1], -jnp.inf, dtype),
         jnp.zeros(query.shape[:-1], dtype),
@@ -67,14 +67,14 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     return tiles.to_tokens_first(out.astype(query.dtype)), tiles.to_tokens_first(lse)
 
 
-def _update(state: Softmax, scores: jax.Array, weigh_values) -> Softmax:
+def _update(state: OnlineSoftmax, scores: jax.Array, weigh_values) -> OnlineSoftmax:
     """Adds the keys of scores' last axis; weigh_values maps their weights to weighted sums."""
     maximum = jnp.maximum(state.maximum, scores.max(axis=-1))
     # A row that has seen nothing yet has maximum -inf: subtract 0, not -inf, to get 0, not NaN.
     shift = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
     weights = jnp.exp(scores - shift[..., None])
     decay = jnp.exp(state.maximum - shift)
-    return Softmax(
+    return OnlineSoftmax(
         state.total * decay[..., None] + weigh_values(weights),
         maximum,
         state.denominator * decay + weights.sum(axis=-1),
@@ -82,19 +82,19 @@ def _update(state: Softmax, scores: jax.Array, weigh_values) -> Softmax:
 
 
 def attend_tokens(
-    state: Softmax,
+    state: OnlineSoftmax,
     query: jax.Array,
     key_BxTxKxH: jax.Array,
     value_BxTxKxH: jax.Array,
-    query_side: Tokens,
-    key_side: Tokens,
+    query_side: MaskTokens,
+    key_side: MaskTokens,
     *,
     scale: float,
     causal: bool,
     chunk: int | None,
     offset_known: bool,
     kv_length: jax.Array | None,
-) -> Softmax:
+) -> OnlineSoftmax:
     """Continues the softmax over the tokens of one key set, tile by tile."""
     batch, kv_heads, q_len, group, _ = query.shape
     k_len = key_BxTxKxH.shape[1]
@@ -106,7 +106,7 @@ def attend_tokens(
     key, value = (
         tiles.pad_axis(jnp.moveaxis(x, 2, 1), 2, k_block) for x in (key_BxTxKxH, value_BxTxKxH)
     )
-    state = Softmax(*(tiles.pad_axis(x, 2, q_block) for x in state))
+    state = OnlineSoftmax(*(tiles.pad_axis(x, 2, q_block) for x in state))
     sides = tiles.pad_side(query_side, q_block), tiles.pad_side(key_side, k_block)
     schedule = tiles.tile_schedule(
         q_len, k_len, (q_block, k_block), causal=causal, chunk=chunk, offset_known=offset_known
@@ -117,8 +117,8 @@ def attend_tokens(
         num_q, num_k = query.shape[2] // q_block, key.shape[2] // k_block
         num_pairs = jnp.minimum((kv_length.max() + k_block - 1) // k_block, num_k) * num_q
 
-    def body(i, j, state: Softmax) -> Softmax:
-        here = Softmax(*(tiles.take_tile(x, 2, i, q_block) for x in state))
+    def body(i, j, state: OnlineSoftmax) -> OnlineSoftmax:
+        here = OnlineSoftmax(*(tiles.take_tile(x, 2, i, q_block) for x in state))
         query_tile = tiles.take_tile(query, 2, i, q_block)
         key_tile, value_tile = (tiles.take_tile(x, 2, j, k_block) for x in (key, value))
         key_here = tiles.take_side(sides[1], j, k_block)
@@ -135,7 +135,7 @@ def attend_tokens(
             scores,
             lambda p: tiles.dot("bktgs,bksh->bktgh", p.astype(value.dtype), value_tile),
         )
-        return Softmax(
+        return OnlineSoftmax(
             *(
                 jax.lax.dynamic_update_slice_in_dim(old, x, i * q_block, 2)
                 for old, x in zip(state, new, strict=True)
@@ -143,10 +143,10 @@ def attend_tokens(
         )
 
     state = tiles.for_each_pair(schedule, num_pairs, body, state)
-    return Softmax(*(x[:, :, :q_len] for x in state))
+    return OnlineSoftmax(*(x[:, :, :q_len] for x in state))
 
 
-def _attend_slots(state: Softmax, query: jax.Array, operands: Operands, options: Options):
+def _attend_slots(state: OnlineSoftmax, query: jax.Array, operands: Operands, options: Options):
     """Depth slots of the query's own token, slot after slot: read once per key/value head.
 
     Tokens first, as the slots are: one slot meets the queries in its own layout, while products of
@@ -156,7 +156,7 @@ def _attend_slots(state: Softmax, query: jax.Array, operands: Operands, options:
     query = jnp.moveaxis(query, 1, 2)
     valid = query_tokens(operands).valid
 
-    def body(slot, state: Softmax) -> Softmax:
+    def body(slot, state: OnlineSoftmax) -> OnlineSoftmax:
         key, value = operands.depth_key[slot], operands.depth_value[slot]  # [B, T, K, H]
         scores = options.scale * tiles.dot("btkgh,btkh->btkg", query, key)
         if valid is not None:
@@ -164,16 +164,16 @@ def _attend_slots(state: Softmax, query: jax.Array, operands: Operands, options:
         value = value[:, :, :, None].astype(scores.dtype)
         return _update(state, scores[..., None], lambda p: p * value)
 
-    state = Softmax(*(jnp.moveaxis(x, 1, 2) for x in state))
+    state = OnlineSoftmax(*(jnp.moveaxis(x, 1, 2) for x in state))
     state = tiles.for_each_slot(visible_slots(operands, options), body, state)
-    return Softmax(*(jnp.moveaxis(x, 2, 1) for x in state))
+    return OnlineSoftmax(*(jnp.moveaxis(x, 2, 1) for x in state))
 
 
-def _attend_chunks(state: Softmax, query: jax.Array, operands: Operands, options: Options):
+def _attend_chunks(state: OnlineSoftmax, query: jax.Array, operands: Operands, options: Options):
     """Chunk-visible: each slot is a key set of tokens, masked to the query's chunk."""
     chunk = options.depth_chunk
 
-    def body(slot, state: Softmax) -> Softmax:
+    def body(slot, state: OnlineSoftmax) -> OnlineSoftmax:
         key, value = operands.depth_key[slot], operands.depth_value[slot]
         return attend_tokens(
             state,

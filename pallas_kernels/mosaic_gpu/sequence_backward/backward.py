@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu import common, forward_tiles, sequence_dq
-from pallas_kernels.mosaic_gpu.sequence_dkv import dkv_kernel
-from pallas_kernels.mosaic_gpu.sequence_dq import Results, dq_kernel
-from pallas_kernels.mosaic_gpu.sequence_tiles import (
-    Plan,
+from pallas_kernels.mosaic_gpu import common, row_tiles
+from pallas_kernels.mosaic_gpu.sequence_backward.dkv import dkv_kernel
+from pallas_kernels.mosaic_gpu.sequence_backward.dq import DqResults, dq_kernel, dq_shared_memory
+from pallas_kernels.mosaic_gpu.sequence_backward.tiles import (
+    KeyPlan,
     SequenceBackwardConfig,
     sequence_backward_config,
 )
@@ -30,7 +30,7 @@ from pallas_kernels.segments import segment_bounds
 _SHORT = 32  # blocks of keys
 
 
-class Depth(NamedTuple):
+class DepthPart(NamedTuple):
     """The depth part, for the dq kernel to take along."""
 
     key: jax.Array  # [S, B, Tq, K, H]
@@ -49,7 +49,7 @@ class Depth(NamedTuple):
         return self.key.dtype if self.running is None else self.running[0].dtype
 
 
-class Grads(NamedTuple):
+class SequenceGradients(NamedTuple):
     """dq [B, Tq, N, H], dk and dv [B, Tk, K, H], and the slots' [S, B, Tq, K, H] or None."""
 
     query: jax.Array
@@ -61,7 +61,7 @@ class Grads(NamedTuple):
 def fuses(
     query: jax.Array,
     key: jax.Array,
-    depth: Depth,
+    depth: DepthPart,
     *,
     is_causal: bool,
     config: SequenceBackwardConfig | None = None,
@@ -74,14 +74,14 @@ def fuses(
     plan = _query_plan(config, query, key, 1.0, is_causal, True, depth.key.shape[0])
     if not config.fuse_depth or (depth.want_slots and plan.subgroups > 1):
         return False
-    results = Results(query.dtype, depth.slots_dtype)
-    return sequence_dq.shared_memory(plan, results) <= common.SMEM_LIMIT
+    results = DqResults(query.dtype, depth.slots_dtype)
+    return dq_shared_memory(plan, results) <= common.SMEM_LIMIT
 
 
-def _query_plan(config, query, key, scale, is_causal, segments, slots) -> forward_tiles.Plan:
+def _query_plan(config, query, key, scale, is_causal, segments, slots) -> row_tiles.RowPlan:
     batch, q_len, num_heads, head_dim = query.shape
     kv_len, kv_heads = key.shape[1:3]
-    return forward_tiles.Plan(
+    return row_tiles.RowPlan(
         config.dq_tiles,
         batch,
         q_len,
@@ -115,10 +115,10 @@ def sequence_backward(
     is_causal: bool,
     query_segments: jax.Array | None = None,
     key_segments: jax.Array | None = None,
-    depth: Depth | None = None,
+    depth: DepthPart | None = None,
     dq_dtype: Any = jnp.float32,
     config: SequenceBackwardConfig | None = None,
-) -> Grads:
+) -> SequenceGradients:
     """Gradients of the sequence part of Mixture-of-Depths Attention, and of `depth` if it is given.
 
     Args:
@@ -160,25 +160,25 @@ def sequence_backward(
     length, kv_len = query.shape[1], key.shape[1]
     if slots is not None:
         slots = slots[0][:, :, :length], slots[1][:, :, :length]
-    return Grads(dq[:, :length], dk[:, :kv_len], dv[:, :kv_len], slots)
+    return SequenceGradients(dq[:, :length], dk[:, :kv_len], dv[:, :kv_len], slots)
 
 
 def _dq(config, plan, arrays, base2, delta, segments, depth, dq_dtype):
-    results = Results(dq_dtype)
+    results = DqResults(dq_dtype)
     if depth is not None:
-        results = Results(dq_dtype, depth.slots_dtype, depth.running is not None)
+        results = DqResults(dq_dtype, depth.slots_dtype, depth.running is not None)
         plan = _with_slots(config, plan, results)
     if config.dq_piles is None and not plan.depth_warpgroups:
         plan = _with_piles(plan, results)
-    common.check_smem(sequence_dq.shared_memory(plan, results), "sequence backward, dq")
+    common.check_smem(dq_shared_memory(plan, results), "sequence backward, dq")
     inputs = dict(arrays)
     inputs |= {name: pad_rows(arrays[name], plan.tokens) for name in ("query", "d_out")}
-    inputs["lse"] = forward_tiles.rows_by_tile(plan, base2, jnp.inf)
-    inputs["delta"] = forward_tiles.rows_by_tile(plan, delta, 0)
+    inputs["lse"] = row_tiles.rows_by_tile(plan, base2, jnp.inf)
+    inputs["delta"] = row_tiles.rows_by_tile(plan, delta, 0)
     if segments is not None:
-        inputs["query_segments"] = forward_tiles.segment_rows(plan, segments[0])
+        inputs["query_segments"] = row_tiles.segment_rows(plan, segments[0])
         inputs["key_segments"] = pad_tokens(segments[1], 1)
-        inputs["ranges"] = forward_tiles.segment_ranges(plan, *segments)
+        inputs["ranges"] = row_tiles.segment_ranges(plan, *segments)
     running: tuple = ()
     if depth is not None:
         inputs["depth_key"], inputs["depth_value"] = (pad_tokens(x, 2) for x in depth[:2])
@@ -187,16 +187,16 @@ def _dq(config, plan, arrays, base2, delta, segments, depth, dq_dtype):
     return dq_kernel(plan, inputs, results, running if results.slots_dtype is not None else ())
 
 
-def _with_slots(config, plan, results: Results) -> forward_tiles.Plan:
+def _with_slots(config, plan, results: DqResults) -> row_tiles.RowPlan:
     more = _with_depth_warpgroups(config, plan)
     gradients = results.slots_dtype is not None  # which these warpgroups do not do
-    fits = sequence_dq.shared_memory(more, results) <= common.SMEM_LIMIT
+    fits = dq_shared_memory(more, results) <= common.SMEM_LIMIT
     if config.depth_warpgroups and not gradients and fits and plan.head_dim == 64:
         return more
     return _with_slot_stages(plan, config.dq_slot_stages, results)
 
 
-def _with_depth_warpgroups(config, plan) -> forward_tiles.Plan:
+def _with_depth_warpgroups(config, plan) -> row_tiles.RowPlan:
     tiles = dataclasses.replace(
         plan.config,
         warpgroups=2,
@@ -209,21 +209,21 @@ def _with_depth_warpgroups(config, plan) -> forward_tiles.Plan:
     return plan._replace(config=tiles)
 
 
-def _with_slot_stages(plan, stages: int, results: Results) -> forward_tiles.Plan:
+def _with_slot_stages(plan, stages: int, results: DqResults) -> row_tiles.RowPlan:
     """With more stages, if they fit and slots are many or without gradients.
 
     Where keys are most of the work, gradients and a third stage are 1% slower (T64K; T16K: 6%
     faster).
     """
     more = plan._replace(config=dataclasses.replace(plan.config, stages=stages))
-    if sequence_dq.shared_memory(more, results) > common.SMEM_LIMIT:
+    if dq_shared_memory(more, results) > common.SMEM_LIMIT:
         return plan
     if results.slots_dtype is None:
         return more
     return more if 10 * cdiv(plan.slots, plan.block_slots) >= _key_blocks(plan) else plan
 
 
-def _with_piles(plan, results: Results) -> forward_tiles.Plan:
+def _with_piles(plan, results: DqResults) -> row_tiles.RowPlan:
     """With heavy and light tiles at the same time, where rows are short.
 
     With slots' gradients, and for long rows, it is slower (B8, T16K).
@@ -239,10 +239,10 @@ def _key_blocks(plan) -> float:
     return cdiv(plan.kv_len, plan.config.block_kv) / (2 if plan.causal else 1)
 
 
-def _key_plan(config, query, key, scale, is_causal, segments) -> Plan:
+def _key_plan(config, query, key, scale, is_causal, segments) -> KeyPlan:
     batch, q_len, num_heads, head_dim = query.shape
     kv_len, kv_heads = key.shape[1:3]
-    return Plan(
+    return KeyPlan(
         config,
         batch,
         q_len,
@@ -257,7 +257,7 @@ def _key_plan(config, query, key, scale, is_causal, segments) -> Plan:
     )
 
 
-def _dkv(plan: Plan, arrays, base2, delta, segments):
+def _dkv(plan: KeyPlan, arrays, base2, delta, segments):
     inputs = dict(arrays)
     inputs["lse"] = _by_head(base2, plan.q_rows, jnp.inf)
     inputs["minus_delta"] = _by_head(-delta, plan.q_rows, 0)

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import platforms
-from pallas_kernels.mosaic_gpu import common, depth_tiles
-from pallas_kernels.mosaic_gpu.depth_tiles import Place, load_slots, wait_slots
-from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, locate_rows, unit
-from pallas_kernels.mosaic_gpu.ring import Refs
-from pallas_kernels.mosaic_gpu.sequence_tiles import two_products
+from pallas_kernels.mosaic_gpu import common
+from pallas_kernels.mosaic_gpu.depth import tiles
+from pallas_kernels.mosaic_gpu.depth.tiles import DepthPlace, load_slots, wait_slots
+from pallas_kernels.mosaic_gpu.ring import RowRefs
+from pallas_kernels.mosaic_gpu.row_tiles import RowPlan, RowTile, locate_rows, unit
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
     TOKEN_ALIGNMENT,
@@ -30,13 +30,14 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     iota,
     rem,
     spread,
+    two_products,
 )
 
 _BLOCK = 8  # slots
 _OCTET_BITS = TOKEN_ALIGNMENT.bit_length() - 1
 
 
-class Blocks(depth_tiles.Blocks):
+class OverlappingSlotBlocks(tiles.SlotBlocks):
     """Blocks of 8 slots. A range's last one overlaps the one before: it, too, is one copy."""
 
     def bounds(self, block):
@@ -61,11 +62,11 @@ class Blocks(depth_tiles.Blocks):
         return first | second
 
 
-def memory(plan: Plan) -> dict[str, Any]:
-    """Shared memory and barriers, by the names of `Refs`."""
+def memory(plan: RowPlan) -> dict[str, Any]:
+    """Shared memory and barriers, by the names of `RowRefs`."""
     config, tile = plan.config, _tile(plan)
     stages = config.warpgroups * config.slot_stages
-    barriers = depth_tiles.slot_barriers(tile, stages)
+    barriers = tiles.slot_barriers(tile, stages)
     slots = tile.buffer(plan.dtype, stages)
     weights = (config.warpgroups, _columns(plan), tile.columns)
     return {
@@ -77,69 +78,71 @@ def memory(plan: Plan) -> dict[str, Any]:
     } | ({"box_loaded": barriers["box_loaded"]} if tile.boxes else {})
 
 
-def shared_memory(plan: Plan) -> int:
+def shared_memory(plan: RowPlan) -> int:
     """Bytes of `memory`, without barriers."""
     pairs = _tile(plan).columns
     ring = 2 * plan.config.slot_stages * pairs * plan.head_dim * 2
     return plan.config.warpgroups * (ring + _columns(plan) * pairs * 2)
 
 
-def flat(plan: Plan, x: jax.Array) -> jax.Array:
+def flat(plan: RowPlan, x: jax.Array) -> jax.Array:
     """Depth keys or values as the warpgroup reads them."""
-    return depth_tiles.flat_slots(x, _tile(plan))
+    return tiles.flat_slots(x, _tile(plan))
 
 
-def _columns(plan: Plan) -> int:
+def _columns(plan: RowPlan) -> int:
     return TOKEN_ALIGNMENT * plan.heads
 
 
-def _tile(plan: Plan) -> depth_tiles.Tile:
+def _tile(plan: RowPlan) -> tiles.SlotTile:
     boxes = not platforms.interpreted()  # which does not read through a reshaped buffer
-    return depth_tiles.Tile(1, TOKEN_ALIGNMENT, _BLOCK, plan.head_dim, boxes=boxes)
+    return tiles.SlotTile(1, TOKEN_ALIGNMENT, _BLOCK, plan.head_dim, boxes=boxes)
 
 
-class Cursor(NamedTuple):
+class SlotCursor(NamedTuple):
     """Which block of slots of which octet is the next to be loaded."""
 
     octet: jax.Array
     block: jax.Array
 
-    def after(self, blocks: Any) -> "Cursor":
+    def after(self, blocks: Any) -> "SlotCursor":
         block = self.block + 1
         done = block >= blocks
-        return Cursor(jnp.where(done, self.octet + 1, self.octet), jnp.where(done, 0, block))
+        return SlotCursor(jnp.where(done, self.octet + 1, self.octet), jnp.where(done, 0, block))
 
 
-class Reader(NamedTuple):
+class SlotReader(NamedTuple):
     """A warpgroup's ring of slots: the octets of a tile's tokens, the blocks of slots of each."""
 
-    plan: Plan
-    refs: Refs
+    plan: RowPlan
+    refs: RowRefs
     warpgroup: jax.Array  # which has the tile
-    blocks: Blocks
+    blocks: OverlappingSlotBlocks
     memory: dict[str, Any]
 
     @classmethod
-    def of(cls, plan: Plan, refs: Refs, warpgroup: jax.Array) -> "Reader":
+    def of(cls, plan: RowPlan, refs: RowRefs, warpgroup: jax.Array) -> "SlotReader":
         names = {"kd": "slot_keys", "vd": "slot_values"}
         names |= {name: name for name in ("slots_loaded", "box_loaded")}
         views = {name: getattr(refs, view) for name, view in names.items()}
-        reader = cls(plan, refs, warpgroup, Blocks.of(refs.slots, _tile(plan)), views)
+        reader = cls(
+            plan, refs, warpgroup, OverlappingSlotBlocks.of(refs.slots, _tile(plan)), views
+        )
         common.when(reader.blocks.has_part(), reader._clear)
         return reader
 
     def _clear(self) -> None:
         stages = [self._stage(i32(i)) for i in range(self.plan.config.slot_stages)]
-        depth_tiles.clear_slots(self.memory, self.blocks.tile, stages)
+        tiles.clear_slots(self.memory, self.blocks.tile, stages)
 
-    def start(self, tile: Tile) -> Cursor:
+    def start(self, tile: RowTile) -> SlotCursor:
         """The first loads; where to go on."""
-        cursor = Cursor(i32(0), i32(0))
+        cursor = SlotCursor(i32(0), i32(0))
         for step in range(self.plan.config.slot_stages):
             cursor = self.load(tile, cursor, i32(step))
         return cursor
 
-    def load(self, tile: Tile, cursor: Cursor, step: jax.Array) -> Cursor:
+    def load(self, tile: RowTile, cursor: SlotCursor, step: jax.Array) -> SlotCursor:
         """Starts a block's copies into the stage of `step`, if there is one; where to go on."""
 
         def load():
@@ -161,12 +164,12 @@ class Reader(NamedTuple):
         stages = self.plan.config.slot_stages
         return self.warpgroup * stages + rem(step, stages)
 
-    def _place(self, tile: Tile, octet: jax.Array) -> Place:
+    def _place(self, tile: RowTile, octet: jax.Array) -> DepthPlace:
         plan = self.plan
         token, _ = unit(plan, tile, self.warpgroup)
         octets = cdiv(plan.q_len, TOKEN_ALIGNMENT)
         index = token // TOKEN_ALIGNMENT + octet
-        return Place(tile.batch, tile.kv_head, index, octets, self.blocks.tile)
+        return DepthPlace(tile.batch, tile.kv_head, index, octets, self.blocks.tile)
 
     def wait(self, block: jax.Array, step: jax.Array) -> tuple[Any, Any]:
         """A block's keys and values."""
@@ -195,18 +198,18 @@ def _store_transposed(target: Any, x: jax.Array) -> None:
     target.transpose((1, 0))[...] = turned
 
 
-def depth_rows(refs: Refs, warpgroup: jax.Array) -> jax.Array:
-    """What `Reader.hand_over` put there, of a warpgroup's tile: [64, H] float32."""
+def depth_rows(refs: RowRefs, warpgroup: jax.Array) -> jax.Array:
+    """What `SlotReader.hand_over` put there, of a warpgroup's tile: [64, H] float32."""
     plgpu = common.mosaic()
     plgpu.barrier_wait(refs.depth_full.at[warpgroup])
     rows = refs.dq_smem.at[warpgroup]
     return plgpu.load(rows, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
-def depth_dq(plan: Plan, refs: Refs, warpgroup: jax.Array) -> None:
+def depth_dq(plan: RowPlan, refs: RowRefs, warpgroup: jax.Array) -> None:
     """The slots' part of dq / scale for a warpgroup's tile."""
     plgpu = common.mosaic()
-    reader = Reader.of(plan, refs, warpgroup)
+    reader = SlotReader.of(plan, refs, warpgroup)
     count = reader.blocks.count
     tile = locate_rows(plan, lax.axis_index("block"))
     cursor = reader.start(tile)

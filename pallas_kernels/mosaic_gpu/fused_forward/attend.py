@@ -20,17 +20,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.forward_kernel import attend_tiles, load_tiles, scratch
-from pallas_kernels.mosaic_gpu.forward_tiles import (
+from pallas_kernels.mosaic_gpu.fused_forward.kernel import attend_tiles, load_tiles, scratch
+from pallas_kernels.mosaic_gpu.ring import RowRefs, split_unions
+from pallas_kernels.mosaic_gpu.row_tiles import (
     ForwardConfig,
-    Plan,
+    RowPlan,
     flat_heads,
     forward_config,
     rows_by_token,
     segment_ranges,
     segment_rows,
 )
-from pallas_kernels.mosaic_gpu.ring import Refs, split_unions
 from pallas_kernels.mosaic_gpu.wgmma import (
     ROWS,
     pad_rows,
@@ -86,7 +86,7 @@ def attend(
         if query_segments is not None:  # masks of segments and parts together spill registers
             config = dataclasses.replace(config, depth_parts=1, alternate=False)
     config.check(head_dim)
-    plan = Plan(
+    plan = RowPlan(
         config,
         batch,
         q_len,
@@ -119,7 +119,7 @@ def attend(
     return out[:, :q_len], rows_by_token(plan, lse)
 
 
-def _run(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _run(plan: RowPlan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     config, types = plan.config, scratch(plan)
     query = inputs["query"]
     inputs = inputs | {"query": flat_heads(query)}
@@ -128,7 +128,7 @@ def _run(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array
     def body(*operands, **memory):
         names = (*inputs, "out", "lse")
         views = dict(zip(names, operands, strict=True))
-        refs = Refs(**views, **split_unions(types, memory)).read_scalars()
+        refs = RowRefs(**views, **split_unions(types, memory)).read_scalars()
         split_roles(
             config.warpgroups,
             lambda warpgroup: attend_tiles(plan, refs, blocks, warpgroup),

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import platforms
-from pallas_kernels.mosaic_gpu import common, depth_warpgroup
-from pallas_kernels.mosaic_gpu.depth_warpgroup import depth_dq, depth_rows
-from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, flat_heads, locate, slot_block, unit
+from pallas_kernels.mosaic_gpu import common
+from pallas_kernels.mosaic_gpu.depth import slot_warpgroup
+from pallas_kernels.mosaic_gpu.depth.slot_warpgroup import depth_dq, depth_rows
 from pallas_kernels.mosaic_gpu.ring import (
-    Block,
-    Refs,
+    RingBlock,
+    RowRefs,
     depth_mask,
     drain_parts,
     either,
@@ -33,7 +33,14 @@ from pallas_kernels.mosaic_gpu.ring import (
     split_unions,
     visit_blocks,
 )
-from pallas_kernels.mosaic_gpu.sequence_tiles import two_products
+from pallas_kernels.mosaic_gpu.row_tiles import (
+    RowPlan,
+    RowTile,
+    flat_heads,
+    locate,
+    slot_block,
+    unit,
+)
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
     ROWS,
@@ -42,10 +49,11 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     rem,
     split_roles,
     spread,
+    two_products,
 )
 
 
-class Results(NamedTuple):
+class DqResults(NamedTuple):
     """What the kernel is to compute besides dq."""
 
     dq_dtype: Any
@@ -56,11 +64,11 @@ class Results(NamedTuple):
 
 
 def dq_kernel(
-    plan: Plan, inputs: dict[str, jax.Array], results: Results, running: tuple = ()
+    plan: RowPlan, inputs: dict[str, jax.Array], results: DqResults, running: tuple = ()
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """(dq [B, Tq, N, H], gradients of the depth keys and values or None).
 
-    inputs: arrays by the names of `Refs`; lse (base 2; +inf: sees nothing) and delta as
+    inputs: arrays by the names of `RowRefs`; lse (base 2; +inf: sees nothing) and delta as
     `rows_by_tile`. running: the gradients to add to, if `results.add`.
     """
     types = scratch(plan, results)
@@ -68,7 +76,7 @@ def dq_kernel(
     inputs = inputs | {name: flat_heads(inputs[name]) for name in ("query", "d_out")}
     if plan.depth_warpgroups:
         depth = ("depth_key", "depth_value")
-        inputs |= {name: depth_warpgroup.flat(plan, inputs[name]) for name in depth}
+        inputs |= {name: slot_warpgroup.flat(plan, inputs[name]) for name in depth}
     outputs = [jax.ShapeDtypeStruct(inputs["query"].shape, results.dq_dtype)]
     slots = ("d_depth_key", "d_depth_value") if results.slots_dtype is not None else ()
     if slots and not results.add:
@@ -80,7 +88,7 @@ def dq_kernel(
 
     def body(*operands, **memory):
         views = dict(zip(names, operands, strict=True))
-        refs = Refs(**views, **split_unions(types, memory)).read_scalars()
+        refs = RowRefs(**views, **split_unions(types, memory)).read_scalars()
         split_roles(
             plan.config.warpgroups,
             lambda warpgroup: _compute(plan, refs, results, warpgroup),
@@ -105,14 +113,14 @@ def dq_kernel(
     return dq, (grads[0].reshape(shape), grads[1].reshape(shape))
 
 
-def _flat(plan: Plan, x: jax.Array) -> jax.Array:
+def _flat(plan: RowPlan, x: jax.Array) -> jax.Array:
     """[S, B, T, K, H] -> [S, B·T, K·H], which TMA's five dimensions can tile; T in whole tiles."""
     x = common.pad_tokens(x, 2, plan.tokens)
     return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4])
 
 
-def scratch(plan: Plan, results: Results) -> dict[str, Any]:
-    """Shared memory and barriers, by the names of `Refs`."""
+def scratch(plan: RowPlan, results: DqResults) -> dict[str, Any]:
+    """Shared memory and barriers, by the names of `RowRefs`."""
     count = plan.config.warpgroups
     rows = row_memory(plan, plan.dtype, count)
     memory = ring_memory(plan) | {
@@ -123,7 +131,7 @@ def scratch(plan: Plan, results: Results) -> dict[str, Any]:
     if _separate_dq(plan, results):
         memory["dq_smem"] = row_memory(plan, jnp.float32, count)
     if plan.depth_warpgroups:
-        memory |= depth_warpgroup.memory(plan)
+        memory |= slot_warpgroup.memory(plan)
     if results.slots_dtype is not None:
         shape: tuple[int, ...] = (plan.depth_keys, plan.head_dim)
         if plan.boxes:
@@ -138,25 +146,25 @@ def scratch(plan: Plan, results: Results) -> dict[str, Any]:
     return memory
 
 
-def _separate_dq(plan: Plan, results: Results) -> bool:
+def _separate_dq(plan: RowPlan, results: DqResults) -> bool:
     """Whether there is memory for float32 rows: dq's, and before them the slots' part of it."""
     return plan.depth_warpgroups or jnp.dtype(results.dq_dtype).itemsize == 4
 
 
-def shared_memory(plan: Plan, results: Results) -> int:
+def dq_shared_memory(plan: RowPlan, results: DqResults) -> int:
     """Bytes that a thread block needs, barriers rounded up."""
     config, dim = plan.config, plan.head_dim
     rows = 2 * config.warpgroups * ROWS * dim * 2
     ring = 2 * config.stages * plan.stage_keys * dim * 2 + config.stages * config.block_kv * 4
     out = config.warpgroups * ROWS * dim * 4 * _separate_dq(plan, results)
-    slots = depth_warpgroup.shared_memory(plan) if plan.depth_warpgroups else 0
+    slots = slot_warpgroup.shared_memory(plan) if plan.depth_warpgroups else 0
     if results.slots_dtype is not None:
         size = jnp.dtype(results.slots_dtype).itemsize
         slots = 2 * config.warpgroups * plan.depth_keys * (ROWS * 2 + dim * size)
     return rows + ring + out + slots + 2048
 
 
-def _load(plan: Plan, refs: Refs) -> None:
+def _load(plan: RowPlan, refs: RowRefs) -> None:
     tile = locate(plan, refs.slots, refs.ranges, lax.axis_index("block"))
     rows = (
         (refs.query, refs.q_smem, refs.q_smem_boxes),
@@ -168,20 +176,20 @@ def _load(plan: Plan, refs: Refs) -> None:
     drain_parts(plan, refs.v_free, step)
 
 
-class _Worker(NamedTuple):
+class _DqWorker(NamedTuple):
     """A warpgroup's tile."""
 
-    plan: Plan
-    refs: Refs
+    plan: RowPlan
+    refs: RowRefs
     warpgroup: jax.Array
-    tile: Tile
+    tile: RowTile
     token: jax.Array
     row_segment: jax.Array | None
     lse: jax.Array
     delta: jax.Array
 
     @classmethod
-    def of(cls, plan: Plan, refs: Refs, warpgroup: jax.Array) -> "_Worker":
+    def of(cls, plan: RowPlan, refs: RowRefs, warpgroup: jax.Array) -> "_DqWorker":
         plgpu = common.mosaic()
         tile = locate(plan, refs.slots, refs.ranges, lax.axis_index("block"))
         token, _ = unit(plan, tile, warpgroup)
@@ -205,7 +213,7 @@ class _Worker(NamedTuple):
         tokens = common.ds(tile.batch * length + self.token, plan.tokens)
         return tokens, common.ds(tile.kv_head * plan.head_dim, plan.head_dim)
 
-    def weigh(self, block: Block, shape: tuple[int, int], mask: Any) -> tuple[Any, Any]:
+    def weigh(self, block: RingBlock, shape: tuple[int, int], mask: Any) -> tuple[Any, Any]:
         """p and ds of a block; mask() says what is visible, None: everything."""
         plan, refs = self.plan, self.refs
         plgpu = common.mosaic()
@@ -225,9 +233,9 @@ class _Worker(NamedTuple):
         return p, p * (dp - spread(self.delta, shape, 0))
 
 
-def _compute(plan: Plan, refs: Refs, results: Results, warpgroup: jax.Array) -> None:
+def _compute(plan: RowPlan, refs: RowRefs, results: DqResults, warpgroup: jax.Array) -> None:
     plgpu = common.mosaic()
-    worker = _Worker.of(plan, refs, warpgroup)
+    worker = _DqWorker.of(plan, refs, warpgroup)
     plgpu.barrier_wait(refs.q_full.at[0])
     depth = functools.partial(_depth_step, worker, results)
     plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
@@ -241,12 +249,12 @@ def _compute(plan: Plan, refs: Refs, results: Results, warpgroup: jax.Array) -> 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
+def _key_step(worker: _DqWorker, i: jax.Array, carry, *, masked: bool):
     """One sequence block."""
     plgpu = common.mosaic()
     plan, refs = worker.plan, worker.refs
     step, dq = carry
-    block = Block.at(plan, refs, worker.warpgroup, step)
+    block = RingBlock.at(plan, refs, worker.warpgroup, step)
 
     def mask():
         segments = refs.segment_smem
@@ -262,13 +270,13 @@ def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
     return step + 1, dq
 
 
-def _depth_step(worker: _Worker, results: Results, _, i: jax.Array, carry):
+def _depth_step(worker: _DqWorker, results: DqResults, _, i: jax.Array, carry):
     """One depth block: dq, and the gradients of its slots."""
     plgpu = common.mosaic()
     plan, refs = worker.plan, worker.refs
     step, dq = carry
     first, stop = slot_block(plan, refs.slots, worker.tile, i)
-    block = Block.at(plan, refs, worker.warpgroup, step, stop - first)
+    block = RingBlock.at(plan, refs, worker.warpgroup, step, stop - first)
     mask = functools.partial(depth_mask, plan, worker.row_segment, stop - first)
     p, ds = (x.astype(plan.dtype) for x in worker.weigh(block, (ROWS, plan.depth_keys), mask))
     if results.slots_dtype is not None:
@@ -284,7 +292,7 @@ def _depth_step(worker: _Worker, results: Results, _, i: jax.Array, carry):
     return step + 1, dq
 
 
-def _multiply_slots(worker: _Worker) -> None:
+def _multiply_slots(worker: _DqWorker) -> None:
     """dkd = scale dsᵀ q and dvd = pᵀ do of a block, to shared memory."""
     plgpu = common.mosaic()
     plan, refs = worker.plan, worker.refs
@@ -300,7 +308,7 @@ def _multiply_slots(worker: _Worker) -> None:
     plgpu.commit_smem()
 
 
-def _store_slots(worker: _Worker, results: Results, first, stop) -> None:
+def _store_slots(worker: _DqWorker, results: DqResults, first, stop) -> None:
     """Starts writing a block's gradients, or adding them, to its slots first ... stop - 1."""
     plan, refs = worker.plan, worker.refs
     tokens, heads = worker.place_of_slots()
@@ -336,14 +344,14 @@ def _store_slots(worker: _Worker, results: Results, first, stop) -> None:
     common.mosaic().commit_smem_to_gmem_group()
 
 
-def _slot_piece(plan: Plan, index: int, slot: Any) -> tuple[Any, Any]:
+def _slot_piece(plan: RowPlan, index: int, slot: Any) -> tuple[Any, Any]:
     """Where a block's `index`-th slot lies in memory, and the slot as its target's index."""
     if plan.boxes:
         return common.ds(index, 1), common.ds(slot, 1)
     return common.ds(index * plan.tokens, plan.tokens), slot
 
 
-def _store_zeros(worker: _Worker) -> None:
+def _store_zeros(worker: _DqWorker) -> None:
     """Zeros to the slots that are not visible."""
     plgpu = common.mosaic()
     plan, refs = worker.plan, worker.refs
@@ -370,7 +378,7 @@ def _store_zeros(worker: _Worker) -> None:
     plgpu.commit_smem_to_gmem_group()
 
 
-def _store_dq(worker: _Worker, dq: jax.Array) -> None:
+def _store_dq(worker: _DqWorker, dq: jax.Array) -> None:
     """Over the queries, which nobody reads any more, if the types allow it."""
     plgpu = common.mosaic()
     plan, refs, tile = worker.plan, worker.refs, worker.tile

@@ -22,8 +22,7 @@ from jax import lax
 
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.depth_tiles import Tile
-from pallas_kernels.mosaic_gpu.sequence_tiles import key_products
+from pallas_kernels.mosaic_gpu.depth.tiles import SlotTile
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
     ROWS,
@@ -32,6 +31,7 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     divmod_i32,
     i32,
     iota,
+    key_products,
     load_columns,
     rem,
     spread,
@@ -47,7 +47,7 @@ def _heads(group: int) -> int:
     return math.gcd(group, 2)
 
 
-class Plan(NamedTuple):
+class GatherPlan(NamedTuple):
     """Static numbers of a call."""
 
     batch: int
@@ -87,10 +87,10 @@ class Plan(NamedTuple):
         return self.group // self.heads
 
     @property
-    def slot_tile(self) -> Tile:
+    def slot_tile(self) -> SlotTile:
         """Of the slots that a thread block works on."""
         slots = ROWS // self.tokens
-        return Tile(1, self.tokens, slots, self.head_dim, boxes=not platforms.interpreted())
+        return SlotTile(1, self.tokens, slots, self.head_dim, boxes=not platforms.interpreted())
 
     @property
     def boxes(self) -> bool:
@@ -112,7 +112,7 @@ class Plan(NamedTuple):
         return cdiv(self.q_len, self.tokens)
 
 
-class _Refs(NamedTuple):
+class _GatherRefs(NamedTuple):
     """Global arrays, shared memory, barriers; what a call lacks is None."""
 
     scalars: Any  # [4]: layers start and stop, first slot, offset in so_far
@@ -148,17 +148,17 @@ _OPERANDS = "scalars", "query", "d_out", "rows", "key", "value"
 _SO_FAR = "so_far_key", "so_far_value"
 
 
-class _Place(NamedTuple):
+class _GatherPlace(NamedTuple):
     """What a thread block works on."""
 
-    plan: Plan
+    plan: GatherPlan
     first: jax.Array  # of its slots, among the call's
     head: jax.Array
     row: jax.Array
     tile: jax.Array  # in the row
 
     @classmethod
-    def here(cls, plan: Plan) -> "_Place":
+    def here(cls, plan: GatherPlan) -> "_GatherPlace":
         """Neighbours share what they read: the slots' blocks of a tile, then its heads."""
         rest, block = divmod_i32(lax.axis_index("block"), plan.slot_blocks)
         rest, head = divmod_i32(rest, plan.kv_heads)
@@ -231,7 +231,7 @@ def gather_depth_grads(
     """See `contract.GatherDepthGrads`; head sizes 64 and 128."""
     _, batch, length, num_heads, head_dim = kept.query.shape
     kv_heads = depth_key.shape[3]
-    plan = Plan(
+    plan = GatherPlan(
         batch,
         length,
         kv_heads,
@@ -259,7 +259,7 @@ def gather_depth_grads(
 
     def body(*operands, **memory):
         views = dict(zip(names, operands, strict=True))
-        _kernel(plan, _Refs(**views, **_split_unions(plan, memory)))
+        _kernel(plan, _GatherRefs(**views, **_split_unions(plan, memory)))
 
     results = common.launch(
         body,
@@ -273,8 +273,8 @@ def gather_depth_grads(
     return d_key, d_value
 
 
-def _views(plan: Plan) -> list[dict[str, Any]]:
-    """Shared memory that is used in several shapes, by the names of `_Refs`."""
+def _views(plan: GatherPlan) -> list[dict[str, Any]]:
+    """Shared memory that is used in several shapes, by the names of `_GatherRefs`."""
     ring = common.smem((STAGES, COLUMNS, plan.head_dim), plan.dtype)
     row = common.mosaic().SMEM((STAGES, COLUMNS), jnp.float32)
     views = [{"q_smem": ring}, {"do_smem": ring}, {"lse_smem": row}, {"minus_delta_smem": row}]
@@ -290,8 +290,8 @@ def _views(plan: Plan) -> list[dict[str, Any]]:
     return views
 
 
-def _scratch(plan: Plan) -> dict[str, Any]:
-    """Shared memory and barriers, by the names of `_Refs`; see `_split_unions`."""
+def _scratch(plan: GatherPlan) -> dict[str, Any]:
+    """Shared memory and barriers, by the names of `_GatherRefs`; see `_split_unions`."""
     slots = plan.slot_tile.buffer(plan.dtype)
     barrier = common.barrier
     memory = {"key_smem": slots, "value_smem": slots}
@@ -312,7 +312,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     return memory
 
 
-def _split_unions(plan: Plan, memory: dict[str, Any]) -> dict[str, Any]:
+def _split_unions(plan: GatherPlan, memory: dict[str, Any]) -> dict[str, Any]:
     """The views of one memory under their own names."""
     if plan.slot_tile.boxes:
         for views in _views(plan):
@@ -320,10 +320,10 @@ def _split_unions(plan: Plan, memory: dict[str, Any]) -> dict[str, Any]:
     return memory
 
 
-def _kernel(plan: Plan, refs: _Refs) -> None:
+def _kernel(plan: GatherPlan, refs: _GatherRefs) -> None:
     """One warpgroup: a tile of slots and tokens."""
     plgpu = common.mosaic()
-    here = _Place.here(plan)
+    here = _GatherPlace.here(plan)
     start, stop, first, offset = (refs.scalars[i] for i in range(4))
     whole, rest = divmod_i32(stop - start, plan.layers)
     full = whole * plan.parts
@@ -376,7 +376,7 @@ def _kernel(plan: Plan, refs: _Refs) -> None:
     _store(here, refs, (dk * plan.scale, dv))
 
 
-def _same_token(plan: Plan) -> jax.Array:
+def _same_token(plan: GatherPlan) -> jax.Array:
     """[rows, columns]: whether both are of one token; all sizes are powers of two."""
     row, column = (iota((ROWS, COLUMNS), axis) for axis in (0, 1))
     tiles = (row // TOKEN_ALIGNMENT) ^ (column // (TOKEN_ALIGNMENT * plan.heads))
@@ -385,7 +385,7 @@ def _same_token(plan: Plan) -> jax.Array:
     ) == 0
 
 
-def _load_slots(here: _Place, refs: _Refs, first, offset) -> None:
+def _load_slots(here: _GatherPlace, refs: _GatherRefs, first, offset) -> None:
     plgpu = common.mosaic()
     for _, index, key, value in here.slots(first, refs.key, refs.value):
         for source, memory in ((key, refs.key_smem), (value, refs.value_smem)):
@@ -398,7 +398,9 @@ def _load_slots(here: _Place, refs: _Refs, first, offset) -> None:
             plgpu.copy_gmem_to_smem(source, memory, refs.so_far_full.at[0])
 
 
-def _load_step(here: _Place, refs: _Refs, start, stop, step, stage, *, boxes: bool) -> None:
+def _load_step(
+    here: _GatherPlace, refs: _GatherRefs, start, stop, step, stage, *, boxes: bool
+) -> None:
     """Some heads of a step's layers: queries, do, lse and delta; boxes: of all layers at once."""
     plgpu = common.mosaic()
     plan = here.plan
@@ -452,7 +454,7 @@ def _load_step(here: _Place, refs: _Refs, start, stop, step, stage, *, boxes: bo
             copy(refs.d_out.at[where], refs.do_smem.at[stage, rows])
 
 
-def _store(here: _Place, refs: _Refs, grads: tuple[jax.Array, jax.Array]) -> None:
+def _store(here: _GatherPlace, refs: _GatherRefs, grads: tuple[jax.Array, jax.Array]) -> None:
     """With `so_far` added, through shared memory."""
     plgpu = common.mosaic()
     plan, tile = here.plan, here.plan.slot_tile

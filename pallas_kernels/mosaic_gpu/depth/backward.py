@@ -20,16 +20,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.depth_tiles import (
-    Blocks,
+from pallas_kernels.mosaic_gpu.depth.tiles import (
     DepthConfig,
-    Launch,
-    Place,
-    Tile,
+    DepthLaunch,
+    DepthPlace,
+    SlotBlocks,
+    SlotTile,
     clear_slots,
     flat_slots,
     load_slots,
-    plan,
+    plan_launches,
     slot_barriers,
     store_slots,
     store_zeros,
@@ -40,7 +40,7 @@ from pallas_kernels.mosaic_gpu.depth_tiles import (
 _LOG2_E = math.log2(math.e)
 
 
-def smem_bytes(tile: Tile, config: DepthConfig, grad_dtype: Any) -> int:
+def smem_bytes(tile: SlotTile, config: DepthConfig, grad_dtype: Any) -> int:
     """Shared memory that a block of the kernel asks for."""
     rows = 2 * tile.rows * (tile.head_dim + tile.columns) * 2 + 2 * tile.rows * 4
     slots = 2 * config.stages * tile.columns * tile.head_dim * 2
@@ -84,7 +84,7 @@ def depth_backward(
     config = config or DepthConfig()
     group = query.shape[2] // kv_heads
     parts: dict[tuple[int, int], jax.Array] = {}
-    for launch in plan(group, query.shape, slots, is_prefix, config):
+    for launch in plan_launches(group, query.shape, slots, is_prefix, config):
         # What one launch computed, the next adds to: of other slots, or of other heads.
         take = functools.partial(common.take_heads, kv_heads=kv_heads, part=launch.heads)
         so_far = parts.get((0, group), d_query)
@@ -108,7 +108,7 @@ def depth_backward(
 
 
 def _call(
-    launch: Launch,
+    launch: DepthLaunch,
     query,
     d_out,
     lse,
@@ -171,7 +171,7 @@ def _call(
     return dq, tuple(unflat_slots(x, depth_key.shape) for x in new)
 
 
-def _scratch(tile: Tile, config: DepthConfig, dtype: Any, grad_dtype: Any) -> dict[str, Any]:
+def _scratch(tile: SlotTile, config: DepthConfig, dtype: Any, grad_dtype: Any) -> dict[str, Any]:
     smem, barrier = common.smem, common.barrier
     scratch = {
         "q": smem((tile.rows, tile.head_dim), dtype),
@@ -201,7 +201,7 @@ def _kernel(
     kd_ref,
     vd_ref,
     *refs,
-    tile: Tile,
+    tile: SlotTile,
     config: DepthConfig,
     scale: float,
     has_d_query: bool,
@@ -212,15 +212,15 @@ def _kernel(
     """One warpgroup: a token tile of one row and key/value head. `refs`: see `_split_refs`."""
     plgpu = common.mosaic()
     d_query_ref, grad_refs, dq_ref = _split_refs(refs, has_d_query=has_d_query, add=add)
-    here = Place.here(lse_ref.shape[2] // tile.rows, tile)
-    blocks = Blocks.of(slots_ref, tile)
+    here = DepthPlace.here(lse_ref.shape[2] // tile.rows, tile)
+    blocks = SlotBlocks.of(slots_ref, tile)
     _load_rows(here, q_ref, do_ref, lse_ref, delta_ref, scratch)
     load = functools.partial(load_slots, here, blocks, kd_ref, vd_ref, scratch)
     clear_slots(scratch, tile, range(config.stages))
     for stage in range(config.stages):
         common.when(stage < blocks.count, functools.partial(load, jnp.int32(stage), stage))
     plgpu.barrier_wait(scratch["rows_loaded"].at[0])
-    weights = [_RowTile.of(scratch, r) for r in range(tile.rows // 64)]
+    weights = [_RowBlock.of(scratch, r) for r in range(tile.rows // 64)]
     dq = [common.zeros((64, tile.head_dim)) for _ in weights]
 
     def body(block, dq):
@@ -264,7 +264,7 @@ def _split_refs(refs, *, has_d_query: bool, add: bool):
     return d_query_ref, running or tuple(rest), dq_ref
 
 
-class _RowTile(NamedTuple):
+class _RowBlock(NamedTuple):
     """64 rows (head, token) of the tile."""
 
     start: int
@@ -272,7 +272,7 @@ class _RowTile(NamedTuple):
     delta: jax.Array
 
     @classmethod
-    def of(cls, scratch, index: int) -> "_RowTile":
+    def of(cls, scratch, index: int) -> "_RowBlock":
         plgpu = common.mosaic()
         rows = common.ds(64 * index, 64)
         lse, delta = (
@@ -298,7 +298,7 @@ class _RowTile(NamedTuple):
         scratch["ds"][rows] = ds
 
 
-def _load_rows(here: Place, q_ref, do_ref, lse_ref, delta_ref, scratch) -> None:
+def _load_rows(here: DepthPlace, q_ref, do_ref, lse_ref, delta_ref, scratch) -> None:
     plgpu = common.mosaic()
     loaded, tile = scratch["rows_loaded"].at[0], here.tile
     for rows, q, do in here.queries(q_ref, do_ref):
@@ -309,7 +309,7 @@ def _load_rows(here: Place, q_ref, do_ref, lse_ref, delta_ref, scratch) -> None:
         plgpu.copy_gmem_to_smem(ref.at[here.row, here.head, rows], scratch[name], loaded)
 
 
-def _multiply_slots(tile: Tile, scratch) -> None:
+def _multiply_slots(tile: SlotTile, scratch) -> None:
     """dkd = dsᵀ q and dvd = pᵀ do of a block, to shared memory."""
     plgpu = common.mosaic()
     shape = (tile.columns, tile.head_dim)
@@ -320,7 +320,7 @@ def _multiply_slots(tile: Tile, scratch) -> None:
     plgpu.commit_smem()
 
 
-def _store_query(here: Place, dq, d_query_ref, dq_ref, scratch) -> None:
+def _store_query(here: DepthPlace, dq, d_query_ref, dq_ref, scratch) -> None:
     """dq plus the sequence part's, through the queries' place in shared memory."""
     plgpu = common.mosaic()
     q = scratch["q"]
