@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.attention import make_inputs
 from benchmarks.shapes import Shape
-from benchmarks.tune import Kernel
+from benchmarks.tune_search import TunedKernel
 from pallas_kernels.contract import ArrayPair
 from pallas_kernels.operands import Operands, Options
 from pallas_kernels.triton_gpu import calls, tiles
@@ -59,7 +59,7 @@ def _dq_after_slots(
     return calls.sequence_dq(part, rows, partial_dq, config)
 
 
-def kernels() -> dict[str, Kernel]:
+def kernels() -> dict[str, TunedKernel]:
     """By the name that the table's keys use."""
     rows: dict[str, Any] = {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
     tokens = rows | {"rows": (64, 128), "keys": (32, 64, 128)}
@@ -70,7 +70,7 @@ def kernels() -> dict[str, Kernel]:
         "num_stages": (1, 2, 3, 4),
     }
 
-    def kernel(name: str, call: Any, grid: Any, *, depth: bool, backward: bool) -> Kernel:
+    def kernel(name: str, call: Any, grid: Any, *, depth: bool, backward: bool) -> TunedKernel:
         def default(shape: Shape) -> tiles.TileConfig:
             return tiles.choose(
                 name, head_dim=shape.head_dim, group=shape.group, is_causal=True, dtype=jnp.bfloat16
@@ -79,7 +79,7 @@ def kernels() -> dict[str, Kernel]:
         def run(shape: Shape, config: Any) -> Any:
             return _with(call, shape, config, depth=depth, backward=backward)
 
-        return Kernel(default, grid, run)
+        return TunedKernel(default, grid, run)
 
     return {
         "sequence_forward": kernel(
