@@ -8,6 +8,7 @@ A backend's test file subclasses `AttentionSuite` as a class whose name starts w
 and narrows `cases` or `dtypes` to what the backend takes.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +92,7 @@ class AttentionSuite:
             got = run(arrays, problem.cotangents, problem.integers, length)
             assert got[0].dtype == dtype
             assert got[1].dtype == jnp.float32
-            assert {str(grad.dtype) for grad in got[2].values()} == {dtype}
+            chex.assert_trees_all_equal_shapes_and_dtypes(got[2], arrays)
             assert_results_close(got, expected, dtype)
 
     def test_two_runs_are_bitwise_equal(self):
@@ -99,7 +100,7 @@ class AttentionSuite:
         problem = make_problem(case)
         run = self.compiled(case)
         args = _cast(problem.arrays, self.dtypes[0]), problem.cotangents, problem.integers, None
-        jax.tree.map(np.testing.assert_array_equal, run(*args), run(*args))
+        chex.assert_trees_all_equal(run(*args), run(*args))
 
     def test_traced_length_beyond_the_cache_is_clipped(self):
         for options in ({}, {"depth_chunk": 4}):
@@ -204,8 +205,7 @@ class AttentionSuite:
         one, other = (
             run(x, cotangents, {"segment_ids": segments}, None) for x in (arrays, changed)
         )
-        for x, y in zip(one[:2], other[:2], strict=True):
-            np.testing.assert_array_equal(x[:, first], y[:, first])
+        chex.assert_trees_all_equal(*([x[:, first] for x in got[:2]] for got in (one, other)))
         for name, grad in one[2].items():
             axis = 2 if name.startswith("depth") else 1
             mine, others = (np.compress(m, np.asarray(grad), axis) for m in (first, ~first))

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -74,6 +75,10 @@ class ShardedAttention:
         depth_grads: ArrayPair | None,
     ) -> Gradients:
         """The backward of `forward`; `depth_grads`: see `contract.Backward`."""
+        self.assert_rows(out, lse, d_out)
+        if depth_grads is not None:
+            assert self.operands.depth_key is not None
+            chex.assert_shape(depth_grads, self.operands.depth_key.shape)
 
         def attend(operands, out, lse, d_out, depth_grads) -> Gradients:
             return self.backend_for(operands).gradients(
@@ -88,6 +93,12 @@ class ShardedAttention:
             (specs, query, lse_spec, query, None if depth_grads is None else (depth, depth)),
             Gradients(*specs[: len(Gradients._fields)]),
         )
+
+    def assert_rows(self, out: jax.Array, lse: jax.Array, d_out: jax.Array) -> None:
+        """o and do are [B, Tq, N, H], lse is [B, Tq, N]."""
+        shape = self.operands.query.shape
+        chex.assert_shape([out, d_out], shape)
+        chex.assert_shape(lse, shape[:3])
 
     def backend(self) -> backends.Backend:
         """The backend that a device picks."""
@@ -154,6 +165,7 @@ class ShardedGathering:
         self, call: ShardedAttention, out: jax.Array, lse: jax.Array, d_out: jax.Array
     ) -> tuple[Gradients, KeptLayers]:
         """The backward without the slots' gradients, and what is kept for those."""
+        call.assert_rows(out, lse, d_out)
 
         def attend(operands, out, lse, d_out) -> tuple[Gradients, KeptLayers]:
             grads = call.backend_for(operands).gradients(
@@ -187,6 +199,10 @@ class ShardedGathering:
 
         Arguments as `contract.GatherDepthGrads`.
         """
+        chex.assert_rank([kept.query, kept.d_out], 5)
+        chex.assert_rank(kept.rows, 4)
+        chex.assert_shape([depth_key, depth_value], (None, *kept.query.shape[1:3], None, None))
+        chex.assert_equal_shape_suffix([depth_key, depth_value, *(so_far or ())], 4)
         sizes = compiler_axes()
         query = partition_spec(_QUERY, kept.query.shape[1:], sizes)
         key = partition_spec(_KEY, depth_key.shape[1:], sizes)
