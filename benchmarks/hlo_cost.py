@@ -120,7 +120,7 @@ def _visit(context: _Context, name: str, times: float) -> None:
             _visit(context, str(instruction.called("body")), each)
         elif opcode == "conditional":
             branches = _branches(instruction)
-            for branch in branches:  # one of them runs; nobody knows which: the mean
+            for branch in branches:  # one of them runs, unknown which: the mean
                 _visit(context, branch, times / len(branches))
         elif opcode == "call":
             _visit(context, str(instruction.called("to_apply")), times)

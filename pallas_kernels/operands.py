@@ -48,7 +48,7 @@ class Gradients(NamedTuple):
 
 
 class KeptLayers(NamedTuple):
-    """What is kept of R layers until the slots that they read are gathered for."""
+    """What gathering keeps of R layers: enough for the gradients of the slots that they read."""
 
     query: jax.Array  # [R, B, T, N, H]
     d_out: jax.Array  # [R, B, T, N, H], in the query's dtype
@@ -115,7 +115,7 @@ def depth_tokens(operands: Operands, chunk: int) -> MaskTokens:
     position = _positions(start, length)
     segment = operands.key_segments
     if segment is None or start is None:
-        # Without an offset the depth axis is the query axis, and so are its segments.
+        # Without an offset the depth token axis is the query axis and has the query's segments.
         return MaskTokens(position, None if segment is None else operands.query_segments, None)
     if operands.key is not None:
         index = jnp.minimum(position, segment.shape[1] - 1)

@@ -33,5 +33,5 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 
 def interpreted() -> bool:
-    """Whether Pallas kernels run in their interpreter: on the CPU, which has none of its own."""
+    """Whether Pallas kernels run in their interpreter: on the CPU, for which none compile."""
     return current() == "cpu"

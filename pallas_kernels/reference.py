@@ -97,7 +97,7 @@ def _sequence_part(operands: Operands, options: Options, query: jax.Array):
     keys = key_tokens(operands)
     mask = _token_mask(query_tokens(operands), keys, causal=options.is_causal, chunk=None)
     key, value = operands.key, operands.value
-    if keys.valid is not None:  # 0 * NaN is NaN: what nobody wrote must not enter a product
+    if keys.valid is not None:  # uninitialized keys may be NaN, and 0 * NaN is NaN
         written = keys.valid[:, :, None, None]
         key, value = jnp.where(written, key, 0), jnp.where(written, value, 0)
     score = jnp.einsum("btkgh,bskh->bkgts", query, key.astype(query.dtype), precision="highest")

@@ -257,7 +257,7 @@ def test_explain_takes_shapes_alone_and_every_argument():
         explain_attention(**shapes, depth_length=4)
 
 
-def test_slow_fallback_warns_once_and_only_where_nobody_asked_for_it(fake, pretend):
+def test_slow_fallback_warns_once_and_not_where_it_was_asked_for(fake, pretend):
     fake(unsupported)
     pretend("gpu")
     backends.warn_once.cache_clear()

@@ -124,7 +124,7 @@ def test_many_blocks_equal_the_reference(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["blocks_packed", "blocks_chunk"])
 def test_in_simulated_memory(name, capfd):
-    """Copies between HBM and VMEM as a chip makes them; memory that nobody wrote is NaN."""
+    """Copies between HBM and VMEM as a chip makes them; uninitialized memory is NaN."""
     case = next(case for case in MANY_BLOCKS if case.name == name)
     case = dataclasses.replace(case, q_len=200, batch=1, heads=2, kv_heads=1)
     with schedule.override(**SMALL_TILES), common.simulated_memory():

@@ -248,7 +248,7 @@ def test_sharded_train_step_compiles(chip):
     local = (slots, 2, 1, 64, 256)  # rows and key heads of a chip, tokens in the lanes
     assert all(f"f32[{','.join(map(str, local))}]" in line for line in in_place)
     assert not whole_copies(compiled, local)
-    # Both caches begin as memory that nobody fills.
+    # Both caches begin as uninitialized memory.
     made = re.findall(r"= bf16\[([\d,]+)\]\S* (broadcast|custom-call)\(", compiled.as_text())
     kinds = [op for dims, op in made if sorted(map(int, dims.split(","))) == sorted(local)]
     assert kinds == ["custom-call"] * 2

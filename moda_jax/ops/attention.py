@@ -1,4 +1,4 @@
-"""The front door of Mixture-of-Depths Attention: checks, defaults, dispatch, differentiation."""
+"""The public API of Mixture-of-Depths Attention: checks, defaults, dispatch, differentiation."""
 
 import functools
 import math
@@ -60,7 +60,7 @@ def moda_attention(
       is_causal: query i sees keys j <= query_offset + i; else all keys.
       scale: of the scores; None: H^-0.5.
       segment_ids: [B, T] int32, or a pair ([B, Tq], [B, Tk]): tokens see their own segment only;
-        segment 0 is padding, which sees nothing and which nobody sees.
+        segment 0 is padding: it sees nothing, and no query sees it.
       query_offset: [B] int32, query i stands at position query_offset + i (decoding); None: 0.
       kv_length: [B] int32, keys at or after it are invisible and may be NaN; None: Tk.
       depth_chunk: chunk-visible variant (section 3.2 of the paper): query at position t sees the
@@ -149,7 +149,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend_without_lse(backend: backends.Backend, options: Options, operands: Operands):
-    """o alone: its backward is told that there is no dlse, which some kernels do faster."""
+    """o alone: its backward gets d_lse = None, which saves a pass over lse."""
     return backend.forward(operands, options)[0]
 
 

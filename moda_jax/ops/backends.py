@@ -180,7 +180,7 @@ def warn_once(message: str) -> None:
 
 
 def resolve(operands: Operands, options: Options, implementation: str | None) -> Backend:
-    """`choose`, with a warning (once per reason) where nobody asked for the slow way."""
+    """`choose`, with a warning (once per reason) where it had to choose a slow backend."""
     choice = choose(operands, options, implementation)
     if choice.is_slow and implementation is None:
         warn_once(f"slow attention: {choice}")

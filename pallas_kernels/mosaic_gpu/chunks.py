@@ -24,7 +24,7 @@ def chunk_segments(segments: jax.Array | None, shape: tuple[int, ...], chunk: in
         return jnp.broadcast_to(position // chunk + 1, shape)
     size = min(chunk, length)
     padded = jnp.pad(segments, ((0, 0), (0, -length % size))).reshape(batch, -1, size)
-    # A document's name within its chunk: the first place where it stands.
+    # Documents are named, within a chunk, by their first position in it.
     first = jnp.argmax(padded[..., :, None] == padded[..., None, :], axis=-1).astype(jnp.int32)
     names = jnp.arange(padded.shape[1], dtype=jnp.int32)[:, None] * size + first + 1
     return jnp.where(padded == 0, 0, names).reshape(batch, -1)[:, :length]
@@ -78,7 +78,7 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
 def _merge(state: Any, part: Any) -> tuple[jax.Array, jax.Array]:
     (out, lse), (new_out, new_lse) = state, part
     total = jnp.logaddexp(lse, new_lse)
-    shift = jnp.where(jnp.isneginf(total), 0.0, total)  # nobody saw anything: weights e^-inf = 0
+    shift = jnp.where(jnp.isneginf(total), 0.0, total)  # neither part saw a key: weights e^-inf = 0
     weights = (jnp.exp(x - shift)[..., None] for x in (lse, new_lse))
     return out * next(weights) + new_out.astype(out.dtype) * next(weights), total
 

@@ -82,10 +82,13 @@ def launch(
     scratch: Mapping[str, Any],
     threads: int | None = None,
 ) -> Callable[..., Any]:
-    """`plgpu.kernel`, compiled or interpreted; `threads` warpgroups, or one without a name.
+    """`plgpu.kernel`, compiled or interpreted.
 
-    The results are held behind a barrier: where one goes straight into a stacked array (a scan that
-    keeps lse), XLA would fuse a second copy of the kernel with the update, and run both.
+    threads: number of warpgroups; None: one, which has no axis name.
+
+    An optimization barrier holds the results. Without it, where a result goes straight into a
+    stacked array (a scan that keeps lse), XLA fuses a second copy of the kernel with the update and
+    runs both.
     """
     plgpu = mosaic()
     interpret = None
@@ -188,9 +191,9 @@ def untile_rows(
 def store(source: Any, target: Any, *, add: bool, old: tuple[Any, Any] | None = None) -> None:
     """target = source, or target += source, asynchronous and not yet in a group.
 
-    It is the memory system that adds: nothing is read back. The interpreter, which knows no such
-    copy, reads back to `old` (memory and a barrier), or to memory of its own in a kernel of a
-    single warpgroup.
+    The memory system adds: the kernel reads nothing back. The interpreter has no such copy. It
+    reads the target back into `old` (shared memory and a barrier) and adds there; None: into memory
+    that it allocates, for kernels of one warpgroup.
     """
     plgpu = mosaic()
     if not (add and platforms.interpreted()):
@@ -236,7 +239,7 @@ def multiply(a: Any, b: Any, shape: tuple[int, ...]) -> jax.Array:
 def multiply_add(total: jax.Array, a: Any, b: Any) -> jax.Array:
     """total + a @ b."""
     pl, plgpu = pallas(), mosaic()
-    if platforms.interpreted():  # which cannot initialise an accumulator
+    if platforms.interpreted():  # the interpreter cannot initialise an accumulator
         return total + multiply(a, b, total.shape)
     return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(total))
 

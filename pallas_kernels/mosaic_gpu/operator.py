@@ -132,7 +132,7 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
     operands = _pad_head_dim(operands)
     width = operands.query.shape[-1]
     d_out = _pad_last(d_out, width)
-    query, key, _, depth_key, depth_value = operands[:5]
+    query, key, value, depth_key, depth_value = operands[:5]
     running = None
     if depth_grads is not None:
         running = _pad_last(depth_grads[0], width), _pad_last(depth_grads[1], width)
@@ -141,17 +141,30 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
         slots = _slots(operands, options)
         depth = DepthPart(depth_key, depth_value, slots, running, want_depth)
     d_query = d_key = d_value = new = None
-    rest = depth  # what the sequence part does not take along
+    fused = False  # whether the sequence part's kernel for dq does the depth part, too
     if key is not None:
-        rows = d_out, lse, delta
-        rest, (d_query, d_key, d_value, new) = _sequence(operands, options, rows, depth)
+        fused = depth is not None and fuses(query, key, depth, is_causal=options.is_causal)
+        d_query, d_key, d_value, new = sequence_backward(
+            query,
+            key,
+            value,
+            d_out,
+            lse,
+            delta,
+            scale=options.scale,
+            is_causal=options.is_causal,
+            query_segments=operands.query_segments,
+            key_segments=operands.key_segments,
+            depth=depth if fused else None,
+            dq_dtype=query.dtype,
+        )
     if depth_key is not None and not depth_key.shape[0]:
         new = running or (depth_key, depth_value)
     elif depth_key is not None and options.depth_chunk is not None:
         d_query, new = chunks.backward(
             operands, options, d_out, lse, delta, d_query, running, want_depth=want_depth
         )
-    elif rest is not None:
+    elif depth is not None and not fused:
         d_query, new = depth_backward(
             query,
             d_out,
@@ -159,7 +172,7 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
             delta,
             depth_key,
             depth_value,
-            rest.slots,
+            depth.slots,
             scale=options.scale,
             is_prefix=options.depth_window is None,
             d_query=d_query,
@@ -178,32 +191,6 @@ def gather_unsupported_reason(operands: Operands) -> str | None:
     if length % GATHER_COLUMNS:
         return f"gathers for rows of a multiple of {GATHER_COLUMNS} tokens, not {length}"
     return None
-
-
-def _sequence(operands: Operands, options: Options, rows: tuple, depth: DepthPart | None):
-    """What is left of `depth`, and the gradients of the sequence part and what it took along."""
-    query, key, value = operands[:3]
-    taken = None
-    if depth is not None and _takes_along(operands, options, depth):
-        taken, depth = depth, None
-    return depth, sequence_backward(
-        query,
-        key,
-        value,
-        *rows,
-        scale=options.scale,
-        is_causal=options.is_causal,
-        query_segments=operands.query_segments,
-        key_segments=operands.key_segments,
-        depth=taken,
-        dq_dtype=query.dtype,
-    )
-
-
-def _takes_along(operands: Operands, options: Options, depth: DepthPart) -> bool:
-    """Whether the sequence part's kernel for dq does the depth part; by shapes and dtypes alone."""
-    assert operands.key is not None
-    return fuses(operands.query, operands.key, depth, is_causal=options.is_causal)
 
 
 def _slots(operands: Operands, options: Options) -> Any:

@@ -29,7 +29,7 @@ from pallas_kernels.mosaic_gpu.wgmma import (
 
 
 class RowRefs(NamedTuple):
-    """What a kernel sees: global arrays, then shared memory and barriers; what it lacks is None."""
+    """A kernel's global arrays, then shared memory and barriers; None: the kernel has none."""
 
     query: Any
     d_out: Any = None
@@ -81,7 +81,7 @@ class RowRefs(NamedTuple):
     depth_full: Any = None
 
     def read_scalars(self) -> "RowRefs":
-        """With `slots` as values: from global memory they would come late in every depth block."""
+        """With `slots` in registers: loads from global memory would delay every depth block."""
         if self.slots is None:
             return self
         return self._replace(slots=tuple(self.slots[i] for i in range(4)))
@@ -112,8 +112,8 @@ def ring_memory(plan: RowPlan) -> dict[str, Any]:
 def row_memory(plan: RowPlan, dtype: Any, *leading: int) -> Any:
     """Shared memory for the rows of tiles, [*leading, 64, H] and as `row_pieces` has them.
 
-    TMA lays [tokens, heads · H] down by 8 rows and a head: that is how rows are sorted. The
-    interpreter cannot see one memory as two arrays.
+    Rows are sorted as TMA stores [tokens, heads · H]: 8 tokens of one head, then of the next. The
+    interpreter cannot view one memory as two arrays.
     """
     rows = common.smem((*leading, ROWS, plan.head_dim), dtype)
     if platforms.interpreted():
@@ -148,7 +148,7 @@ def split_unions(types: dict[str, Any], memory: dict[str, Any]) -> dict[str, Any
 
 
 def either(plan: RowPlan, slots_left: jax.Array, whole: Callable, part: Callable) -> None:
-    """`whole` for a depth block that moves in one piece, `part` for one slot by slot."""
+    """Calls `whole` for a depth block that one copy moves, `part` for one moved slot by slot."""
     if not plan.boxes:
         part()
         return
@@ -161,10 +161,12 @@ def visit_blocks(
 ):
     """Calls (block, carry) -> carry for every block of a tile, in the ring's order.
 
-    `depth` takes (first block of this run of depth blocks, block, carry). `edge` is for keys that
-    need a mask, the last ones. Slots wait for memory and keys for the tensor cores: both come in
-    `depth_parts` parts, in turn, and with `alternate` every second thread block begins with keys,
-    so that at any time some wait for the one and some for the other.
+    `depth` takes (first block of this run of depth blocks, block, carry). `plain` takes the key
+    blocks that need no mask, `edge` those after them.
+
+    Depth blocks wait for memory, key blocks for the tensor cores. So both are visited in
+    `depth_parts` parts, in turn, and with `alternate` every second thread block begins with keys:
+    at any time some thread blocks use the memory and others the tensor cores.
     """
 
     def slots(start, stop, carry):
@@ -211,7 +213,7 @@ def load_blocks(plan: RowPlan, refs: RowRefs, tile: RowTile, step: jax.Array) ->
 
 
 def wait_parts(plan: RowPlan, free: Any, step: jax.Array) -> None:
-    """Until every warpgroup has read the previous block in this step's stage, if there was one."""
+    """Waits until all warpgroups have read the previous block in this step's stage, if any."""
     plgpu = common.mosaic()
     stages, count = plan.config.stages, plan.config.warpgroups
 
@@ -223,7 +225,7 @@ def wait_parts(plan: RowPlan, free: Any, step: jax.Array) -> None:
 
 
 def drain_parts(plan: RowPlan, free: Any, steps: jax.Array) -> None:
-    """Every arrival is waited for: no barrier is left in the middle of a phase."""
+    """Waits for every arrival, so that no barrier ends in the middle of a phase."""
     stages = plan.config.stages
 
     def wait(step, _):
@@ -233,7 +235,7 @@ def drain_parts(plan: RowPlan, free: Any, steps: jax.Array) -> None:
 
 
 def load_rows(plan: RowPlan, tile: RowTile, sources: Any, full: Any) -> None:
-    """The tiles' rows of each (array [B, T, N · H], memory and its boxes, by warpgroup)."""
+    """Starts copying all warpgroups' rows; sources: (array [B, T, N · H], memory, its boxes)."""
     for warpgroup in range(plan.config.warpgroups):
         for source, rows, boxes in sources:
             own = rows.at[warpgroup], None if boxes is None else boxes.at[warpgroup]
@@ -266,8 +268,8 @@ def _load_depth(
 ) -> jax.Array:
     """A depth block of all warpgroups; returns the next step. `run`: the run's first block.
 
-    A warpgroup's part of the stage is filled as soon as that warpgroup has read what was there,
-    unless that were keys for all.
+    A warpgroup's part of the stage is filled as soon as that warpgroup has read the depth block
+    that was there. Where the stage held keys, all warpgroups must have read them.
     """
     plgpu = common.mosaic()
     config = plan.config
@@ -309,7 +311,7 @@ def _load_slots(
     source, rows, _, full, _ = ring
     warpgroup, tokens = where
     for i in range(plan.block_slots):
-        # Past the range the last visible slot again: what nobody wrote may be NaN.
+        # Past the range the last visible slot is loaded again: uninitialized slots may be NaN.
         slot = jnp.minimum(first + i, stop - 1)
         row = warpgroup * plan.depth_keys + i * plan.tokens
         plgpu.copy_gmem_to_smem(
@@ -366,7 +368,7 @@ class RingBlock(NamedTuple):
 
 
 def row_segments(plan: RowPlan, refs: RowRefs, tile: RowTile, token: jax.Array) -> jax.Array | None:
-    """The segment of every row of a warpgroup's tile; None: there are none."""
+    """The segment of every row of a warpgroup's tile; None: the call has no segments."""
     if not plan.segments:
         return None
     plgpu = common.mosaic()
@@ -392,7 +394,7 @@ def key_mask(plan: RowPlan, token, row_segment, start: jax.Array, segments: Any)
     mask = None
     if plan.causal:
         mask = column <= row_tokens(plan, iota(shape, 0)) + token
-    if not plan.causal or plan.kv_len < plan.q_len:  # else no query that there is sees past the end
+    if not plan.causal or plan.kv_len < plan.q_len:  # else no real query sees past the end
         inside = column < plan.kv_len
         mask = inside if mask is None else mask & inside
     if row_segment is not None:

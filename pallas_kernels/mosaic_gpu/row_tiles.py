@@ -36,11 +36,11 @@ class ForwardConfig:
     warpgroups: int = 3  # compute warpgroups, a tile each
     persistent: bool = True  # one thread block per multiprocessor, looping over tiles
     turns: bool = True  # warpgroups take turns on the tensor cores
-    depth_parts: int = 4  # in so many parts the slots are read, in turn with parts of the keys
+    depth_parts: int = 4  # the slots are read in so many parts, in turn with parts of the keys
     alternate: bool = True  # every second thread block begins with keys
     piles: int = 1  # sorted tiles are dealt from so many piles, so that heavy and light ones mix
-    depth_warpgroups: bool = False  # one for each compute warpgroup's slots
-    slot_stages: int = 3  # blocks of 8 slots that each has in flight
+    depth_warpgroups: bool = False  # one more for the slots of each compute warpgroup
+    slot_stages: int = 3  # blocks of 8 slots that a depth warpgroup has in flight
     slot_boxes: bool = True  # one TMA load for all slots of a depth block, where layouts allow it
 
     @property
@@ -107,7 +107,7 @@ class RowPlan(NamedTuple):
 
     @property
     def octets(self) -> int:
-        """Of tokens in a tile. TMA lays down [tokens, heads · H] by 8 rows and a head."""
+        """Octets of tokens in a tile. TMA stores [tokens, heads · H] by 8 tokens of one head."""
         return self.tokens // TOKEN_ALIGNMENT
 
     @property
@@ -131,7 +131,7 @@ class RowPlan(NamedTuple):
 
     @property
     def ring_slots(self) -> int:
-        """Slots of which blocks go through the ring."""
+        """How many slots' blocks go through the ring."""
         return 0 if self.depth_warpgroups else self.slots
 
     @property
@@ -159,9 +159,9 @@ class RowPlan(NamedTuple):
 
     @property
     def boxes(self) -> bool:
-        """Whether whole depth blocks come in one piece: [slots, tokens, H] lies like a ring stage.
+        """Whether one copy loads a whole depth block: [slots, tokens, H] has a ring stage's layout.
 
-        The interpreter cannot see one memory as two arrays.
+        The interpreter cannot view one memory as two arrays.
         """
         config = self.config
         fits = self.head_dim == 64 and self.depth_keys * config.warpgroups == self.stage_keys
@@ -174,8 +174,8 @@ class RowTile(NamedTuple):
     batch: jax.Array
     kv_head: jax.Array
     place: jax.Array  # among the tiles of its KV head
-    depth_first: jax.Array  # blocks of the first range of slots, of those that go through the ring
-    depth_blocks: jax.Array
+    depth_first: jax.Array  # depth blocks of the first range of slots
+    depth_blocks: jax.Array  # depth blocks of both ranges
     kv: Walk | None  # sequence blocks
 
 

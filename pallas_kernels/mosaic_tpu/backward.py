@@ -104,7 +104,7 @@ def _launch(
     want_keys: bool,
     work: schedule.Work,
 ) -> tuple[jax.Array, Any]:
-    """dq of the span-th q_count query blocks, put into `d_query`, and what they owe to the keys."""
+    """dq of the span-th q_count query blocks, in `d_query`, and their contributions to dk, dv."""
     query, key, value, d_out, lse, delta = arrays
     running = want_keys and grads is not None
     scalars = {"slots": slots} | blocks.block_scalars(
@@ -112,7 +112,7 @@ def _launch(
     )
 
     def source_and_column(b, s, j, refs):
-        """Where nothing is left to do, those that are there already: nothing is moved."""
+        """Past the last one, that one again, which is there already: nothing is fetched."""
         rest = (s >= common.count_slots(refs.slots)) | (j > refs.k_end[b])
         return common.slot_index(s, refs.slots), jnp.where(rest, refs.k_end[b], j), rest
 
@@ -219,7 +219,7 @@ def _kernel(refs: Any, *, plan: blocks.PairPlan, scale: float) -> None:
         if refs.old_key is not None:
 
             @pl.when(count == 0)
-            def _nothing_is_visible():  # a block is written back all the same: as it was
+            def _nothing_is_visible():  # the block is written back all the same: unchanged
                 refs.d_key[...] = refs.old_key[...]
                 refs.d_value[...] = refs.old_value[...]
 

@@ -1,7 +1,7 @@
 """Which pairs of query and key blocks the tokens kernels visit, and the mask within a pair.
 
-The scalars are prefetched: index maps read them before a block is fetched, so that a pair that
-nobody sees costs a grid step of a few scalar operations, and no memory traffic.
+The scalars are prefetched: index maps read them before a block is fetched, so that a pair that is
+masked wholly costs a grid step of a few scalar operations, and no memory traffic.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class PairPlan:
 
     @property
     def ragged_keys(self) -> bool:
-        """Whether blocks contain keys that nobody wrote: their memory may hold NaN."""
+        """Whether blocks contain uninitialized keys, which may be NaN."""
         return self.has_lengths or self.k_len % self.k_block != 0
 
     @property
@@ -64,7 +64,11 @@ def plan_pairs(
     chunk: int | None,
     k_step: int = 0,
 ) -> PairPlan:
-    """blocks: tokens of a query and of a key block. k_step: 0 where there is none."""
+    """Of the static part of a call.
+
+    blocks: tokens of a query and of a key block. k_step: keys of a softmax update; 0: none, in the
+    backward.
+    """
     q_block, k_block = blocks
     return PairPlan(
         shape.q_len,
@@ -161,7 +165,7 @@ def _bounds(plan: PairPlan, q_block, k_block, *, q_offset, k_base, k_stop):
 def _block_ids(segments: jax.Array, block: int, nothing: int) -> jax.Array:
     """[B, blocks, 3]: smallest and largest segment of a block, and the only one or `nothing`.
 
-    Padding, segment 0, is seen by nobody and left out of the first two.
+    The first two leave out padding, segment 0, which no query sees.
     """
     padded = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % block)))
     ids = padded.reshape(padded.shape[0], -1, block)

@@ -150,7 +150,7 @@ def _with_whole_blocks(inputs, outputs, aliases) -> tuple[dict[str, Blocked], di
 def simulated_memory() -> Iterator[None]:
     """Interpreted kernels traced inside run with simulated HBM, VMEM, copies and semaphores.
 
-    A race, or memory read that nobody wrote, then shows; it takes about a hundred times as long as
+    Races and reads of uninitialized memory show there. It takes about a hundred times as long as
     Pallas's plain interpreter, which only replays the grid.
     """
     token = _simulate.set(True)

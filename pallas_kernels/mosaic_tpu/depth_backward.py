@@ -42,7 +42,7 @@ def depth_backward(
       lse: [B, K, G, T], natural; +inf where a query sees nothing, so that its weights are 0.
       delta: [B, K, G, T].
       slots: see `common.slot_scalars`; the gradients of other slots are neither read nor written.
-      d_query: float32, what the sequence part owes to the query.
+      d_query: float32, the sequence part's dq, which is added.
       grads: float32 or bfloat16, added to in place. None: all slots are visible, and their
         gradients come in the key's dtype.
       want_depth: else None stands for the slots' gradients.
@@ -120,7 +120,7 @@ def _kernel(refs: Any, *, scale: float) -> None:
     if refs.old_key is not None:
 
         @pl.when(count == 0)
-        def _nothing_is_visible():  # a block is written back all the same: as it was
+        def _nothing_is_visible():  # the block is written back all the same: unchanged
             refs.d_key[...] = refs.old_key[...]
             refs.d_value[...] = refs.old_value[...]
 

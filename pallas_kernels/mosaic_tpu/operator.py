@@ -224,7 +224,7 @@ def _depth_backward(operands, options, rows, d_query, depth_grads, want_depth):
     if depth_grads is not None:
         grads = _keys(depth_grads[0]), _keys(depth_grads[1])
     elif want_depth and not (operands.depth_length is None and options.depth_window is None):
-        grads = jnp.zeros_like(keys[0]), jnp.zeros_like(keys[1])  # of slots that nobody sees
+        grads = jnp.zeros_like(keys[0]), jnp.zeros_like(keys[1])  # invisible slots keep gradient 0
     if options.depth_chunk is None:
         fold = _Fold(shape)
         d_query, new = depth_backward(

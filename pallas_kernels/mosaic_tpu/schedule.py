@@ -11,7 +11,7 @@ Two pairs of kernels (forward and backward) share the work:
 - *depth*: queries to the slots of their own token. A grid step is one slot of one token block.
 
 Whether a pair of blocks is needed is decided by `needed` and `unmasked`, on ints or on arrays of
-NumPy or JAX: a block that nobody sees is neither fetched nor computed.
+NumPy or JAX: a pair that is masked wholly is neither fetched nor computed.
 """
 
 import dataclasses
@@ -196,7 +196,7 @@ def tokens_backward_work(
 ) -> Work:
     """Of the launch for a `span` of query blocks, or of all launches together.
 
-    `running`: dk and dv are added to a gradient that is there, of `grads_itemsize` bytes.
+    `running`: dk and dv are added to running gradients of `grads_itemsize` bytes an element.
     """
     spans = query_spans(shape.q_len, tiles)
     if span is None:

@@ -36,7 +36,7 @@ def tile_base(batch, length, first, kv_head, KV_HEADS: tl.constexpr, GROUP: tl.c
 def load_matrix(pointer, offset, mask, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
     """[rows, WIDTH] of rows of HEAD_DIM elements at `offset` (in rows); 0 where masked.
 
-    mask None: every row is there.
+    mask None: all rows exist.
     """
     dim = tl.arange(0, WIDTH)
     where = pointer + offset[:, None] * HEAD_DIM + dim[None, :]
@@ -90,7 +90,7 @@ def token_mask(
 
 @triton.jit
 def load_segments(segments, offset, mask, HAS_SEGMENTS: tl.constexpr):
-    """Of tokens or keys, 0 where masked; without segments something that nobody looks at."""
+    """Of tokens or keys, 0 where masked; without segments an unused value."""
     if HAS_SEGMENTS:
         return tl.load(segments + offset, mask=mask, other=0)
     return offset
@@ -115,7 +115,7 @@ def walk(begin, end, plain_begin, plain_end, met, tile, HAS_SEGMENTS: tl.constex
 
 @triton.jit
 def beyond_gap(i, gap_begin, gap_end):
-    """The i-th number of those that count up from some begin and leave a gap out."""
+    """The block at place i of a range without its gap: i before the gap, later ones shifted."""
     return i + tl.where(i < gap_begin, 0, gap_end - gap_begin)
 
 

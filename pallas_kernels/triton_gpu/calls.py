@@ -58,7 +58,7 @@ class KernelCall:
 
     @property
     def segments(self) -> ArrayPair:
-        """Of queries and keys; something of the same dtype where there are none."""
+        """Of queries and keys; placeholders where there are none."""
         query, key = self.operands.query_segments, self.operands.key_segments
         nothing = jnp.zeros(1, jnp.int32)
         return (nothing, nothing) if query is None else (query, nothing if key is None else key)
@@ -75,7 +75,7 @@ class KernelCall:
 
     def _met(self, segments: jax.Array, tile: int, others: jax.Array, block: int) -> jax.Array:
         if self.operands.query_segments is None:
-            return _nothing(jnp.int32)
+            return _placeholder(jnp.int32)
         segments = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % tile)))
         return segment_bounds(segments.reshape(self.batch, -1, tile), others, block)
 
@@ -136,20 +136,20 @@ def _like(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _nothing(dtype: Any) -> jax.Array:
-    """Stands where a kernel has a pointer that it does not follow."""
+def _placeholder(dtype: Any) -> jax.Array:
+    """For a pointer that the kernel does not follow."""
     return jnp.zeros(1, dtype)
 
 
 def sequence_forward(
     part: KernelCall, partial: ArrayPair | None, config: TileConfig | None = None
 ) -> ArrayPair:
-    """(o, lse) over the sequence and, if given, the keys behind `partial` (float32)."""
+    """(o, lse) over the sequence, continuing the softmax `partial` (o, lse; float32) if given."""
     from pallas_kernels.triton_gpu.sequence_forward import sequence_forward_kernel
 
     config = part.config("sequence_forward", config)
     query, key, value = part.operands[:3]
-    before = partial or (_nothing(jnp.float32), _nothing(jnp.float32))
+    before = partial or (_placeholder(jnp.float32), _placeholder(jnp.float32))
     out, lse = launch.call(
         sequence_forward_kernel,
         [query, key, value, *part.segments, part.met_by_queries(config), *before],
@@ -236,7 +236,7 @@ def sequence_dq(
 
     config = part.config("sequence_dq", config)
     key, value = part.operands.key, part.operands.value
-    before = _nothing(jnp.float32) if partial_dq is None else partial_dq
+    before = _placeholder(jnp.float32) if partial_dq is None else partial_dq
     (d_query,) = launch.call(
         sequence_dq_kernel,
         [rows.query, key, value, *rows[1:], *part.segments, part.met_by_queries(config), before],
@@ -297,9 +297,9 @@ def _running(
     """Inputs, outputs and aliases for the slots' gradients."""
     slots = part.operands.depth_key
     if not want_depth:
-        return [_nothing(slots.dtype)] * 2, [_like((1,), slots.dtype)] * 2, {}
+        return [_placeholder(slots.dtype)] * 2, [_like((1,), slots.dtype)] * 2, {}
     if depth_grads is None:
-        return [_nothing(slots.dtype)] * 2, [_like(slots.shape, slots.dtype)] * 2, {}
+        return [_placeholder(slots.dtype)] * 2, [_like(slots.shape, slots.dtype)] * 2, {}
     aliases = {first_input + i: first_output + i for i in range(2)}
     return list(depth_grads), [_like(x.shape, x.dtype) for x in depth_grads], aliases
 

@@ -41,7 +41,7 @@ def zero_slots(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """The gradients of slots that nobody sees."""
+    """Writes the gradients of invisible slots."""
     zeros = tl.zeros([BLOCK_T * BLOCK_S, WIDTH], tl.float32)
     for slot in range(start, stop, BLOCK_S):
         offset, _, there = slot_columns(
@@ -86,8 +86,8 @@ def depth_backward_kernel(
 ):
     """Program (tile and key/value head, batch): reads each slot once, writes each gradient once.
 
-    ADD: the gradients are added to `old_dk` and `old_dv`, which the outputs alias; else slots that
-    nobody sees get zeros, unless ALL_SLOTS are seen. Without WANT_DEPTH neither is written.
+    ADD: the gradients are added to `old_dk` and `old_dv`, which the outputs alias; else
+    invisible slots get zeros, unless ALL_SLOTS are visible. Without WANT_DEPTH neither is written.
     """
     kv_head, tile = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
     batch = tl.program_id(1)

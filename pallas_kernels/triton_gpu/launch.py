@@ -102,8 +102,8 @@ def call(
         compute_capability=int(name[3:]) if name.startswith("sm_") else None,
         **constants,
     )
-    # Where a result goes straight into a stacked array (a scan that keeps lse), XLA would fuse a
-    # second copy of the kernel with the update, and run both.
+    # Without the barrier, where a result goes straight into a stacked array (a scan that keeps
+    # lse), XLA fuses a second copy of the kernel with the update and runs both.
     return list(jax.lax.optimization_barrier(results))
 
 
@@ -143,7 +143,7 @@ class _HostArray:
 
 
 def _interpret(kernel: Any, outputs: Any, grid: Any, aliases: Any, constants: Any, *inputs: Any):
-    """The kernel's programs one after another; memory that it does not write is garbage."""
+    """Runs the kernel's programs one after another; uninitialized results are NaN."""
     arrays = [np.array(x) for x in inputs]
     results = [
         np.frombuffer(b"\xff" * (x.size * x.dtype.itemsize), x.dtype).reshape(x.shape).copy()

@@ -104,7 +104,7 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
             part, rows, _bounds(operands, options), dq_dtype, depth_grads, want_depth=want_depth
         )
     elif operands.depth_key is not None and depth_grads is None:
-        d_depth = operands.depth_key, operands.depth_value  # no slots: nothing in them
+        d_depth = operands.depth_key, operands.depth_value  # no slots: empty arrays
     d_query, d_key, d_value = partial_dq, None, None
     if operands.key is not None:
         d_key, d_value = calls.sequence_dkv(part, rows)

@@ -53,8 +53,8 @@ def dkv_span(
     WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Adds what the query tiles begin ... end - 1, without those of the gap, owe to some keys;
-    every row of unMASKED tiles sees all of these.
+    """Adds what the query tiles begin ... end - 1, without those of the gap, contribute to a block
+    of keys. Without MASKED, every row of the tiles sees all of these keys.
 
     `query`, `d_out`, `lse`, `delta` and `query_segments` point at token 0 of a batch's group. Rows
     that do not exist have lse = +inf, so all their weights are 0.

@@ -45,8 +45,8 @@ def attend_span(
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Continues the softmax over the key blocks begin ... end - 1, without those of the gap; the
-    keys of unMASKED blocks exist and are seen by every row.
+    """Continues the softmax over the key blocks begin ... end - 1, without those of the gap.
+    Without MASKED, all keys of the blocks exist and every row sees them.
 
     `key`, `value` and `key_segments` point at token 0 of a batch's key/value head.
     """

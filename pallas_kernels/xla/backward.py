@@ -121,7 +121,7 @@ def tokens_backward(
         here = _RowsByHead(*(tiles.take_tile(x, 2, i, q_block) for x in rows))
         key_tile, value_tile = (tiles.take_tile(x, 2, j, k_block) for x in (key, value))
         key_here = tiles.take_side(sides[1], j, k_block)
-        if key_here.valid is not None:  # as in the forward: unwritten keys may be NaN
+        if key_here.valid is not None:  # as in the forward: uninitialized keys may be NaN
             written = key_here.valid[:, None, :, None]
             key_tile = jnp.where(written, key_tile, 0)
             value_tile = jnp.where(written, value_tile, 0)

@@ -1,7 +1,8 @@
-"""Gradients of a few depth slots, gathered from the layers that read them.
+"""Gradients of a few depth slots, gathered from the layers whose queries read them.
 
-The other way around than `backward`, where a layer adds to all the slots that it read: no running
-gradient is read and written again, but the layers' queries and output gradients are kept.
+In `backward` a layer adds to the running gradients of all the slots that it read, which are read
+and written again by every layer. Gathering keeps the layers' queries and output gradients instead,
+and writes a slot's gradient once.
 """
 
 from typing import Any

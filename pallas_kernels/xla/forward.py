@@ -128,7 +128,7 @@ def attend_tokens(
         scores = scale * tiles.dot("bktgh,bksh->bktgs", query_tile, key_tile)
         if mask is not None:
             scores = jnp.where(mask, scores, -jnp.inf)
-        if kv_length is not None:  # unwritten cache rows may be NaN, and 0 * NaN is NaN
+        if kv_length is not None:  # uninitialized keys may be NaN, and 0 * NaN is NaN
             value_tile = jnp.where(key_here.valid[:, None, :, None], value_tile, 0)
         new = _update(
             here,
@@ -149,9 +149,8 @@ def attend_tokens(
 def _attend_slots(state: OnlineSoftmax, query: jax.Array, operands: Operands, options: Options):
     """Depth slots of the query's own token, slot after slot: read once per key/value head.
 
-    Tokens first, as the slots are: one slot meets the queries in its own layout, while products of
-    a token's G queries with a block of its slots are too small for the matrix units and cost a
-    transposition of the block.
+    Queries are laid out tokens first, as the slots are, so that no slot is transposed. A product of
+    a token's G queries with several of its slots would be too small for matrix units.
     """
     query = jnp.moveaxis(query, 1, 2)
     valid = query_tokens(operands).valid

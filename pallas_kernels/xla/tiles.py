@@ -125,7 +125,7 @@ def tile_schedule(
     chunk: int | None,
     offset_known: bool,
 ) -> np.ndarray:
-    """[pairs, 2] int32 (query tile, key tile), key-major; tiles that nobody sees are left out.
+    """[pairs, 2] int32 (query tile, key tile), key-major, without pairs that are masked wholly.
 
     Key-major, so that the first `n` key tiles are a prefix. With a query offset that is only known
     at run time, every pair is kept.

@@ -85,7 +85,7 @@ def depth_backward(
     group = query.shape[2] // kv_heads
     parts: dict[tuple[int, int], jax.Array] = {}
     for launch in plan_launches(group, query.shape, slots, is_prefix, config):
-        # What one launch computed, the next adds to: of other slots, or of other heads.
+        # Each launch adds to the results of those before: of other slots, or of other heads.
         take = functools.partial(common.take_heads, kv_heads=kv_heads, part=launch.heads)
         so_far = parts.get((0, group), d_query)
         rows = take(query), take(d_out), take(lse), take(delta)
@@ -128,7 +128,7 @@ def _call(
     group = num_heads // kv_heads
     tile = launch.tile
     padded = tile.group
-    # e^(s - inf) = 0: a query that sees nothing, or is padding, weighs nothing.
+    # lse = +inf makes all weights e^(s - lse) of padding, and of a query that sees nothing, 0.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * _LOG2_E)
     rows = [
         common.tile_rows(x, kv_heads, padded, tile.tokens, fill, tokens_first=tile.tokens_first)
@@ -313,7 +313,7 @@ def _multiply_slots(tile: SlotTile, scratch) -> None:
     """dkd = dsᵀ q and dvd = pᵀ do of a block, to shared memory."""
     plgpu = common.mosaic()
     shape = (tile.columns, tile.head_dim)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last block's tile is out
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous block's gradients are copied
     for name, weights, rows in (("dkd", "ds", "q"), ("dvd", "p", "do")):
         product = common.multiply(scratch[weights].transpose((1, 0)), scratch[rows], shape)
         tile.matrix(scratch[name])[...] = product.astype(scratch[name].dtype)

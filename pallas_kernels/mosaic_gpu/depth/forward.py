@@ -1,6 +1,6 @@
 """Attention to the depth slots alone.
 
-The layout is that of `depth_backward`: a tile of tokens with all query heads of one key/value head
+The layout is that of `depth.backward`: a tile of tokens with all query heads of one key/value head
 walks over the visible slots. A second launch over other slots starts from the first one's (o, lse),
 which is exact: o is the sum of e^(z - lse) v, so maximum lse, denominator 1 and total o are a state
 of an online softmax.

@@ -1,4 +1,4 @@
-"""Gradients of a few depth slots, gathered from the layers that read them.
+"""Gradients of a few depth slots, gathered from the layers whose queries read them.
 
 A thread block keeps a few slots of some tokens of one key/value head, and walks over the layers,
 whose queries and output gradients come through a ring: the kernel for dk and dv, with slots for
@@ -67,18 +67,18 @@ class GatherPlan(NamedTuple):
 
     @property
     def layers(self) -> int:
-        """Of a step: the fewest with which a tile has rows for all slots, at most 4."""
+        """Layers of a step: the fewest with which a tile has rows for all slots, at most 4."""
         few = (n for n in (1, 2, 4) if self.num_slots * COLUMNS // (n * self.heads) <= ROWS)
         return next(few, 4)
 
     @property
     def columns(self) -> int:
-        """Of a layer."""
+        """Columns of a layer."""
         return COLUMNS // self.layers
 
     @property
     def tokens(self) -> int:
-        """Of a tile."""
+        """Tokens of a tile."""
         return self.columns // self.heads
 
     @property
@@ -88,18 +88,18 @@ class GatherPlan(NamedTuple):
 
     @property
     def slot_tile(self) -> SlotTile:
-        """Of the slots that a thread block works on."""
+        """The tile of the slots that a thread block works on."""
         slots = ROWS // self.tokens
         return SlotTile(1, self.tokens, slots, self.head_dim, boxes=not platforms.interpreted())
 
     @property
     def boxes(self) -> bool:
-        """Whether its slots come in one piece."""
+        """Whether one copy loads all slots of a tile."""
         return self.slot_tile.boxes and self.num_slots % self.slot_tile.slots == 0
 
     @property
     def slot_copies(self) -> int:
-        """Of keys, or of values."""
+        """Copies that load a tile's keys; as many load its values."""
         return 1 if self.boxes else min(self.num_slots, self.slot_tile.slots)
 
     @property
@@ -108,7 +108,7 @@ class GatherPlan(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Of tokens, in a row."""
+        """Token tiles of a row."""
         return cdiv(self.q_len, self.tokens)
 
 
@@ -141,7 +141,7 @@ class _GatherRefs(NamedTuple):
     slots_full: Any = None
     so_far_full: Any = None
     full: Any = None
-    tail_full: Any = None  # of a last step that lacks layers
+    tail_full: Any = None  # of a last step with fewer layers
 
 
 _OPERANDS = "scalars", "query", "d_out", "rows", "key", "value"
@@ -176,8 +176,8 @@ class _GatherPlace(NamedTuple):
     def slots(self, start: Any, *arrays: Any) -> Iterator[tuple[Any, ...]]:
         """(whether it is one of the call's, its index in the tile, its piece of each array).
 
-        By slot, or of all slots at once. Past the end the last slot again, as copies are counted;
-        it must not be written twice.
+        By slot, or of all slots at once. Past the end it yields the last slot again, since the
+        barrier counts copies; that slot must not be written twice.
         """
         plan, tile = self.plan, self.plan.slot_tile
         tokens, head = common.ds(self.token, plan.tokens), self.width(self.head)
@@ -351,7 +351,7 @@ def _kernel(plan: GatherPlan, refs: _GatherRefs) -> None:
         plgpu.barrier_wait(arrived.at[stage])
 
         def row(memory, otherwise: float) -> jax.Array:
-            """Of every column; layers that lack may have NaN there."""
+            """A number for every column; the columns of missing layers may hold NaN."""
             numbers = spread(load_columns(memory.at[stage]), shape, 1)
             if tail:
                 numbers = jnp.where(iota(shape, 1) < rest * plan.columns, numbers, otherwise)
@@ -427,14 +427,14 @@ def _load_step(
     first = start + group * plan.layers
     layers, all_layers = common.ds(first, plan.layers), common.ds(0, plan.layers)
     if refs.q_boxes is not None:
-        # In one piece even where layers lack: TMA wants 128 bytes, a layer's may be 64.
+        # One copy even in a step with fewer layers: TMA needs 128 bytes, a layer's may be 64.
         copy(refs.rows.at[layers, numbers(0)], refs.lse_boxes.at[stage])
         copy(refs.rows.at[layers, numbers(1)], refs.minus_delta_boxes.at[stage])
     if boxes:
         copy_rows(layers, all_layers)
         return
     for i in range(plan.layers):
-        # Behind the last layer that one again: it is not looked at.
+        # Past the last layer it loads that one again; the columns are masked.
         layer = jnp.minimum(first + i, stop - 1)
         if refs.q_boxes is not None:
             copy_rows(layer, i)
@@ -455,7 +455,7 @@ def _load_step(
 
 
 def _store(here: _GatherPlace, refs: _GatherRefs, grads: tuple[jax.Array, jax.Array]) -> None:
-    """With `so_far` added, through shared memory."""
+    """Adds `so_far` and writes the gradients, through shared memory."""
     plgpu = common.mosaic()
     plan, tile = here.plan, here.plan.slot_tile
     if refs.so_far_smem is not None:

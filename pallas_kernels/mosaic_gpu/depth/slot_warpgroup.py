@@ -1,12 +1,13 @@
-"""Warpgroups of their own for the depth slots, one beside each that reads the keys of a sequence.
+"""Warpgroups for the depth slots alone, one beside each compute warpgroup of the dq kernel.
 
-While tensor cores are busy with the keys of a tile, its slots arrive and are worked on: their
-traffic hides under the sequence's products. Products are transposed: rows are 8 slots of 8 tokens,
-columns the query heads of these tokens. So one pair in 8 is of one token, where a product of a
-tile's 64 rows with the slots of all its tokens has one in 64 / heads.
+While the tensor cores work on the keys of a tile, the depth warpgroup loads the tile's slots and
+computes their part of dq: the slots' traffic hides under the sequence's products. Its own products
+are transposed: rows are 8 slots of 8 tokens, columns the query heads of these tokens. One pair in 8
+is of one token then. In a product of a tile's 64 rows with the slots of all its tokens it would be
+one in 64 / heads.
 
-Reading and computing are such a warpgroup's own affair: it starts the copy of a later block when
-it is through with one. What comes out goes through shared memory to the one that has the rows.
+A depth warpgroup starts its own loads: after each block it starts the copy of a later one. It hands
+its part of dq to the compute warpgroup through shared memory.
 """
 
 from typing import Any, NamedTuple
@@ -95,7 +96,7 @@ def _columns(plan: RowPlan) -> int:
 
 
 def _tile(plan: RowPlan) -> tiles.SlotTile:
-    boxes = not platforms.interpreted()  # which does not read through a reshaped buffer
+    boxes = not platforms.interpreted()  # the interpreter reads no reshaped buffer
     return tiles.SlotTile(1, TOKEN_ALIGNMENT, _BLOCK, plan.head_dim, boxes=boxes)
 
 
@@ -112,11 +113,11 @@ class SlotCursor(NamedTuple):
 
 
 class SlotReader(NamedTuple):
-    """A warpgroup's ring of slots: the octets of a tile's tokens, the blocks of slots of each."""
+    """A depth warpgroup's ring: for each octet of a tile's tokens, its blocks of slots."""
 
     plan: RowPlan
     refs: RowRefs
-    warpgroup: jax.Array  # which has the tile
+    warpgroup: jax.Array  # the compute warpgroup that has the tile
     blocks: OverlappingSlotBlocks
     memory: dict[str, Any]
 
@@ -183,7 +184,7 @@ class SlotReader(NamedTuple):
         return common.ds(octet * columns, columns)
 
     def hand_over(self, octet: jax.Array, columns: jax.Array) -> None:
-        """Puts [H, (head, token)] of an octet to where its rows' warpgroup finds them."""
+        """Writes an octet's part of dq, [H, (head, token)], for the compute warpgroup."""
         _store_transposed(self.refs.dq_smem.at[self.warpgroup, self.rows(octet)], columns)
         common.mosaic().barrier_arrive(self.refs.depth_full.at[self.warpgroup])
 
@@ -199,7 +200,7 @@ def _store_transposed(target: Any, x: jax.Array) -> None:
 
 
 def depth_rows(refs: RowRefs, warpgroup: jax.Array) -> jax.Array:
-    """What `SlotReader.hand_over` put there, of a warpgroup's tile: [64, H] float32."""
+    """What `SlotReader.hand_over` wrote for a warpgroup's tile: [64, H] float32."""
     plgpu = common.mosaic()
     plgpu.barrier_wait(refs.depth_full.at[warpgroup])
     rows = refs.dq_smem.at[warpgroup]
@@ -246,7 +247,7 @@ def depth_dq(plan: RowPlan, refs: RowRefs, warpgroup: jax.Array) -> None:
             _store_transposed(weights_ref, ds.astype(plan.dtype))
             plgpu.commit_smem()
             total = common.multiply_add(total, key.transpose((1, 0)), weights_ref.transpose((1, 0)))
-            end_reads()  # and on the chip a load waits until every warp of this one has read
+            end_reads()  # on the chip, the load waits until every warp of this warpgroup has read
             return reader.load(tile, cursor, step), step + 1, total
 
         cursor, step = carry

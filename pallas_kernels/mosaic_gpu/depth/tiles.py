@@ -225,7 +225,7 @@ class SlotBlocks(NamedTuple):
         """(first slot of a block, end of its range)."""
         start0, stop0, start1, stop1 = self.ranges
         size = self.tile.slots
-        if self.tile.tokens_first:  # one range; multiples of 8, which copies must be shown
+        if self.tile.tokens_first:  # one range; copies must be known to start at multiples of 8
             return common.multiple_of(block * size, 8), stop0
         in_second = start1 + (block - self.first_count) * size
         is_first = block < self.first_count
@@ -260,8 +260,8 @@ def _log2(n: int) -> int:
 
 
 def clear_slots(scratch, tile: SlotTile, stages: Iterable[Any]) -> None:
-    """Zeros in every stage: columns of slots that are not loaded keep what was there, and
-    0 · NaN must not come from it.
+    """Writes zeros to every stage: the columns of slots that are not loaded keep what is there,
+    and 0 · NaN is NaN.
     """
     for stage in stages:
         for name in ("kd", "vd"):
@@ -271,7 +271,7 @@ def clear_slots(scratch, tile: SlotTile, stages: Iterable[Any]) -> None:
 
 
 def load_slots(here: DepthPlace, blocks: SlotBlocks, kd_ref, vd_ref, scratch, block, stage) -> None:
-    """Starts the copies of a block's visible slots; for the others the barrier just counts."""
+    """Starts copying a block's visible slots; for the others it arrives at the barrier itself."""
     plgpu = common.mosaic()
     base, stop = blocks.bounds(block)
     buffers = scratch["kd"].at[stage], scratch["vd"].at[stage]

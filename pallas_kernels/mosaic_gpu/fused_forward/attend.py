@@ -78,7 +78,7 @@ def attend(
     batch, q_len, num_heads, head_dim = query.shape
     source = depth_key if key is None else key
     assert source is not None
-    if scale <= 0:  # the kernel takes the largest score before it scales
+    if scale <= 0:  # the kernel takes the maximum before it scales: it needs scale > 0
         query, scale = (-query, -scale) if scale < 0 else (jnp.zeros_like(query), 1.0)
     kv_heads = source.shape[-2]
     if config is None:

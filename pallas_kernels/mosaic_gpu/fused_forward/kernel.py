@@ -178,7 +178,7 @@ def _attend(
     fold: Callable = lambda x: x,
     unfold: Callable = lambda x: x,
 ):
-    """Scores, softmax, weighted values of a block; has the turn before and after.
+    """Scores, softmax and weighted values of a block; the warpgroup has its turn before and after.
 
     fold, unfold: the columns that the softmax looks at, and its weights back in their columns.
     """
@@ -273,7 +273,7 @@ def _softmax(scores: jax.Array, scale: float, state):
 
 
 def _store(worker: _ForwardWorker, state) -> None:
-    """o over the query's buffer, which nobody reads any more; lse as it lies in the tile."""
+    """Writes o, through the query's buffer (its last product is done), and lse, in tile order."""
     plgpu = common.mosaic()
     plan, refs, tile = worker.plan, worker.refs, worker.tile
     acc, row_max, row_sum = state

@@ -31,7 +31,7 @@ _SHORT = 32  # blocks of keys
 
 
 class DepthPart(NamedTuple):
-    """The depth part, for the dq kernel to take along."""
+    """The depth part, which the dq kernel can compute with the sequence's."""
 
     key: jax.Array  # [S, B, Tq, K, H]
     value: jax.Array
@@ -66,9 +66,10 @@ def fuses(
     is_causal: bool,
     config: SequenceBackwardConfig | None = None,
 ) -> bool:
-    """Whether the dq kernel is to take the depth part along.
+    """Whether the dq kernel computes the depth part, too.
 
-    For the slots' gradients, a tile must have all query heads of its tokens, and memory for them.
+    For the slots' gradients a tile must have all query heads of its tokens, and the shared memory
+    room for these gradients.
     """
     config = config or sequence_backward_config(query.shape[-1])
     plan = _query_plan(config, query, key, 1.0, is_causal, True, depth.key.shape[0])
@@ -143,7 +144,7 @@ def sequence_backward(
     """
     config = config or sequence_backward_config(query.shape[-1])
     config.check(query.shape[-1])
-    # A query that sees nothing: e^(z - inf) is 0, where e^(z + inf) would not be.
+    # lse = +inf makes the weights e^(z - lse) of a query that sees nothing 0.
     base2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
     arrays = {
         name: pad_tokens(x, 1)
@@ -189,7 +190,7 @@ def _dq(config, plan, arrays, base2, delta, segments, depth, dq_dtype):
 
 def _with_slots(config, plan, results: DqResults) -> row_tiles.RowPlan:
     more = _with_depth_warpgroups(config, plan)
-    gradients = results.slots_dtype is not None  # which these warpgroups do not do
+    gradients = results.slots_dtype is not None  # depth warpgroups do not compute them
     fits = dq_shared_memory(more, results) <= common.SMEM_LIMIT
     if config.depth_warpgroups and not gradients and fits and plan.head_dim == 64:
         return more
@@ -210,10 +211,10 @@ def _with_depth_warpgroups(config, plan) -> row_tiles.RowPlan:
 
 
 def _with_slot_stages(plan, stages: int, results: DqResults) -> row_tiles.RowPlan:
-    """With more stages, if they fit and slots are many or without gradients.
+    """With more ring stages, if they fit, and if the slots are many or get no gradients.
 
-    Where keys are most of the work, gradients and a third stage are 1% slower (T64K; T16K: 6%
-    faster).
+    With gradients a third stage is 6% faster at T16K and 1% slower at T64K, where keys are most of
+    the work.
     """
     more = plan._replace(config=dataclasses.replace(plan.config, stages=stages))
     if dq_shared_memory(more, results) > common.SMEM_LIMIT:
@@ -224,9 +225,9 @@ def _with_slot_stages(plan, stages: int, results: DqResults) -> row_tiles.RowPla
 
 
 def _with_piles(plan, results: DqResults) -> row_tiles.RowPlan:
-    """With heavy and light tiles at the same time, where rows are short.
+    """With heavy and light tiles running at the same time, where rows are short.
 
-    With slots' gradients, and for long rows, it is slower (B8, T16K).
+    It is slower with slots' gradients (B8), and for long rows (T16K).
     """
     if _key_blocks(plan) > _SHORT or results.slots_dtype is not None:
         return plan

@@ -1,9 +1,9 @@
-"""The kernel for dq, of the sequence and, fused, of the depth slots; it can do the slots' as well.
+"""The kernel for dq of the sequence and, fused, of the depth slots, with the slots' gradients.
 
 Tiles are those of the forward: 64 rows, a KV head's query heads times a few tokens. A thread block
-walks over the slots of its own tokens, then over the keys. Where a tile has all heads of its
-tokens, nobody else has anything to add to the gradients of their slots: they are products of the
-same weights, and neither rows nor slots are read by a second kernel.
+walks over the slots of its own tokens, then over the keys. Where a tile has all query heads of its
+tokens, no other tile contributes to the gradients of their slots. The kernel then computes these
+gradients from the same weights, and no second kernel reads rows and slots.
 """
 
 import functools
@@ -60,7 +60,7 @@ class DqResults(NamedTuple):
     slots_dtype: Any = None
     """Of the slots' gradients; None: they are not computed."""
     add: bool = False
-    """Whether they are added to running ones, and other slots left alone."""
+    """Whether they are added to running gradients, which other slots keep."""
 
 
 def dq_kernel(
@@ -147,7 +147,7 @@ def scratch(plan: RowPlan, results: DqResults) -> dict[str, Any]:
 
 
 def _separate_dq(plan: RowPlan, results: DqResults) -> bool:
-    """Whether there is memory for float32 rows: dq's, and before them the slots' part of it."""
+    """Whether float32 rows have memory of their own: dq and, before it, the slots' part of dq."""
     return plan.depth_warpgroups or jnp.dtype(results.dq_dtype).itemsize == 4
 
 
@@ -299,7 +299,7 @@ def _multiply_slots(worker: _DqWorker) -> None:
     p, ds = (refs.weight_smem.at[worker.warpgroup, i].transpose((1, 0)) for i in (0, 1))
     q_ref, do_ref = refs.q_smem.at[worker.warpgroup], refs.do_smem.at[worker.warpgroup]
     shape = (plan.depth_keys, plan.head_dim)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last block's are out
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous block's gradients are copied
     products = two_products((ds, q_ref), (p, do_ref), shape, lambda x: x * plan.scale)
     for i, product in enumerate(products):
         target = refs.d_slot_smem.at[worker.warpgroup, i]
@@ -339,7 +339,7 @@ def _store_slots(worker: _DqWorker, results: DqResults, first, stop) -> None:
 
             common.when(first + i < stop, one)
 
-    # What lies behind the row's last tile belongs to the next row.
+    # Tokens behind a row's last tile belong to the next row.
     common.when(worker.has_tokens(), lambda: either(plan, stop - first, whole, part))
     common.mosaic().commit_smem_to_gmem_group()
 
@@ -379,13 +379,13 @@ def _store_zeros(worker: _DqWorker) -> None:
 
 
 def _store_dq(worker: _DqWorker, dq: jax.Array) -> None:
-    """Over the queries, which nobody reads any more, if the types allow it."""
+    """Writes dq, through the queries' memory if dq is 16-bit: their last product is done."""
     plgpu = common.mosaic()
     plan, refs, tile = worker.plan, worker.refs, worker.tile
     memories = refs.dq_smem, refs.dq_smem_boxes
     if jnp.dtype(refs.out.dtype).itemsize < 4:
         memories = refs.q_smem, refs.q_smem_boxes
-        plgpu.commit_smem()  # every warp has finished its products with the queries
+        plgpu.commit_smem()  # every warp's products with the queries are done
     memory, boxes = (None if x is None else x.at[worker.warpgroup] for x in memories)
     memory[...] = (dq * plan.scale).astype(memory.dtype)
     plgpu.commit_smem()

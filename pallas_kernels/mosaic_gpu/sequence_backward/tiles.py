@@ -23,17 +23,17 @@ class SequenceBackwardConfig:
 
     dq_block_kv: int = 128  # keys of a ring stage
     dq_stages: int = 2
-    dq_slot_stages: int = 3  # instead, with slots, where it is faster and memory allows it
+    dq_slot_stages: int = 3  # stages with slots, where that is faster and memory allows it
     dq_warpgroups: int = 2
     dkv_block_q: int = 128  # queries of a ring stage
     dkv_stages: int = 2
     dkv_warpgroups: int = 2
     dq_piles: int | None = None  # sorted tiles are dealt from so many piles; None: by the shapes
-    depth_warpgroups: bool = True  # for dq's slots, where their gradients are not wanted, ...
-    depth_block_kv: int = 64  # ... and with them instead of dq_block_kv, dq_stages, dq_piles
-    depth_stages: int = 3
-    depth_piles: int = 2
-    slot_stages: int = 3  # blocks of 8 slots that each such warpgroup has in flight
+    depth_warpgroups: bool = True  # for dq's slots, where their gradients are not wanted
+    depth_block_kv: int = 64  # dq_block_kv with depth warpgroups
+    depth_stages: int = 3  # dq_stages with depth warpgroups
+    depth_piles: int = 2  # dq_piles with depth warpgroups
+    slot_stages: int = 3  # blocks of 8 slots that a depth warpgroup has in flight
     fuse_depth: bool = True  # the slots' gradients in the dq kernel, where a tile has all heads
 
     @property
@@ -132,5 +132,5 @@ def key_tile(plan: KeyPlan):
 
 
 def same_segment(rows, columns, shape):
-    """Which row and column are of one segment; padding among the queries equals nothing."""
+    """Whether row and column are of one segment; a padding query's equals no key's."""
     return spread(rows, shape, 0) == spread(columns, shape, 1)
