@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.ablation_steps import STEPS, Arrays, Step, flatten, unflatten
+from benchmarks.ablation_steps import STEPS, AblationStep, Arrays, flatten, unflatten
 from benchmarks.attention import make_inputs, ours, with_gradients
 from benchmarks.shapes import SMOKE, TABLE_7, Shape
 from benchmarks.timing import milliseconds
@@ -82,7 +82,7 @@ def _compile(function: Callable[..., Any], arrays: Arrays, d_out: jax.Array) -> 
     return jax.jit(function).lower(arrays, d_out).compile()
 
 
-def _without_gradients(step: Step) -> Callable[..., Any]:
+def _without_gradients(step: AblationStep) -> Callable[..., Any]:
     """The compiler drops the backward, which nothing depends on."""
     return lambda arrays, d_out: step.run(arrays, d_out)[0]
 
@@ -95,7 +95,7 @@ def reference(arrays: Arrays, d_out: jax.Array) -> list[np.ndarray]:
     return [np.asarray(x) for x in (out, *grads)]
 
 
-def worst_error(step: Step, got: Any, expected: list[np.ndarray], shape: Shape) -> float:
+def worst_error(step: AblationStep, got: Any, expected: list[np.ndarray], shape: Shape) -> float:
     """The largest relative error of o and the gradients."""
     out, grads = got
     if step.flat:
@@ -119,9 +119,15 @@ def table(results: dict[str, Any]) -> str:
             kind: f"{before[kind] / ms:.2f}" if ms and kind in before else ""
             for kind, ms in now.items()
         }
-        cells = [name, _number(row.get("forward")), _number(now["measured"]), gains["measured"],
-                 f"{row['error']:.1e}" if "error" in row else row["error message"],
-                 _number(now["paper"]), gains["paper"]]  # fmt: skip
+        cells = [
+            name,
+            _number(row.get("forward")),
+            _number(now["measured"]),
+            gains["measured"],
+            f"{row['error']:.1e}" if "error" in row else row["error message"],
+            _number(now["paper"]),
+            gains["paper"],
+        ]
         lines.append("| " + " | ".join(cells) + " |")
         before |= {kind: ms for kind, ms in now.items() if ms}
     return "\n".join(lines)
@@ -160,9 +166,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.ablation", description=__doc__,
+        "python -m benchmarks.ablation",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     split = functools.partial(str.split, sep=",")
     parser.add_argument("--steps", type=split, default=list(STEPS), help=", ".join(STEPS))
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, for a CPU")

@@ -22,7 +22,7 @@ TILE = tiles.TileConfig(rows=64, keys=64, num_warps=4, num_stages=2)
 """Of the depth part: the paper's chunk of 64 query rows."""
 
 
-class Step(NamedTuple):
+class AblationStep(NamedTuple):
     """One way to compute o and the gradients."""
 
     run: Callable[[Arrays, jax.Array], tuple[jax.Array, Arrays]]
@@ -72,7 +72,7 @@ def naive_loop(query, key, value, depth_key, depth_value):
     return jnp.moveaxis(out, 0, 1).reshape(query.shape).astype(query.dtype)
 
 
-class _WholeAxis(calls.Part):
+class _WholeAxis(calls.KernelCall):
     """Every tile meets every block, and masks it."""
 
     def _met(self, segments, tile, others, block):
@@ -96,10 +96,10 @@ class FlatDepth:
         query, key, value, depth_key, depth_value = arrays
         scale = query.shape[-1] ** -0.5
         depth = self.part(query, depth_key, depth_value, scale)
-        sequence = calls.Part(Operands(query, key, value, None, None), Options(scale), scale)
+        sequence = calls.KernelCall(Operands(query, key, value, None, None), Options(scale), scale)
         out, lse = calls.sequence_forward(depth, None, TILE)
         out, lse = calls.sequence_forward(sequence, (out.astype(jnp.float32), lse))
-        rows = calls.Rows(query, d_out, lse, row_delta(out, lse, d_out, None))
+        rows = calls.QueryRows(query, d_out, lse, row_delta(out, lse, d_out, None))
         d_slots = calls.sequence_dkv(depth, rows, TILE)
         d_query = calls.sequence_dq(depth, rows, None, TILE).astype(jnp.float32)
         d_query = calls.sequence_dq(sequence, rows, d_query)
@@ -108,7 +108,7 @@ class FlatDepth:
 
     def part(
         self, query: jax.Array, depth_key: jax.Array, depth_value: jax.Array, scale: float
-    ) -> calls.Part:
+    ) -> calls.KernelCall:
         batch, length, heads, _ = query.shape
         total, kv_heads = depth_key.shape[1:3]
         if not self.by_group:
@@ -117,11 +117,15 @@ class FlatDepth:
             )
         tokens = jnp.arange(1, length + 1, dtype=jnp.int32)
         operands = Operands(
-            query, depth_key, depth_value, None, None,
+            query,
+            depth_key,
+            depth_value,
+            None,
+            None,
             query_segments=jnp.broadcast_to(tokens, (batch, length)),
             key_segments=jnp.broadcast_to(jnp.repeat(tokens, total // length), (batch, total)),
-        )  # fmt: skip
-        kind: Any = _WholeAxis if self.whole_axis else calls.Part
+        )
+        kind: Any = _WholeAxis if self.whole_axis else calls.KernelCall
         return kind(operands, Options(scale, is_causal=False), scale)
 
     def add_copies(self, gradient: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -134,9 +138,9 @@ class FlatDepth:
 
 
 STEPS = {
-    "naive loop": Step(with_gradients(naive_loop), False, 2128.9),
-    "flash-compatible": Step(FlatDepth(whole_axis=True, by_group=False), True, 13.102),
-    "chunk-aware": Step(FlatDepth(whole_axis=False, by_group=False), True, 6.286),
-    "group-aware": Step(FlatDepth(whole_axis=False, by_group=True), True, 1.460),
-    "as shipped": Step(with_gradients(ours("triton")), False, None),
+    "naive loop": AblationStep(with_gradients(naive_loop), False, 2128.9),
+    "flash-compatible": AblationStep(FlatDepth(whole_axis=True, by_group=False), True, 13.102),
+    "chunk-aware": AblationStep(FlatDepth(whole_axis=False, by_group=False), True, 6.286),
+    "group-aware": AblationStep(FlatDepth(whole_axis=False, by_group=True), True, 1.460),
+    "as shipped": AblationStep(with_gradients(ours("triton")), False, None),
 }

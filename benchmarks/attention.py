@@ -106,9 +106,11 @@ def programs(shape: Shape, variants: list[str], implementation: str | None) -> d
     """What is to be timed: (lowered program, which of the five arrays it takes) by name."""
     specs, d_out = jax.eval_shape(lambda: make_inputs(shape))
     functions = {
-        "cudnn": plain, "cudnn + XLA depth": with_xla_depth, "ours": ours(implementation),
+        "cudnn": plain,
+        "cudnn + XLA depth": with_xla_depth,
+        "ours": ours(implementation),
         "depth alone": depth_alone(implementation),
-    }  # fmt: skip
+    }
     lowered: dict[str, Any] = {}
     for name in variants:
         taken = (0, 3, 4) if name == "depth alone" else (0, 1, 2, 3, 4)
@@ -124,9 +126,10 @@ def check_programs(shape: Shape, implementation: str | None) -> dict[str, Any]:
     specs = jax.eval_shape(lambda: make_inputs(_reduced(shape)))
     lowered: dict[str, Any] = {}
     for name, chosen, dtype in (
-        ("ours", implementation, jnp.bfloat16), ("xla", "xla", jnp.bfloat16),
+        ("ours", implementation, jnp.bfloat16),
+        ("xla", "xla", jnp.bfloat16),
         ("reference", "xla", jnp.float32),
-    ):  # fmt: skip
+    ):
         cast = jax.tree.map(lambda x, dtype=dtype: jax.ShapeDtypeStruct(x.shape, dtype), specs)
         with jax.default_matmul_precision("highest"):
             lowered[f"check/{name}"] = jax.jit(with_gradients(ours(chosen))).lower(*cast), dtype

@@ -14,10 +14,20 @@ import numpy as np
 
 from benchmarks.hlo_text import Array, Computation, Instruction, Module, parse, trip_count
 
-_FREE = frozenset((
-    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id",
-    "replica-id", "opt-barrier", "iota",
-))  # fmt: skip
+_FREE = frozenset(
+    (
+        "parameter",
+        "constant",
+        "get-tuple-element",
+        "tuple",
+        "bitcast",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "opt-barrier",
+        "iota",
+    )
+)
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")
 _NO_TRAFFIC = frozenset(("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"))
 
@@ -110,7 +120,7 @@ def _visit(context: _Context, name: str, times: float) -> None:
             _visit(context, str(instruction.called("body")), each)
         elif opcode == "conditional":
             branches = _branches(instruction)
-            for branch in branches:  # one of them runs; nobody knows which: the mean
+            for branch in branches:  # one of them runs, unknown which: the mean
                 _visit(context, branch, times / len(branches))
         elif opcode == "call":
             _visit(context, str(instruction.called("to_apply")), times)
@@ -210,9 +220,10 @@ def _bytes(module: Module, where: Computation, instruction: Instruction) -> floa
 def _parameter(computation: Computation, index: int) -> str:
     wanted = str(index)
     return next(
-        x.name for x in computation.instructions.values()
+        x.name
+        for x in computation.instructions.values()
         if x.opcode == "parameter" and x.argument == wanted
-    )  # fmt: skip
+    )
 
 
 def _read(module: Module, inner: Computation, index: int, whole: int) -> float:
@@ -289,10 +300,14 @@ def _convolution_flops(where: Computation, instruction: Instruction) -> float:
             name: values[int(axis)] for name, values in window.items() if int(axis) < len(values)
         }
         total *= _valid_positions(
-            left[lhs.index(axis)], sizes[out.index(axis)], right[rhs.index(axis)],
-            _int(fields.get("stride")), _int(fields.get("pad", "0_0").split("_")[0], 0),
-            _int(fields.get("lhs_dilate")), _int(fields.get("rhs_dilate")),
-        )  # fmt: skip
+            left[lhs.index(axis)],
+            sizes[out.index(axis)],
+            right[rhs.index(axis)],
+            _int(fields.get("stride")),
+            _int(fields.get("pad", "0_0").split("_")[0], 0),
+            _int(fields.get("lhs_dilate")),
+            _int(fields.get("rhs_dilate")),
+        )
     return total
 
 

@@ -72,10 +72,17 @@ def _table_line(shape: Shape, row: dict[str, Any], part: str, results: dict[str,
         paper = " → ".join(f"{x:g}" for x in shape.paper if x is not None)
     sizes = (shape.batch, shape.tokens, shape.kv_heads, shape.group, shape.head_dim, shape.slots)
     cells = [
-        shape.name, *map(str, sizes), _ms(cudnn), _ms(merged), _ms(ours),
-        f"{cudnn / ours:.1%}" if cudnn and ours else "", _ms(floor), _ms(official),
-        f"{official / ours:.2f}" if official and ours else "", paper,
-    ]  # fmt: skip
+        shape.name,
+        *map(str, sizes),
+        _ms(cudnn),
+        _ms(merged),
+        _ms(ours),
+        f"{cudnn / ours:.1%}" if cudnn and ours else "",
+        _ms(floor),
+        _ms(official),
+        f"{official / ours:.2f}" if official and ours else "",
+        paper,
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -91,14 +98,16 @@ def other_tables(results: dict[str, Any]) -> str:
     """The depth part alone against the copy rate, and the errors, where they were measured."""
     copy = results["copy TB/s"]
     depth = [
-        f"| {name} | " + " | ".join(
+        f"| {name} | "
+        + " | ".join(
             f"{row['depth alone'][f'{part} TB/s']:.2f} | "
             f"{row['depth alone'][f'{part} TB/s'] / copy:.0%}"
             for part in ("forward", "backward")
-        ) + " |"
+        )
+        + " |"
         for name, row in results["rows"].items()
         if "forward TB/s" in row.get("depth alone", {})
-    ]  # fmt: skip
+    ]
     errors = [
         f"| {name} | {max(row['check']['error'].values()):.2e} | "
         f"{row['check']['worst ratio']:.2f} | {row['check']['bitwise equal']} |"
@@ -112,13 +121,25 @@ def other_tables(results: dict[str, Any]) -> str:
     ]
     parts = []
     if depth:
-        parts += ["## The depth part alone", "", "| row | forward TB/s | of copy | backward TB/s | "
-                  "of copy |\n|---|---|---|---|---|", *depth, ""]  # fmt: skip
+        parts += [
+            "## The depth part alone",
+            "",
+            "| row | forward TB/s | of copy | backward TB/s | of copy |\n|---|---|---|---|---|",
+            *depth,
+            "",
+        ]
     if errors:
-        parts += ["## Errors", "", "Relative to float32, the largest over o and all gradients; the "
-                  "largest ratio to the error of `xla` in bfloat16; whether two runs gave the same "
-                  "bits.", "", "| row | error | ratio | same bits |\n|---|---|---|---|", *errors,
-                  ""]  # fmt: skip
+        parts += [
+            "## Errors",
+            "",
+            "Relative to float32, the largest over o and all gradients; the "
+            "largest ratio to the error of `xla` in bfloat16; whether two runs gave the same "
+            "bits.",
+            "",
+            "| row | error | ratio | same bits |\n|---|---|---|---|",
+            *errors,
+            "",
+        ]
     if failures:
         parts += ["## What failed", "", *failures, ""]
     return "\n".join(parts)
@@ -158,8 +179,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.plot(*zip(*official, strict=True), "k_", markersize=14, label=label)
     axes.axhline(1.0, color="gray", linewidth=0.8)
     axes.set_xticks(range(len(names)), names, rotation=45)
-    axes.set(ylabel="speed of cuDNN's plain attention", title=f"forward and backward, "
-             f"{results['device']}")  # fmt: skip
+    axes.set(
+        ylabel="speed of cuDNN's plain attention",
+        title=f"forward and backward, {results['device']}",
+    )
     if names:
         figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
@@ -197,8 +220,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     path = Path(arguments[0] if arguments else "docs/benchmarks/attention.json")
     if not path.is_file():
-        print(f"error: {path} is missing: python -m benchmarks.attention writes it",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"error: {path} is missing: python -m benchmarks.attention writes it", file=sys.stderr
+        )
         return 2
     write(path)
     return 0

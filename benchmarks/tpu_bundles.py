@@ -90,16 +90,12 @@ def compile_ours(head_dim: int, device: Any) -> dict[str, tuple[str, float]]:
     shapes = _shapes(head_dim, device, heads_first=False)
     with platforms.compiling_for("tpu"):
         jax.jit(_gradient(moda_attention)).lower(*shapes).compile()
-    shape = schedule.Shape(
-        1, TOKENS, TOKENS, KV_HEADS, HEADS // KV_HEADS, head_dim, itemsize=2
-    )  # fmt: skip
+    shape = schedule.CallShape(1, TOKENS, TOKENS, KV_HEADS, HEADS // KV_HEADS, head_dim, itemsize=2)
     tiles = schedule.choose_tiles(shape)
     return {
         "forward": ("moda_tokens_forward", BLOCK**2 / (tiles.q_block * tiles.k_block)),
-        "backward": (
-            "moda_tokens_backward", BLOCK**2 / (tiles.q_grad_block * tiles.k_grad_block)
-        ),
-    }  # fmt: skip
+        "backward": ("moda_tokens_backward", BLOCK**2 / (tiles.q_grad_block * tiles.k_grad_block)),
+    }
 
 
 def compile_splash(head_dim: int, device: Any) -> dict[str, tuple[str, float]]:
@@ -110,9 +106,14 @@ def compile_splash(head_dim: int, device: Any) -> dict[str, tuple[str, float]]:
     )
 
     sizes = splash_attention_kernel.BlockSizes(
-        block_q=BLOCK, block_kv=BLOCK, block_kv_compute=BLOCK, block_q_dkv=BLOCK,
-        block_kv_dkv=BLOCK, block_kv_dkv_compute=BLOCK, use_fused_bwd_kernel=True,
-    )  # fmt: skip
+        block_q=BLOCK,
+        block_kv=BLOCK,
+        block_kv_compute=BLOCK,
+        block_q_dkv=BLOCK,
+        block_kv_dkv=BLOCK,
+        block_kv_dkv_compute=BLOCK,
+        use_fused_bwd_kernel=True,
+    )
     mask = splash_attention_mask.MultiHeadMask(
         [splash_attention_mask.CausalMask((TOKENS, TOKENS))] * HEADS
     )
@@ -167,9 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder, schedule.override(**sizes):
         # libtpu reads them once, when it is loaded.
-        os.environ["LIBTPU_INIT_ARGS"] = (
-            f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        )  # fmt: skip
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         try:

@@ -22,7 +22,6 @@ from moda_jax.ops import attention
 from pallas_kernels import mosaic_tpu, platforms
 from pallas_kernels.mosaic_tpu import common
 from pallas_kernels.mosaic_tpu.schedule import Work
-from pallas_kernels.operands import DepthReaders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +56,8 @@ class Launch(NamedTuple):
 
 
 @functools.cache
-def launches(
-    call: Call, *, deferred: bool = False
-) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
-    """The kernels of the forward and those of the backward, as the operator launches them.
-
-    deferred: the backward leaves the slots' gradients to `additions`.
-    """
+def launches(call: Call) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
+    """The kernels of the forward and those of the backward, as the operator launches them."""
     segments = jax.ShapeDtypeStruct((call.batch, call.tokens), jnp.int32) if call.segments else None
 
     def forward(arrays, segments):
@@ -71,8 +65,6 @@ def launches(
 
     def backward(arrays, segments, out, lse, grads):
         operands, options = attention.check(*arrays, segment_ids=segments)
-        if deferred:
-            return mosaic_tpu.backward_without_depth_grads(operands, options, out, lse, out, None)
         return mosaic_tpu.backward(operands, options, out, lse, out, None, grads)
 
     arrays = call.arrays()
@@ -177,11 +169,15 @@ def layer_call(config: Config, slots: int) -> Call:
     """What one device of the config's mesh computes in a layer that sees `slots` slots."""
     model, mesh = config.model, config.mesh
     return Call(
-        tokens=config.data.seq_len, slots=slots, heads=model.num_heads // mesh.tensor,
-        kv_heads=model.num_kv_heads // mesh.tensor, head_dim=model.head_dim,
+        tokens=config.data.seq_len,
+        slots=slots,
+        heads=model.num_heads // mesh.tensor,
+        kv_heads=model.num_kv_heads // mesh.tensor,
+        head_dim=model.head_dim,
         batch=config.batch_size // (mesh.fsdp * mesh.data * config.accumulation_steps),
-        segments=True, grads_dtype=model.running_grad_dtype,
-    )  # fmt: skip
+        segments=True,
+        grads_dtype=model.running_grad_dtype,
+    )
 
 
 def mean_kernels(config: Config, chip: Chip) -> dict[str, KernelCost]:
@@ -202,45 +198,11 @@ def _launches_of_step(config: Config) -> Iterator[tuple[float, Launch]]:
     the mean number stands for all layers.
     """
     layers, slots = config.model.num_layers, visible_slots(config.model)
-    block = min(config.model.depth_grad_block, layers) if max(slots) else 1
-
-    def each(count: float, mean: float, trace: Callable[[int], Iterable[Launch]]):
-        for part, weight in ((math.floor(mean), 1 - mean % 1), (math.ceil(mean), mean % 1)):
-            for kernel in trace(part) if weight else ():
-                yield count * weight, kernel
-
     mean = sum(slots) / layers
-    yield from each(layers, mean, lambda n: launches(layer_call(config, n))[0])
-    if block == 1:
-        yield from each(layers, mean, lambda n: launches(layer_call(config, n))[1])
-        return
-    # Deferred: every layer adds into its block's own slots, a block into all older ones at once.
-    firsts = range(layers % block, layers, block)
-    older = sum(slots[first] for first in firsts) / len(firsts)
-    own = sum(slots[n] - slots[max(n - (n - layers % block) % block, 0)] for n in range(layers))
-    yield from each(layers, mean, lambda n: launches(layer_call(config, n), deferred=True)[1])
-    yield from each(layers, own / layers, lambda n: additions(layer_call(config, n), 1))
-    yield from each(len(firsts), older, lambda n: additions(layer_call(config, n), block))
-
-
-@functools.cache
-def additions(call: Call, readers: int) -> tuple[Launch, ...]:
-    """The kernels that add what `readers` layers owe to the call's slots."""
-    if not call.slots:
-        return ()
-    query, _, _, depth, _ = call.arrays()
-    assert query is not None
-    assert depth is not None
-    queries: Any = jax.ShapeDtypeStruct((readers, *query.shape), query.dtype)
-    rows: Any = jax.ShapeDtypeStruct(queries.shape[:-1], jnp.float32)
-    grads = jax.ShapeDtypeStruct(depth.shape, call.grads_dtype)
-
-    def add(readers, depth_key, depth_value, grads):
-        return mosaic_tpu.add_depth_grads(
-            readers, depth_key, depth_value, grads, 0, call.slots, scale=1.0
-        )
-
-    return traced(add, DepthReaders(queries, queries, rows, rows), depth, depth, (grads,) * 2)
+    for count, weight in ((math.floor(mean), 1 - mean % 1), (math.ceil(mean), mean % 1)):
+        forward, backward = launches(layer_call(config, count)) if weight else ((), ())
+        for kernel in (*forward, *backward):
+            yield layers * weight, kernel
 
 
 def _mean(works: list[tuple[float, Work]], chip: Chip, head_dim: int) -> KernelCost:

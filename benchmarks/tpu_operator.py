@@ -123,10 +123,19 @@ def measure(row: str, call: Call, chip: str, variant: str, part: str) -> Compile
         raise ValueError(f"{variant}: no schedule for the kernels {', '.join(sorted(unknown))}")
     memory, reported = compiled.memory_analysis(), compiled.cost_analysis()
     return Compiled(
-        row, chip, variant, part, memory.argument_size_in_bytes, memory.output_size_in_bytes,
-        memory.temp_size_in_bytes, reported["flops"], reported["bytes accessed"],
-        counted.hbm_bytes, tuple(counted.kernel_calls), seconds,
-    )  # fmt: skip
+        row,
+        chip,
+        variant,
+        part,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.temp_size_in_bytes,
+        reported["flops"],
+        reported["bytes accessed"],
+        counted.hbm_bytes,
+        tuple(counted.kernel_calls),
+        seconds,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -155,9 +164,11 @@ def main(argv: list[str] | None = None) -> int:
 def _programs(variants: list[str]) -> list[tuple[str, str]]:
     """Splash attention with its lse cannot be differentiated: forward alone."""
     return [
-        (variant, part) for variant in variants for part in PARTS
+        (variant, part)
+        for variant in variants
+        for part in PARTS
         if (variant, part) != ("splash + depth", "gradient")
-    ]  # fmt: skip
+    ]
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -200,9 +211,12 @@ Largest share of its VMEM limit that a kernel's blocks take by the schedule: """
 
 
 def _write(
-    output: Path, command: str, rows: dict[str, Call], results: list[Compiled],
+    output: Path,
+    command: str,
+    rows: dict[str, Call],
+    results: list[Compiled],
     errors: dict[str, str],
-) -> None:  # fmt: skip
+) -> None:
     record = {
         "command": command,
         "jax": jax.__version__,
@@ -226,10 +240,15 @@ def _vmem(call: Call) -> dict[str, int]:
     """Bytes of VMEM by kernel, of `common.VMEM_LIMIT`; the compiler refuses a kernel over it."""
     from pallas_kernels.mosaic_tpu import schedule
 
-    shape = schedule.Shape(
-        call.batch, call.tokens, call.tokens, call.kv_heads, call.heads // call.kv_heads,
-        call.head_dim, 2,
-    )  # fmt: skip
+    shape = schedule.CallShape(
+        call.batch,
+        call.tokens,
+        call.tokens,
+        call.kv_heads,
+        call.heads // call.kv_heads,
+        call.head_dim,
+        2,
+    )
     return schedule.vmem_need(shape, schedule.choose_tiles(shape))
 
 

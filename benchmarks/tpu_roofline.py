@@ -180,19 +180,28 @@ def _row(name: str, call: Call, result: dict[str, Any]) -> str:
     cells = [name, *map(str, sizes)]
     for part in ("forward", "total"):
         cells += [
-            f"{result['vanilla'][part]:.3f}", f"{result['moda'][part]:.3f}",
-            f"{result['depth'][part]:.3f}", f"{result[f'{part} overhead']:.0%}",
+            f"{result['vanilla'][part]:.3f}",
+            f"{result['moda'][part]:.3f}",
+            f"{result['depth'][part]:.3f}",
+            f"{result[f'{part} overhead']:.0%}",
             f"{max(result[f'{part} overhead, overlapped'], 0.0):.0%}",  # not -0%
-        ]  # fmt: skip
+        ]
     return "| " + " | ".join([*cells, f"{splash:.3f}"]) + " |"
 
 
 def _kernel_row(name: str, numbers: dict[str, Any]) -> str:
-    giga = [numbers[x] / 1e9 for x in
-            ("bytes_read", "bytes_written", "mxu_flops", "vpu_ops", "exps")]  # fmt: skip
+    giga = [
+        numbers[x] / 1e9 for x in ("bytes_read", "bytes_written", "mxu_flops", "vpu_ops", "exps")
+    ]
     times = [numbers[f"{unit} ms"] for unit in ("mxu", "vpu", "exps", "hbm", "steps")]
-    cells = [name, str(numbers["steps"]), str(numbers["pairs"]), *(f"{x:.3f}" for x in giga),
-             *(f"{x:.3f}" for x in times), numbers["limit"]]  # fmt: skip
+    cells = [
+        name,
+        str(numbers["steps"]),
+        str(numbers["pairs"]),
+        *(f"{x:.3f}" for x in giga),
+        *(f"{x:.3f}" for x in times),
+        numbers["limit"],
+    ]
     return "| " + " | ".join(cells) + " |"
 
 

@@ -31,15 +31,22 @@ def kernel(call: Call, *, fused: bool = False, residuals: bool = False) -> Any:
     """
     block = min(BLOCK, call.tokens)
     sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
-        block_q_dq=None if fused else block, block_kv_dq=None if fused else block,
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=None if fused else block,
+        block_kv_dq=None if fused else block,
         use_fused_bwd_kernel=fused,
-    )  # fmt: skip
+    )
     causal = masks.CausalMask((call.tokens, call.tokens))
     return splash.make_splash_mha(
-        masks.MultiHeadMask([causal] * call.heads), block_sizes=sizes, save_residuals=residuals,
-        head_shards=1, q_seq_shards=1,
-    )  # fmt: skip
+        masks.MultiHeadMask([causal] * call.heads),
+        block_sizes=sizes,
+        save_residuals=residuals,
+        head_shards=1,
+        q_seq_shards=1,
+    )
 
 
 def attend(call: Call, query, key, value, **settings: Any) -> Any:
@@ -104,14 +111,19 @@ def _forward(call: Call, visited: int, residuals: bool) -> Launch:
     size = _Sizes(call)
     entries = visited * size.block**2
     suffix = "residuals" if residuals else "no_residuals"
-    return Launch(f"splash_mha_fwd_{suffix}", Work(
-        steps=size.steps, pairs=visited,
-        bytes_read=size.queries * size.row + visited * 2 * size.block * size.row,
-        # lse stands in all 128 lanes, in float32
-        bytes_written=size.queries * (size.row + residuals * LANES * 4),
-        mxu_flops=2 * 2 * entries * call.head_dim,
-        vpu_ops=5 * entries + 2 * visited * size.block * call.head_dim, exps=entries,
-    ))  # fmt: skip
+    return Launch(
+        f"splash_mha_fwd_{suffix}",
+        Work(
+            steps=size.steps,
+            pairs=visited,
+            bytes_read=size.queries * size.row + visited * 2 * size.block * size.row,
+            # lse stands in all 128 lanes, in float32
+            bytes_written=size.queries * (size.row + residuals * LANES * 4),
+            mxu_flops=2 * 2 * entries * call.head_dim,
+            vpu_ops=5 * entries + 2 * visited * size.block * call.head_dim,
+            exps=entries,
+        ),
+    )
 
 
 def _key_gradients(call: Call, visited: int, *, fused: bool = False) -> Launch:
@@ -119,31 +131,50 @@ def _key_gradients(call: Call, visited: int, *, fused: bool = False) -> Launch:
     size = _Sizes(call)
     entries = visited * size.block**2
     parts = fused * (call.tokens // size.block) * size.queries * size.row
-    return Launch("splash_mha_dkv_no_residuals", Work(
-        steps=size.steps, pairs=visited,
-        bytes_read=visited * size.block * (2 * size.row + 2 * 4) + 2 * size.queries * size.row,
-        bytes_written=2 * size.keys * size.row + parts,
-        mxu_flops=(4 + fused) * 2 * entries * call.head_dim, vpu_ops=6 * entries, exps=entries,
-    ))  # fmt: skip
+    return Launch(
+        "splash_mha_dkv_no_residuals",
+        Work(
+            steps=size.steps,
+            pairs=visited,
+            bytes_read=visited * size.block * (2 * size.row + 2 * 4) + 2 * size.queries * size.row,
+            bytes_written=2 * size.keys * size.row + parts,
+            mxu_flops=(4 + fused) * 2 * entries * call.head_dim,
+            vpu_ops=6 * entries,
+            exps=entries,
+        ),
+    )
 
 
 def _query_gradient(call: Call, visited: int) -> Launch:
     size = _Sizes(call)
     entries = visited * size.block**2
-    return Launch("splash_mha_dq_no_residuals", Work(
-        steps=size.steps, pairs=visited,
-        bytes_read=size.queries * (2 * size.row + 2 * 4) + visited * 2 * size.block * size.row,
-        bytes_written=size.queries * size.row,
-        mxu_flops=3 * 2 * entries * call.head_dim, vpu_ops=6 * entries, exps=entries,
-    ))  # fmt: skip
+    return Launch(
+        "splash_mha_dq_no_residuals",
+        Work(
+            steps=size.steps,
+            pairs=visited,
+            bytes_read=size.queries * (2 * size.row + 2 * 4) + visited * 2 * size.block * size.row,
+            bytes_written=size.queries * size.row,
+            mxu_flops=3 * 2 * entries * call.head_dim,
+            vpu_ops=6 * entries,
+            exps=entries,
+        ),
+    )
 
 
 def _sum_of_parts(call: Call) -> Launch:
     """The fused backward's dq: XLA reads the parts and adds them up."""
     size = _Sizes(call)
     parts = call.tokens // size.block
-    return Launch("sum of dq's parts", Work(
-        steps=0, pairs=0, bytes_read=parts * size.queries * size.row,
-        bytes_written=size.queries * size.row, mxu_flops=0,
-        vpu_ops=parts * size.queries * call.head_dim, exps=0,
-    ))  # fmt: skip
+    return Launch(
+        "sum of dq's parts",
+        Work(
+            steps=0,
+            pairs=0,
+            bytes_read=parts * size.queries * size.row,
+            bytes_written=size.queries * size.row,
+            mxu_flops=0,
+            vpu_ops=parts * size.queries * call.head_dim,
+            exps=0,
+        ),
+    )

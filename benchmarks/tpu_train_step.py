@@ -4,10 +4,10 @@
     python -m benchmarks.tpu_train_step [--topologies v5e:4x4,v5p:4x4x4] [--attention mosaic_tpu]
 
 Each config of `configs/` is compiled, ahead of time, for a mesh of fsdp x tensor over the slice's
-chips: the real optimizer step (`moda_jax.train.train_step`). NAME/FIELD=VALUE+FIELD=VALUE is NAME with
-other fields of its ModelConfig. Nothing runs: memory is what the compiler assigned, FLOPs and bytes
-are counted in the program that it made (`benchmarks.hlo_cost`), those of the attention kernels in
-their own block schedule. Takes one to two minutes per program.
+chips: the real optimizer step (`moda_jax.train.train_step`). NAME/FIELD=VALUE+FIELD=VALUE is NAME
+with other fields of its ModelConfig. Nothing runs: memory is what the compiler assigned, FLOPs and
+bytes are counted in the program that it made (`benchmarks.hlo_cost`), those of the attention
+kernels in their own block schedule. Takes one to two minutes per program.
 """
 
 import argparse
@@ -34,16 +34,17 @@ from moda_jax.train.train_step import make_train_functions
 from pallas_kernels import platforms
 
 _VANILLA = "/depth_stream=residual"
-CONFIGS = (
-    "olmo2_700m_36", "moda_700m_row4", "moda_700m_row4/depth_grad_block=8",
-    "moda_700m_row4/depth_grad_block=1", f"moda_1b5_guess{_VANILLA}", "moda_1b5_guess",
-    "moda_1b5_guess/depth_grad_block=8",
-)  # fmt: skip
+CONFIGS = ("olmo2_700m_36", "moda_700m_row4", f"moda_1b5_guess{_VANILLA}", "moda_1b5_guess")
 TOPOLOGIES = ("v5e:4x4", "v5p:4x4x4")
 _SMOKE: dict[str, Any] = {
-    "vocab_size": 256, "num_layers": 3, "embed_dim": 256, "num_heads": 4, "num_kv_heads": 2,
-    "head_dim": 64, "mlp_dim": 256,
-}  # fmt: skip
+    "vocab_size": 256,
+    "num_layers": 3,
+    "embed_dim": 256,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 64,
+    "mlp_dim": 256,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +136,13 @@ def adapt(name: str, chips: int, args: argparse.Namespace) -> Config:
             f"data, tensor: expected divisors of {chips} chips, got {args.data}, {args.tensor}"
         )
     return dataclasses.replace(
-        config, model=model, mesh=MeshConfig(args.data, fsdp, args.tensor), accumulation_steps=1,
+        config,
+        model=model,
+        mesh=MeshConfig(args.data, fsdp, args.tensor),
+        accumulation_steps=1,
         batch_size=args.rows * args.data * fsdp,
         data=dataclasses.replace(config.data, seq_len=args.seq_len),
-    )  # fmt: skip
+    )
 
 
 def compile_step(config: Config, devices: list[jax.Device]) -> Any:
@@ -168,9 +172,10 @@ def measure(name: str, topology: str, args: argparse.Namespace) -> Step:
     slots = visible_slots(config.model)
     kernels = mean_kernels(config, chip)
     cost = hlo_cost.count(
-        text, unknown_trips=sum(slots) / len(slots),
+        text,
+        unknown_trips=sum(slots) / len(slots),
         kernel=lambda call: kernels.get(str(hlo_cost.kernel_name(call))),
-    )  # fmt: skip
+    )
     for by in ("bytes", "flops") if args.largest else ():
         print("\n".join(cost.lines(args.largest, by)))
     step = _step(config, topology, chip, compiled.memory_analysis(), cost, kernels, compile_seconds)
@@ -178,17 +183,25 @@ def measure(name: str, topology: str, args: argparse.Namespace) -> Step:
 
 
 def _step(
-    config: Config, topology: str, chip: Chip, memory: Any, cost: hlo_cost.Cost,
-    kernels: dict[str, Any], compile_seconds: float,
-) -> Step:  # fmt: skip
+    config: Config,
+    topology: str,
+    chip: Chip,
+    memory: Any,
+    cost: hlo_cost.Cost,
+    kernels: dict[str, Any],
+    compile_seconds: float,
+) -> Step:
     chips = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
     tokens = config.batch_size * config.data.seq_len
     calls = {
-        name: {"calls": count, "flops": count * kernels[name].flops,
-               "hbm_bytes": count * kernels[name].hbm_bytes,
-               "seconds": count * kernels[name].seconds}
+        name: {
+            "calls": count,
+            "flops": count * kernels[name].flops,
+            "hbm_bytes": count * kernels[name].hbm_bytes,
+            "seconds": count * kernels[name].seconds,
+        }
         for name, count in cost.kernel_calls.items()
-    }  # fmt: skip
+    }
     own = {
         key: sum(call[key] for call in calls.values()) for key in ("flops", "hbm_bytes", "seconds")
     }
@@ -208,8 +221,10 @@ def _step(
         parameters=count_parameters(config.model).total,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        total_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
+        total_bytes=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
         hbm_bytes=chip.hbm_bytes,
         flops=cost.flops,
         model_flops=tokens * count_flops(config.model, config.data.seq_len).train_per_token / chips,
@@ -219,7 +234,7 @@ def _step(
         seconds=rest + own["seconds"],
         compile_seconds=compile_seconds,
         unknown_loops=len(cost.unknown_loops),
-    )  # fmt: skip
+    )
 
 
 HEADER = (

@@ -3,10 +3,10 @@
     python -m benchmarks.train_step [--configs olmo2_700m_36,moda_700m_row3,moda_700m_row4]
         [--batch-size 16] [--remat full] [--kernels 20] [--output docs/benchmarks/train_step]
 
-Each config of `configs/` runs its real optimizer step (`moda_jax.train.train_step`) on random tokens, one
-document a row, without data loading. Ratios are to the first config, in the same process. Without
-`--batch-size` every config gets the largest batch that the device's allocator can hold: set
-XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, JAX takes 0.75 of the memory by itself.
+Each config of `configs/` runs its real optimizer step (`moda_jax.train.train_step`) on random
+tokens, one document a row, without data loading. Ratios are to the first config, in the same
+process. Without `--batch-size` every config gets the largest batch that the device's allocator can
+hold: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, JAX takes 0.75 of the memory by itself.
 """
 
 import argparse
@@ -35,9 +35,14 @@ from moda_jax.train.train_step import TrainFunctions, make_train_functions
 
 CONFIGS = ("olmo2_700m_36", "moda_700m_row3", "moda_700m_row4")
 _SMOKE: dict[str, Any] = {
-    "vocab_size": 64, "num_layers": 3, "embed_dim": 32, "num_heads": 4, "num_kv_heads": 2,
-    "head_dim": 8, "mlp_dim": 48,
-}  # fmt: skip
+    "vocab_size": 64,
+    "num_layers": 3,
+    "embed_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "mlp_dim": 48,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +101,10 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=8, help="timed ones, after two others")
     parser.add_argument("--remat", choices=("full", "save_attention", "none"))
     parser.add_argument(
-        "--triton-products", action="store_true",
+        "--triton-products",
+        action="store_true",
         help="let XLA take Triton's matrix products, without which the training loop compiles",
-    )  # fmt: skip
+    )
     parser.add_argument("--attention", help="implementation; left out: the fastest")
     parser.add_argument("--depth-grad-mode", choices=("add", "gather"))
     parser.add_argument("--depth-grad-block", type=int)
@@ -119,9 +125,12 @@ def adapt(name: str, args: argparse.Namespace) -> Config:
     changes = {key: value for key, value in changes.items() if value is not None}
     model = dataclasses.replace(config.model, **changes, **(_SMOKE if args.smoke else {}))
     return dataclasses.replace(
-        config, model=model, mesh=MeshConfig(), accumulation_steps=1,
+        config,
+        model=model,
+        mesh=MeshConfig(),
+        accumulation_steps=1,
         data=dataclasses.replace(config.data, seq_len=args.seq_len),
-    )  # fmt: skip
+    )
 
 
 def measure(
@@ -185,9 +194,11 @@ def step_bytes(compiled: Any) -> int:
     """Arguments, results that do not take an argument's place, and temporaries."""
     memory = compiled.memory_analysis()
     return (
-        memory.argument_size_in_bytes + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    )  # fmt: skip
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
 
 
 def _compile(config: Config, batch_size: int, options: dict[str, Any] | None) -> _Compiled:
@@ -208,9 +219,11 @@ def _batch(config: Config) -> Mapping[str, np.ndarray]:
         0, config.model.vocab_size, (2, *shape), np.int32
     )
     return {
-        "tokens": tokens, "targets": targets, "segment_ids": np.ones(shape, np.int32),
+        "tokens": tokens,
+        "targets": targets,
+        "segment_ids": np.ones(shape, np.int32),
         "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-    }  # fmt: skip
+    }
 
 
 def time_steps(compiled: _Compiled, steps: int, kernels: int = 0) -> Measurement:
@@ -252,8 +265,10 @@ def kernel_table(name: str, folder: Path, count: int) -> str:
                     calls[kernel] += 1
     if not total:
         return f"{name}: the profiler saw no kernels of a GPU"
-    lines = [f"{ns / 1e6:10.2f} ms {calls[kernel]:6d}x {kernel}"
-             for kernel, ns in total.most_common(count)]  # fmt: skip
+    lines = [
+        f"{ns / 1e6:10.2f} ms {calls[kernel]:6d}x {kernel}"
+        for kernel, ns in total.most_common(count)
+    ]
     return "\n".join([f"{name}: kernels take {sum(total.values()) / 1e6:.1f} ms", *lines])
 
 

@@ -1,24 +1,6 @@
 """Backends of Mixture-of-Depths Attention. Arrays and tiles only; nothing here imports `moda_jax`.
 
-A backend takes one checked call (`operands.Operands`, `operands.Options`) and offers
-
-    forward(operands, options) -> (o, lse)
-    backward(operands, options, o, lse, do, dlse, depth_grads=None) -> operands.Gradients
-
-and, if it can defer the slots' gradients (`moda_jax.ops.backends.Deferral`), two functions more:
-
-    backward_without_depth_grads(operands, options, o, lse, do, dlse) -> operands.Gradients
-    add_depth_grads(readers, depth_key, depth_value, grads, first, stop, scale=...) -> (gk, gv)
-
-of which `deferred.in_two_passes` makes, where a backend has nothing faster,
-
-    deferred_backward(operands, options, o, lse, do, dlse, grads, first) -> operands.Gradients
-
-and, if it can gather them instead (`moda_jax.ops.backends.Gathering`), beside the first of the two
-
-    keep_layer(operands, o, lse, do, dlse) -> operands.KeptLayers
-    gather_depth_grads(kept, depth_key, depth_value, layers, first, count, ...) -> (gk, gv)
-    gather_refusal(operands) -> why not, or None
-
-`reference` is the specification: short, float32, differentiated by JAX. `xla` runs everywhere.
+A backend takes one checked call (`operands.Operands`, `operands.Options`) and offers the functions
+that `contract` types. `reference` is the specification: short, float32, differentiated by JAX.
+`xla` runs everywhere.
 """

@@ -47,34 +47,15 @@ class Gradients(NamedTuple):
     depth_value: jax.Array | None
 
 
-class DepthReaders(NamedTuple):
-    """What is kept of R layers so that the gradients of slots that all of them read can follow."""
-
-    query: jax.Array  # [R, B, T, N, H]
-    d_out: jax.Array  # [R, B, T, N, H], in the query's dtype
-    lse: jax.Array  # [R, B, T, N], the unified one; -inf: the query sees nothing
-    delta: jax.Array  # [R, B, T, N], see `row_delta`
-
-
 class KeptLayers(NamedTuple):
-    """What is kept of R layers until the slots that they read are gathered for."""
+    """What gathering keeps of R layers: enough for the gradients of the slots that they read."""
 
     query: jax.Array  # [R, B, T, N, H]
     d_out: jax.Array  # [R, B, T, N, H], in the query's dtype
     rows: jax.Array  # [R, B, K, X] float32: lse and delta, in an order that is the backend's own
 
 
-def layers_as_heads(x: jax.Array, kv_heads: int) -> jax.Array:
-    """An array of `DepthReaders`, [R, B, T, K·G, ...] -> [B, T, K·(R·G), ...].
-
-    To kernels over depth slots the R layers' queries are query heads of the same token.
-    """
-    layers, batch, length, heads = x.shape[:4]
-    grouped = x.reshape(layers, batch, length, kv_heads, heads // kv_heads, *x.shape[4:])
-    return jnp.moveaxis(grouped, 0, 3).reshape(batch, length, layers * heads, *x.shape[4:])
-
-
-class Tokens(NamedTuple):
+class MaskTokens(NamedTuple):
     """What a mask needs to know of the query or key tokens."""
 
     position: jax.Array  # [B or 1, T] int32
@@ -105,39 +86,27 @@ def row_delta(
     return delta
 
 
-def depth_readers(
-    operands: Operands,
-    out: jax.Array,
-    lse: jax.Array,
-    d_out: jax.Array,
-    d_lse: jax.Array | None,
-) -> DepthReaders:
-    """What is kept of one call, without the axis R."""
-    delta = row_delta(out, lse, d_out, d_lse)
-    return DepthReaders(operands.query, d_out.astype(operands.query.dtype), lse, delta)
-
-
 def _positions(batch_offset: jax.Array | None, length: int) -> jax.Array:
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     return positions if batch_offset is None else batch_offset[:, None] + positions
 
 
-def query_tokens(operands: Operands) -> Tokens:
+def query_tokens(operands: Operands) -> MaskTokens:
     """Query i stands at query_offset + i; a query in segment 0 is padding and sees nothing."""
     segment = operands.query_segments
     position = _positions(operands.query_offset, operands.query.shape[1])
-    return Tokens(position, segment, None if segment is None else segment != 0)
+    return MaskTokens(position, segment, None if segment is None else segment != 0)
 
 
-def key_tokens(operands: Operands) -> Tokens:
+def key_tokens(operands: Operands) -> MaskTokens:
     """Sequence keys: position is the index; those at or after kv_length are invisible."""
     assert operands.key is not None
     position = _positions(None, operands.key.shape[1])
     valid = None if operands.kv_length is None else position < operands.kv_length[:, None]
-    return Tokens(position, operands.key_segments, valid)
+    return MaskTokens(position, operands.key_segments, valid)
 
 
-def depth_tokens(operands: Operands, chunk: int) -> Tokens:
+def depth_tokens(operands: Operands, chunk: int) -> MaskTokens:
     """Chunk-visible depth keys: index 0 stands at the start of the first query's chunk."""
     assert operands.depth_key is not None
     batch_size, length = operands.depth_key.shape[1:3]
@@ -146,12 +115,12 @@ def depth_tokens(operands: Operands, chunk: int) -> Tokens:
     position = _positions(start, length)
     segment = operands.key_segments
     if segment is None or start is None:
-        # Without an offset the depth axis is the query axis, and so are its segments.
-        return Tokens(position, None if segment is None else operands.query_segments, None)
+        # Without an offset the depth token axis is the query axis and has the query's segments.
+        return MaskTokens(position, None if segment is None else operands.query_segments, None)
     if operands.key is not None:
         index = jnp.minimum(position, segment.shape[1] - 1)
         segment = jnp.take_along_axis(segment, jnp.broadcast_to(index, (batch_size, length)), 1)
-    return Tokens(position, segment, None)
+    return MaskTokens(position, segment, None)
 
 
 def visible_slots(

@@ -1,7 +1,7 @@
 """For which platform a call is traced: the default device's, or the one that is being compiled for.
 
-A kernel asks here whether to run compiled or in Pallas's interpreter, and the roster which backends
-can take a call.
+A kernel asks here whether to run compiled or in Pallas's interpreter, and the registry which
+backends can take a call.
 """
 
 import contextlib
@@ -33,5 +33,5 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 
 def interpreted() -> bool:
-    """Whether Pallas kernels run in their interpreter: on the CPU, which has none of its own."""
+    """Whether Pallas kernels run in their interpreter: on the CPU, for which none compile."""
     return current() == "cpu"

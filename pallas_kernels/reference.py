@@ -9,15 +9,20 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.operands import (
+    MaskTokens,
     Operands,
     Options,
-    Tokens,
     accumulator_dtype,
     depth_tokens,
     key_tokens,
     num_kv_heads,
     query_tokens,
 )
+
+
+def unsupported_reason(operands: Operands, options: Options, platform: str) -> str | None:
+    """See `contract.UnsupportedReason`."""
+    return None
 
 
 def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
@@ -59,7 +64,9 @@ def _log_sum_exp(scores: jax.Array) -> jax.Array:
     return jnp.where(seen, jax.nn.logsumexp(safe, axis=-1), -jnp.inf)
 
 
-def _token_mask(query: Tokens, key: Tokens, *, causal: bool, chunk: int | None) -> jax.Array:
+def _token_mask(
+    query: MaskTokens, key: MaskTokens, *, causal: bool, chunk: int | None
+) -> jax.Array:
     """[B, 1, 1, Tq, Tk]: which tokens a query may look at."""
     q_pos, k_pos = query.position[:, :, None], key.position[:, None, :]
     mask = k_pos <= q_pos if causal else jnp.full_like(k_pos <= q_pos, True)
@@ -90,7 +97,7 @@ def _sequence_part(operands: Operands, options: Options, query: jax.Array):
     keys = key_tokens(operands)
     mask = _token_mask(query_tokens(operands), keys, causal=options.is_causal, chunk=None)
     key, value = operands.key, operands.value
-    if keys.valid is not None:  # 0 * NaN is NaN: what nobody wrote must not enter a product
+    if keys.valid is not None:  # uninitialized keys may be NaN, and 0 * NaN is NaN
         written = keys.valid[:, :, None, None]
         key, value = jnp.where(written, key, 0), jnp.where(written, value, 0)
     score = jnp.einsum("btkgh,bskh->bkgts", query, key.astype(query.dtype), precision="highest")
@@ -125,6 +132,7 @@ def _chunk_part(operands: Operands, options: Options, query: jax.Array):
     score = jnp.einsum("btkgh,sbukh->bkgtsu", query, key, precision="highest")
     mask = jnp.broadcast_to(mask[..., None, :] & slots[:, None], score.shape)
     flat = (*score.shape[:4], -1)
-    value = value.transpose(1, 3, 0, 2, 4).reshape(*value.shape[1:2], value.shape[3], 1, -1,
-                                                   value.shape[4])  # fmt: skip
+    value = value.transpose(1, 3, 0, 2, 4).reshape(
+        *value.shape[1:2], value.shape[3], 1, -1, value.shape[4]
+    )
     return score.reshape(flat), mask.reshape(flat), value

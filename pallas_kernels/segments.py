@@ -5,12 +5,17 @@ import jax.numpy as jnp
 
 
 def segment_bounds(tiles: jax.Array, others: jax.Array, block: int) -> jax.Array:
-    """[B, tiles, 4]: first and last + 1 block of `others` that a tile may meet, then the same of
-    those that it meets wholly: tile and blocks are of one segment.
+    """[B, tiles, 4]: the range of blocks that a tile may meet, and the range that it meets wholly.
 
-    Segments of rows in tiles [B, tiles, rows] against those of [B, length] in blocks, 0 being
-    padding. By the smallest and largest segment on both sides: exact for packed documents, and
-    never too narrow, or wholly met by mistake, for any ids.
+    Both ranges [start, stop) count blocks of `others`. A tile meets a block wholly where all tokens
+    of both are of one segment. The ranges follow from the smallest and largest segment of each tile
+    and block: they are exact for packed documents. For other ids the first range may be too wide
+    and the second too narrow.
+
+    Args:
+      tiles: [B, tiles, rows] int32, segments of a tile's rows; 0 is padding.
+      others: [B, length] int32, segments of the other side's tokens.
+      block: tokens of a block.
     """
     low, high = jnp.iinfo(jnp.int32).max, jnp.iinfo(jnp.int32).min
 
@@ -31,7 +36,7 @@ def segment_bounds(tiles: jax.Array, others: jax.Array, block: int) -> jax.Array
     one = alone(tiles)[:, :, None]
     whole = (one == alone(others)[:, None]) & (one != 0)
     whole_first = whole.argmax(-1)
-    # The first unbroken run of them; there is but one if segments are contiguous.
+    # The first run of such blocks; where segments are contiguous there is only one.
     beyond = ~whole & (jnp.arange(others.shape[1]) >= whole_first[..., None])
     whole_stop = jnp.where(beyond.any(-1), beyond.argmax(-1), others.shape[1])
     return jnp.stack([first, stop, whole_first, whole_stop], -1).astype(jnp.int32)

@@ -43,48 +43,123 @@ CASES = (
     Case("no_slots", q_len=7, slots=0),
     Case("basic", dtypes=ALL_DTYPES),
     Case("group_1", q_len=129, heads=2, slots=9, depth_lengths=(0, 5, 9)),
-    Case("group_3_many_slots", q_len=7, heads=6, slots=33, depth_lengths=(0, 1, 8, 17, 33),
-         dtypes=ALL_DTYPES),
+    Case(
+        "group_3_many_slots",
+        q_len=7,
+        heads=6,
+        slots=33,
+        depth_lengths=(0, 1, 8, 17, 33),
+        dtypes=ALL_DTYPES,
+    ),
     Case("group_7_scale", q_len=33, heads=7, kv_heads=1, head_dim=24, options={"scale": 0.3}),
     Case("group_8", q_len=65, heads=16, head_dim=8, slots=3, dtypes=HALF),
     Case("static_length", slots=9, segments="packed", options={"depth_length": 3}),
     Case("static_length_0", q_len=7, options={"depth_length": 0}),
     Case("full", slots=12, options={"is_causal": False}, dtypes=HALF),
-    Case("full_segments_lengths", options={"is_causal": False}, segments="packed",
-         kv_length=(65, 20), depth_lengths=(2, 5)),
+    Case(
+        "full_segments_lengths",
+        options={"is_causal": False},
+        segments="packed",
+        kv_length=(65, 20),
+        depth_lengths=(2, 5),
+    ),
     Case("packed", segments="packed", depth_lengths=(0, 3), dtypes=HALF),
     Case("cross_short", q_len=20, k_len=33, segments="pair"),
     Case("cross_long", q_len=33, k_len=20, slots=2),
-    Case("window", slots=33, q_len=7, depth_lengths=(0, 1, 3, 6, 7, 20, 33),
-         options={"depth_window": 4, "depth_reserved": 2}, dtypes=HALF),
+    Case(
+        "window",
+        slots=33,
+        q_len=7,
+        depth_lengths=(0, 1, 3, 6, 7, 20, 33),
+        options={"depth_window": 4, "depth_reserved": 2},
+        dtypes=HALF,
+    ),
     Case("window_static", slots=33, q_len=7, options={"depth_window": 9, "depth_length": 30}),
     Case("window_wider_than_cache", q_len=7, options={"depth_window": 40, "depth_reserved": 3}),
     Case("chunk", depth_lengths=(0, 3, 5), options={"depth_chunk": 16}, dtypes=ALL_DTYPES),
     Case("chunk_packed", segments="packed", options={"depth_chunk": 24}),
     Case("chunk_whole_sequence", slots=2, options={"depth_chunk": 100}),
-    Case("chunk_window", q_len=20, slots=6, depth_lengths=(2, 6),
-         options={"depth_chunk": 8, "depth_window": 2, "depth_reserved": 1}),
+    Case(
+        "chunk_window",
+        q_len=20,
+        slots=6,
+        depth_lengths=(2, 6),
+        options={"depth_chunk": 8, "depth_window": 2, "depth_reserved": 1},
+    ),
     Case("depth_only", sequence=False, depth_lengths=(0, 4), dtypes=HALF),
     Case("depth_only_packed", sequence=False, segments="packed"),
     Case("depth_only_chunk", sequence=False, segments="packed", options={"depth_chunk": 16}),
-    Case("decode", q_len=1, k_len=65, query_offset=(10, 61), kv_length=(11, 62),
-         depth_lengths=(0, 5), dtypes=HALF),
-    Case("decode_several", q_len=3, k_len=65, query_offset=(0, 61), kv_length=(3, 64),
-         segments="pair"),
+    Case(
+        "decode",
+        q_len=1,
+        k_len=65,
+        query_offset=(10, 61),
+        kv_length=(11, 62),
+        depth_lengths=(0, 5),
+        dtypes=HALF,
+    ),
+    Case(
+        "decode_several",
+        q_len=3,
+        k_len=65,
+        query_offset=(0, 61),
+        kv_length=(3, 64),
+        segments="pair",
+    ),
     Case("decode_full", q_len=3, k_len=65, kv_length=(0, 33), options={"is_causal": False}),
-    Case("decode_chunk", q_len=3, k_len=65, depth_tokens=20, query_offset=(10, 60),
-         kv_length=(13, 63), segments="pair", options={"depth_chunk": 16}),
-    Case("decode_chunk_only", q_len=3, depth_tokens=20, sequence=False, query_offset=(10, 60),
-         segments="pair", options={"depth_chunk": 16}),
+    Case(
+        "decode_chunk",
+        q_len=3,
+        k_len=65,
+        depth_tokens=20,
+        query_offset=(10, 60),
+        kv_length=(13, 63),
+        segments="pair",
+        options={"depth_chunk": 16},
+    ),
+    Case(
+        "decode_chunk_only",
+        q_len=3,
+        depth_tokens=20,
+        sequence=False,
+        query_offset=(10, 60),
+        segments="pair",
+        options={"depth_chunk": 16},
+    ),
     Case("sees_nothing", q_len=7, slots=None, kv_length=(0, 4)),
     Case("long", q_len=1100, batch=1, heads=2, kv_heads=1, slots=9, dtypes=HALF),
-    Case("long_packed", q_len=1100, batch=1, heads=5, kv_heads=1, head_dim=8, slots=2,
-         segments="packed", options={"is_causal": False}),
-    Case("long_chunk", q_len=1100, batch=1, heads=2, kv_heads=1, slots=2,
-         options={"depth_chunk": 200}),
-    Case("long_cache", q_len=5, k_len=2100, batch=2, heads=2, kv_heads=1, slots=None,
-         query_offset=(1200, 20), kv_length=(1205, 25)),
-)  # fmt: skip
+    Case(
+        "long_packed",
+        q_len=1100,
+        batch=1,
+        heads=5,
+        kv_heads=1,
+        head_dim=8,
+        slots=2,
+        segments="packed",
+        options={"is_causal": False},
+    ),
+    Case(
+        "long_chunk",
+        q_len=1100,
+        batch=1,
+        heads=2,
+        kv_heads=1,
+        slots=2,
+        options={"depth_chunk": 200},
+    ),
+    Case(
+        "long_cache",
+        q_len=5,
+        k_len=2100,
+        batch=2,
+        heads=2,
+        kv_heads=1,
+        slots=None,
+        query_offset=(1200, 20),
+        kv_length=(1205, 25),
+    ),
+)
 
 
 def smaller(case: Case) -> Case:
@@ -94,9 +169,13 @@ def smaller(case: Case) -> Case:
     """
     few = case.depth_lengths[:: 2 if len(case.depth_lengths) > 2 else 1]
     return dataclasses.replace(
-        case, batch=1, heads=case.heads // case.kv_heads, kv_heads=1, q_len=min(case.q_len, 220),
+        case,
+        batch=1,
+        heads=case.heads // case.kv_heads,
+        kv_heads=1,
+        q_len=min(case.q_len, 220),
         depth_lengths=few,
-    )  # fmt: skip
+    )
 
 
 class Problem(NamedTuple):
@@ -143,8 +222,9 @@ def make_problem(case: Case) -> Problem:
     integers: dict[str, Any] = {}
     if case.segments is not None:
         ids = _segments(rng, case.batch, k_len if case.sequence else tokens)
-        integers["segment_ids"] = ids if case.segments == "packed" else (
-            _segments(rng, case.batch, case.q_len), ids)  # fmt: skip
+        integers["segment_ids"] = (
+            ids if case.segments == "packed" else (_segments(rng, case.batch, case.q_len), ids)
+        )
     for name in ("query_offset", "kv_length"):
         if getattr(case, name) is not None:
             integers[name] = np.asarray(getattr(case, name), np.int32)
@@ -186,9 +266,12 @@ def differentiate(case: Case, implementation: str):
 
         def attend(arrays):
             return moda_attention(
-                **({"key": None, "value": None} | arrays), **kwargs, **integers, return_lse=True,
+                **({"key": None, "value": None} | arrays),
+                **kwargs,
+                **integers,
+                return_lse=True,
                 implementation=implementation,
-            )  # fmt: skip
+            )
 
         (out, lse), pullback = jax.vjp(attend, arrays)
         d_out, d_lse = cotangents

@@ -8,6 +8,7 @@ A backend's test file subclasses `AttentionSuite` as a class whose name starts w
 and narrows `cases` or `dtypes` to what the backend takes.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,7 @@ from tolerances import LSE_RELATIVE, RELATIVE
 
 from moda_jax import moda_attention
 from moda_jax.ops import backends
-from pallas_kernels.operands import Operands, Options, depth_readers
+from pallas_kernels.operands import Operands, Options
 
 
 def assert_close(name: str, got, expected, rtol: float, *, exact_zeros: bool = True) -> None:
@@ -91,7 +92,7 @@ class AttentionSuite:
             got = run(arrays, problem.cotangents, problem.integers, length)
             assert got[0].dtype == dtype
             assert got[1].dtype == jnp.float32
-            assert {str(grad.dtype) for grad in got[2].values()} == {dtype}
+            chex.assert_trees_all_equal_shapes_and_dtypes(got[2], arrays)
             assert_results_close(got, expected, dtype)
 
     def test_two_runs_are_bitwise_equal(self):
@@ -99,7 +100,7 @@ class AttentionSuite:
         problem = make_problem(case)
         run = self.compiled(case)
         args = _cast(problem.arrays, self.dtypes[0]), problem.cotangents, problem.integers, None
-        jax.tree.map(np.testing.assert_array_equal, run(*args), run(*args))
+        chex.assert_trees_all_equal(run(*args), run(*args))
 
     def test_traced_length_beyond_the_cache_is_clipped(self):
         for options in ({}, {"depth_chunk": 4}):
@@ -121,9 +122,10 @@ class AttentionSuite:
             depth = arrays["depth_key"], arrays["depth_value"]
             parts = [
                 self.attend(query, key[:, :20], value[:, :20], is_causal=False, return_lse=True),
-                self.attend(query, key[:, 20:], value[:, 20:], *depth, is_causal=False,
-                            return_lse=True),
-            ]  # fmt: skip
+                self.attend(
+                    query, key[:, 20:], value[:, 20:], *depth, is_causal=False, return_lse=True
+                ),
+            ]
             lse = jnp.logaddexp(parts[0][1], parts[1][1])
             whole = sum(o * jnp.exp(part - lse)[..., None] for o, part in parts)
             return whole.astype(dtype), lse
@@ -168,8 +170,9 @@ class AttentionSuite:
         segments = np.where(np.arange(40) < border, 1, 2).astype(np.int32)[None]
         run = self.compiled(case)
         dtype = self.dtypes[0]
-        packed = run(_cast(problem.arrays, dtype), problem.cotangents,
-                     {"segment_ids": segments}, None)  # fmt: skip
+        packed = run(
+            _cast(problem.arrays, dtype), problem.cotangents, {"segment_ids": segments}, None
+        )
         for part in (slice(0, border), slice(border, 40)):
             arrays = {
                 name: x[:, :, part] if name.startswith("depth") else x[:, part]
@@ -202,8 +205,7 @@ class AttentionSuite:
         one, other = (
             run(x, cotangents, {"segment_ids": segments}, None) for x in (arrays, changed)
         )
-        for x, y in zip(one[:2], other[:2], strict=True):
-            np.testing.assert_array_equal(x[:, first], y[:, first])
+        chex.assert_trees_all_equal(*([x[:, first] for x in got[:2]] for got in (one, other)))
         for name, grad in one[2].items():
             axis = 2 if name.startswith("depth") else 1
             mine, others = (np.compress(m, np.asarray(grad), axis) for m in (first, ~first))
@@ -217,7 +219,10 @@ class AttentionSuite:
         ("chunk", "grads_dtype"), [(None, "float32"), (None, "bfloat16"), (4, "bfloat16")]
     )
     def test_backward_adds_into_running_gradients(self, chunk, grads_dtype):
-        """Visible slots get their gradient added; the others keep their bits, -0.0 included."""
+        """Visible slots get their gradient added; the others keep their bits, -0.0 included.
+
+        Without gradients of slots the others are the same.
+        """
         backend = backends.BACKENDS[self.implementation]
         case = self.sized(Case("running", q_len=9, slots=11))
         problem, dtype = make_problem(case), self.dtypes[0]
@@ -233,10 +238,14 @@ class AttentionSuite:
             out, lse = backend.forward(operands, options)
             d_out, d_lse = problem.cotangents
             args = operands, options, out, lse, d_out.astype(out.dtype), d_lse
-            return backend.gradients(*args, None), backend.gradients(*args, tuple(start))
+            alone, added = backend.gradients(*args), backend.gradients(*args, tuple(start))
+            return alone, added, backend.gradients(*args, depth=False)
 
         visible = np.isin(np.arange(11), [0, 5, 6, 7])
-        alone, added = run(arrays, jnp.int32(8), start)
+        alone, added, without = run(arrays, jnp.int32(8), start)
+        assert without[3:] == (None, None)
+        for x, y in zip(without[:3], alone[:3], strict=True):
+            assert_close("without gradients of slots", x, y, RELATIVE[dtype])
         np.testing.assert_array_equal(alone.query, added.query)
         for before, gradient, after in zip(start, alone[3:], added[3:], strict=True):
             assert after.dtype == grads_dtype
@@ -245,129 +254,12 @@ class AttentionSuite:
             wanted = np.float64(before[visible]) + np.float64(gradient[visible])
             # `gradient` was rounded to the operands' dtype, what was added was not.
             assert_close(
-                "running gradient", after[visible], wanted,
+                "running gradient",
+                after[visible],
+                wanted,
                 max(RELATIVE[grads_dtype], RELATIVE[dtype]),
-            )  # fmt: skip
+            )
             assert np.abs(np.float64(gradient[visible])).max() > 0.1
-
-    @property
-    def deferring_backend(self):
-        backend = backends.BACKENDS[self.implementation]
-        if backend.deferral is None:
-            pytest.skip(f"{self.implementation} adds every layer's depth gradients at once")
-        return backend
-
-    @pytest.mark.parametrize(
-        ("heads", "window", "visible", "grads_dtype"),
-        [
-            (4, None, range(8), "bfloat16"),
-            (4, 3, (0, 5, 6, 7), "float32"),
-            (6, None, range(8), "float32"),
-        ],
-    )
-    def test_deferred_backward_adds_from_a_slot_on(self, heads, window, visible, grads_dtype):
-        """Gradients of slots before it, and of slots nobody sees, keep their bits, NaN or not."""
-        backend = self.deferring_backend
-        case = self.sized(
-            Case("deferred_backward", q_len=9, heads=heads, slots=11, segments="packed")
-        )
-        problem, dtype = make_problem(case), self.dtypes[0]
-        arrays, segments = _cast(problem.arrays, dtype), problem.integers["segment_ids"]
-        options = Options(0.25, depth_window=window, depth_reserved=1 if window else 0)
-        rng = np.random.default_rng(0)
-        shape = problem.arrays["depth_key"].shape
-        start = [jnp.asarray(rng.normal(size=shape), grads_dtype) for _ in "kv"]
-
-        def arguments(arrays, length, results=None):
-            operands = Operands(
-                **arrays, query_segments=segments, key_segments=segments, depth_length=length
-            )
-            out, lse = results or backend.forward(operands, options)
-            d_out, d_lse = problem.cotangents
-            return operands, options, out, lse, d_out.astype(out.dtype), d_lse
-
-        @compile_quickly
-        def forward_and_whole(arrays, length):
-            args = arguments(arrays, length)
-            return args[2:4], backend.gradients(*args, None)
-
-        @compile_quickly
-        def run(arrays, length, results, start, first):
-            return backend.deferral.backward(*arguments(arrays, length, results), start, first)
-
-        results, whole = forward_and_whole(arrays, jnp.int32(8))
-        for first in (0, 3, 6, 8):
-            wanted = np.isin(np.arange(11), [slot for slot in visible if slot >= first])
-            where = wanted[:, None, None, None, None] | (np.arange(9) % 2 == 0)[:, None, None]
-            poisoned = tuple(jnp.where(where, x, jnp.nan) for x in start)
-            got = run(arrays, jnp.int32(8), results, poisoned, jnp.int32(first))
-            for x, y in zip(whole[:3], got[:3], strict=True):
-                assert_close("tokens", y, x, RELATIVE[dtype])
-            for before, gradient, after in zip(poisoned, whole[3:], got[3:], strict=True):
-                assert after.dtype == grads_dtype
-                kept, same = (np.asarray(x[~wanted]) for x in (after, before))
-                assert kept.tobytes() == same.tobytes()
-                assert_close(
-                    "slots", after[wanted],
-                    np.float64(before[wanted]) + np.float64(gradient[wanted]),
-                    max(RELATIVE[grads_dtype], RELATIVE[dtype]),
-                )  # fmt: skip
-
-    @pytest.mark.parametrize("grads_dtype", ["float32", "bfloat16"])
-    def test_deferred_depth_gradients_are_those_of_the_backward(self, grads_dtype):
-        """R layers' gradients of the slots 2 ... 5 in one pass; other slots hold NaN or stay.
-
-        For backends that can defer; the layers differ in queries, lse and output gradients.
-        """
-        backend = self.deferring_backend
-        case = Case("deferred", q_len=9, slots=8, segments="packed")
-        problem, dtype = make_problem(case), self.dtypes[0]
-        arrays, segments = _cast(problem.arrays, dtype), problem.integers["segment_ids"]
-        options, visible = Options(0.25), slice(2, 6)
-        rng = np.random.default_rng(0)
-        shape = problem.arrays["depth_key"].shape
-        start = [jnp.asarray(rng.normal(size=shape), grads_dtype).at[:, 0].set(-0.0) for _ in "kv"]
-        factors = (1.0, -0.5, 2.0)
-        xla = backends.BACKENDS["xla"]
-
-        @compile_quickly
-        def run(arrays, start, first, stop):
-            readers, wanted = [], [jnp.float32(x[visible]) for x in start]
-            for factor in factors:
-                operands = Operands(
-                    **arrays | {"query": factor * arrays["query"]}, query_segments=segments,
-                    key_segments=segments, depth_length=jnp.int32(6),
-                )  # fmt: skip
-                out, lse = xla.forward(operands, options)
-                d_out, d_lse = problem.cotangents
-                args = operands, options, out, lse, (d_out + factor).astype(out.dtype), d_lse
-                whole = xla.gradients(*args, None)
-                wanted = [x + d[visible] for x, d in zip(wanted, whole[3:], strict=True)]
-                readers.append(depth_readers(operands, out, lse, *args[4:]))
-            stacked = jax.tree.map(lambda *x: jnp.stack(x), *readers)
-            unread = jnp.where(jnp.isin(jnp.arange(8), jnp.arange(2, 6)), 0, jnp.nan)
-            slots = [
-                (arrays[name] + unread[:, None, None, None, None]).astype(dtype)
-                for name in ("depth_key", "depth_value")
-            ]
-            added = backend.deferral.add(
-                stacked, *slots, tuple(start), first, stop, scale=options.scale
-            )
-            untouched = backend.deferral.add(
-                stacked, *slots, tuple(start), stop, stop, scale=options.scale
-            )
-            return added, wanted, untouched
-
-        added, wanted, untouched = run(arrays, start, jnp.int32(2), jnp.int32(6))
-        for before, after, sums, same in zip(start, added, wanted, untouched, strict=True):
-            assert after.dtype == grads_dtype
-            assert_close(
-                "deferred", after[visible], sums, max(RELATIVE[grads_dtype], RELATIVE[dtype]),
-                exact_zeros=False,  # sums of rounded gradients may cancel
-            )  # fmt: skip
-            assert np.asarray(same).tobytes() == np.asarray(before).tobytes()
-            for part in (slice(0, 2), slice(6, 8)):
-                assert np.asarray(after[part]).tobytes() == np.asarray(before[part]).tobytes()
 
     @pytest.mark.parametrize(
         ("rows", "group", "head_dim", "count", "layers", "dtypes"),
@@ -399,9 +291,15 @@ class AttentionSuite:
             pytest.skip(f"{self.implementation} cannot gather")
         dtype = "float16" if "float16" in dtypes else self.dtypes[0]
         case = Case(
-            "gathered", q_len=19, batch=rows, heads=rows * group, kv_heads=rows, head_dim=head_dim,
-            slots=count + 3, segments="packed",
-        )  # fmt: skip
+            "gathered",
+            q_len=19,
+            batch=rows,
+            heads=rows * group,
+            kv_heads=rows,
+            head_dim=head_dim,
+            slots=count + 3,
+            segments="packed",
+        )
         problem = make_problem(case)
         arrays, segments = _cast(problem.arrays, dtype), problem.integers["segment_ids"]
         first, offset, options = 2, 1, Options(head_dim**-0.5)
@@ -418,8 +316,9 @@ class AttentionSuite:
             def layer(factor):
                 operands = Operands(
                     **arrays | {"query": (factor * arrays["query"]).astype(dtype)},
-                    query_segments=segments, key_segments=segments,
-                )  # fmt: skip
+                    query_segments=segments,
+                    key_segments=segments,
+                )
                 d_out, d_lse = problem.cotangents
                 out, lse = xla.forward(operands, options)
                 args = operands, options, out, lse, (d_out + factor).astype(out.dtype), d_lse
@@ -429,7 +328,8 @@ class AttentionSuite:
 
             wanted, kept = lax.map(lambda factor: layer(factor)[:2], factors)
             args = layer(factors[1])[2]
-            without = backend.gathering.backward(*args), backend.gradients(*args, None)
+            without = backend.gradients(*args, depth=False), backend.gradients(*args)
+            assert without[0][3:] == (None, None)
             slots = [only(arrays[x], 2) for x in ("depth_key", "depth_value")]
             settings = {"scale": options.scale, "dtype": dtypes[0]}
             gather = backend.gathering.gather

@@ -47,9 +47,16 @@ def record_calls() -> list[Call]:
     calls: list[Call] = []
 
     def triton_call(
-        *inputs, kernel, out_shape, grid, num_warps, num_stages, input_output_aliases,
-        compute_capability, **constants,
-    ):  # fmt: skip
+        *inputs,
+        kernel,
+        out_shape,
+        grid,
+        num_warps,
+        num_stages,
+        input_output_aliases,
+        compute_capability,
+        **constants,
+    ):
         options = {"num_warps": num_warps, "num_stages": num_stages}
         calls.append(Call(kernel, [*inputs, *out_shape], options, constants))
         return [jnp.zeros(x.shape, x.dtype) for x in out_shape]

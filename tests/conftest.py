@@ -45,9 +45,10 @@ from pallas_kernels.mosaic_gpu import operator  # noqa: E402
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--newer-pair", action="store_true",
+        "--newer-pair",
+        action="store_true",
         help="what an older JAX skips, slow or not, and of the other fast tests every fourth case",
-    )  # fmt: skip
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -73,17 +74,17 @@ def pretend(monkeypatch):
     """A function that makes another backend, and other devices, the default ones of a test.
 
     What was concluded from them is forgotten: a mosaic_gpu call that is compiled later in the same
-    process must not be refused.
+    process must find the backend supported again.
     """
 
     def set_default(backend, *devices):
         monkeypatch.setattr(jax, "default_backend", lambda: backend)
         if devices:
             monkeypatch.setattr(jax, "devices", lambda: list(devices))
-        operator._device_refusal.cache_clear()
+        operator._device_unsupported_reason.cache_clear()
 
     yield set_default
-    operator._device_refusal.cache_clear()
+    operator._device_unsupported_reason.cache_clear()
 
 
 @pytest.fixture(autouse=True)

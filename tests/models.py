@@ -8,9 +8,15 @@ from moda_jax.config import ModelConfig
 from moda_jax.model.transformer import Transformer
 
 SMALL = ModelConfig(
-    vocab_size=37, num_layers=4, embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=40,
+    vocab_size=37,
+    num_layers=4,
+    embed_dim=24,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_dim=40,
     compute_dtype="float32",
-)  # fmt: skip
+)
 
 VARIANTS = {
     "residual": {"depth_stream": "residual"},

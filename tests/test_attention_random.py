@@ -52,12 +52,23 @@ def draw_case(rng: np.random.Generator, name: str, q_len: int, group: int) -> Ca
     segments = "pair" if segments is not None and not same_axis else segments
     as_ints = lambda x: None if x is None else tuple(map(int, x))  # noqa: E731
     return Case(
-        name, q_len=q_len, k_len=k_len, batch=batch, heads=group * kv_heads, kv_heads=kv_heads,
-        head_dim=pick(2, 8, 16, 24, 64), slots=slots, depth_tokens=depth_tokens,
-        sequence=kind != "depth only", depth_lengths=depth_lengths, segments=segments,
-        query_offset=as_ints(offset), kv_length=as_ints(kv_length), options=options,
+        name,
+        q_len=q_len,
+        k_len=k_len,
+        batch=batch,
+        heads=group * kv_heads,
+        kv_heads=kv_heads,
+        head_dim=pick(2, 8, 16, 24, 64),
+        slots=slots,
+        depth_tokens=depth_tokens,
+        sequence=kind != "depth only",
+        depth_lengths=depth_lengths,
+        segments=segments,
+        query_offset=as_ints(offset),
+        kv_length=as_ints(kv_length),
+        options=options,
         dtypes=(pick("float32", *ALL_DTYPES),),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.slow

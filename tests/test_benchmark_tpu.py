@@ -102,9 +102,14 @@ def test_the_compiler_is_told_the_same_numbers():
 
 def test_a_kernel_takes_as_long_as_its_slowest_unit():
     work = schedule.Work(
-        steps=10, pairs=10, bytes_read=819_000, bytes_written=0, mxu_flops=197_000_000, vpu_ops=1,
+        steps=10,
+        pairs=10,
+        bytes_read=819_000,
+        bytes_written=0,
+        mxu_flops=197_000_000,
+        vpu_ops=1,
         exps=1,
-    )  # fmt: skip
+    )
     wide, narrow = (tpu_kernels.roofline(work, V5E, head_dim) for head_dim in (128, 64))
     assert (wide.mxu, wide.hbm) == pytest.approx((1e-6, 1e-6))
     assert narrow.bound == narrow.mxu == pytest.approx(2e-6)  # half of the array idles
@@ -116,8 +121,14 @@ def test_a_kernel_takes_as_long_as_its_slowest_unit():
 
 
 def test_the_mean_kernel_is_the_mean_over_layers():
-    model = ModelConfig(num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64,
-                        attention="mosaic_tpu", depth_ffn_kv="none")  # fmt: skip
+    model = ModelConfig(
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        attention="mosaic_tpu",
+        depth_ffn_kv="none",
+    )
     config = Config("four", model, mesh=MeshConfig(fsdp=2, tensor=2), batch_size=2)
     slots = visible_slots(model)
     assert slots == [0, 1, 2, 3]  # the mean is no number of slots

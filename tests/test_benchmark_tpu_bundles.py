@@ -42,12 +42,18 @@ def test_counts_ours_and_splash():
     """In a process of its own: libtpu reads its settings when it is loaded."""
     command = [sys.executable, "-m", "benchmarks.tpu_bundles", "--chips", "v5e:2x2"]
     run = subprocess.run(
-        [*command, "--head-dims", "64"], capture_output=True, text=True, timeout=600,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False,
-    )  # fmt: skip
+        [*command, "--head-dims", "64"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     rows = [line for line in run.stdout.splitlines() if line.startswith("| v5e ")]
     assert [row.split(" | ")[1:4:2] for row in rows] == [
-        ["mosaic_tpu", "forward"], ["mosaic_tpu", "backward"],
-        ["splash", "forward"], ["splash", "backward"],
-    ]  # fmt: skip
+        ["mosaic_tpu", "forward"],
+        ["mosaic_tpu", "backward"],
+        ["splash", "forward"],
+        ["splash", "backward"],
+    ]

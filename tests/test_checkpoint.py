@@ -18,10 +18,16 @@ from moda_jax.train.train_step import make_train_functions
 CONFIG = Config(
     name="saved",
     model=ModelConfig(
-        vocab_size=64, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8,
-        mlp_dim=16, compute_dtype="float32",
+        vocab_size=64,
+        num_layers=2,
+        embed_dim=16,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_dim=16,
+        compute_dtype="float32",
     ),
-)  # fmt: skip
+)
 DATA = {"identity": {"seq_len": 256}, "grain": {"position": 7}}
 
 

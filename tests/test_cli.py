@@ -81,14 +81,20 @@ BAD_ARGUMENTS = {
     "no value": (["--steps"], "--steps", "value"),
     "refused by one field": (["--model.num-layers", "0"], "ModelConfig.num_layers", "got 0"),
     "refused by two fields": (
-        ["--model.num-heads", "3"], "ModelConfig.num_heads", "num_kv_heads = 2", "got 3",
+        ["--model.num-heads", "3"],
+        "ModelConfig.num_heads",
+        "num_kv_heads = 2",
+        "got 3",
     ),
     "refused across groups": (
-        ["--batch-size", "9", "--mesh.data", "2"], "Config.batch_size", "mesh.data", "got 9",
+        ["--batch-size", "9", "--mesh.data", "2"],
+        "Config.batch_size",
+        "mesh.data",
+        "got 9",
     ),
     "a misplaced config": (["--steps", "3", "other.py"], "other.py"),
     "no such config": (["configs/none.py"], "config file", "configs/none.py", "not found"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
@@ -112,9 +118,10 @@ BAD_FILES = {
     "import": ("import no_such_module\n", "ModuleNotFoundError", "no_such_module"),
     "bad value": (
         "from moda_jax.config import Config\nconfig = Config(name='x', steps=0)\n",
-        "Config.steps", "got 0",
+        "Config.steps",
+        "got 0",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_FILES)

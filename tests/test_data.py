@@ -196,7 +196,8 @@ def test_close_stops_the_thread(source):
 
 def test_a_script_that_never_closes_its_data_exits_silently(source):
     code = (
-        "import sys; from moda_jax.config import DataConfig; from moda_jax.data.loader import load_data;"
+        "import sys; from moda_jax.config import DataConfig;"
+        "from moda_jax.data.loader import load_data;"
         "data = load_data(DataConfig(source=sys.argv[1]), batch_size=2, vocab_size=257, seed=0);"
         "next(data.train)"
     )

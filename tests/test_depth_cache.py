@@ -26,8 +26,9 @@ def written(cache: DepthCache) -> list[int]:
     """Which append each buffer slot holds; -1: none."""
     ids = np.asarray(cache.key)[:, 0, 0, 0, 0] - 1
     np.testing.assert_array_equal(cache.value, -np.asarray(cache.key))
-    np.testing.assert_array_equal(cache.key, np.broadcast_to(
-        np.reshape(ids + 1, (-1, 1, 1, 1, 1)), cache.key.shape))  # fmt: skip
+    np.testing.assert_array_equal(
+        cache.key, np.broadcast_to(np.reshape(ids + 1, (-1, 1, 1, 1, 1)), cache.key.shape)
+    )
     return ids.astype(int).tolist()
 
 

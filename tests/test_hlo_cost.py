@@ -101,8 +101,11 @@ ROW = 128 * 128 * 4
 
 def test_hbm_traffic_of_slices_and_updates_in_place():
     """Read one row into VMEM; the kernel writes one; the update reads that and writes one."""
-    cost = hlo_cost.count(TPU_PROGRAM.replace("  %product", "  %product_off").replace(
-        " convolution(", " opt-barrier("))  # fmt: skip
+    cost = hlo_cost.count(
+        TPU_PROGRAM.replace("  %product", "  %product_off").replace(
+            " convolution(", " opt-barrier("
+        )
+    )
     assert cost.hbm_bytes == 4 * ROW + 4 * 2  # and the index, twice
     assert cost.kernel_calls == {"kernel": 1.0}
 

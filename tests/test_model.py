@@ -21,14 +21,28 @@ from tests.tolerances import SAME_MODEL
 SMALL = dataclasses.replace(models.SMALL, num_layers=3)
 
 TABLE_3 = ModelConfig(
-    vocab_size=100278, num_layers=36, embed_dim=1024, num_heads=16, num_kv_heads=8, head_dim=64,
+    vocab_size=100278,
+    num_layers=36,
+    embed_dim=1024,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=64,
     mlp_dim=4096,
-)  # fmt: skip
+)
 
 TABLE_6 = ModelConfig(
-    vocab_size=50304, num_layers=24, embed_dim=384, num_heads=6, num_kv_heads=2, head_dim=64,
-    mlp_dim=1536, norm_placement="pre", qk_norm="head", use_bias=True, tie_embeddings=True,
-)  # fmt: skip
+    vocab_size=50304,
+    num_layers=24,
+    embed_dim=384,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=64,
+    mlp_dim=1536,
+    norm_placement="pre",
+    qk_norm="head",
+    use_bias=True,
+    tie_embeddings=True,
+)
 
 
 build = models.random_model
@@ -102,8 +116,13 @@ def test_forward_flops_follow_table_3():
 def test_visible_slots():
     assert visible_slots(SMALL) == [0, 2, 4]
     assert visible_slots(dataclasses.replace(SMALL, num_layers=6, depth_write_every=2)) == [
-        0, 2, 2, 4, 4, 6,
-    ]  # fmt: skip
+        0,
+        2,
+        2,
+        4,
+        4,
+        6,
+    ]
     bounded = dataclasses.replace(SMALL, num_layers=5, depth_window=3, depth_reserved=1)
     assert visible_slots(bounded) == [0, 2, 4, 4, 4]
 

@@ -10,8 +10,8 @@ from tolerances import LSE_RELATIVE, RELATIVE
 
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.forward import attend
-from pallas_kernels.mosaic_gpu.forward_tiles import ForwardConfig, forward_config, tile_heads
+from pallas_kernels.mosaic_gpu.fused_forward.attend import attend
+from pallas_kernels.mosaic_gpu.row_tiles import ForwardConfig, forward_config, tile_heads
 from pallas_kernels.mosaic_gpu.wgmma import Walk
 from pallas_kernels.segments import segment_bounds
 
@@ -94,9 +94,14 @@ def run(operands, slots, segments=None, *, is_causal=True, config=None):
     @jax.jit
     def call(operands, slots, segments):
         return attend(
-            *operands, slots, scale=operands[0].shape[-1] ** -0.5, is_causal=is_causal,
-            query_segments=segments, key_segments=segments, config=config,
-        )  # fmt: skip
+            *operands,
+            slots,
+            scale=operands[0].shape[-1] ** -0.5,
+            is_causal=is_causal,
+            query_segments=segments,
+            key_segments=segments,
+            config=config,
+        )
 
     slots = None if operands[3] is None else jnp.asarray(slots, jnp.int32)
     with common.race_detection():

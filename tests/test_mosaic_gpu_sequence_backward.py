@@ -9,8 +9,8 @@ from tolerances import RELATIVE
 
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.sequence_backward import Depth, fuses, sequence_backward
-from pallas_kernels.mosaic_gpu.sequence_tiles import (
+from pallas_kernels.mosaic_gpu.sequence_backward.backward import DepthPart, fuses, sequence_backward
+from pallas_kernels.mosaic_gpu.sequence_backward.tiles import (
     SequenceBackwardConfig,
     sequence_backward_config,
 )
@@ -57,9 +57,16 @@ def run(operands, lse, delta, segments, is_causal, config, **settings):
     @jax.jit
     def call(operands, lse, delta, segments):
         return sequence_backward(
-            *operands, lse, delta, scale=operands[0].shape[-1] ** -0.5, is_causal=is_causal,
-            query_segments=segments, key_segments=segments, config=config, **settings,
-        )  # fmt: skip
+            *operands,
+            lse,
+            delta,
+            scale=operands[0].shape[-1] ** -0.5,
+            is_causal=is_causal,
+            query_segments=segments,
+            key_segments=segments,
+            config=config,
+            **settings,
+        )
 
     with common.race_detection():
         return call(operands, lse, delta, segments)
@@ -133,10 +140,14 @@ def with_depth(made, num_slots, slots, running, segments=None):
     arrays = [rng.normal(size=shape).astype(np.float32) for _ in range(2)]
     index = np.arange(num_slots)
     shown = sum((index >= a) & (index < b) for a, b in (slots[:2], slots[2:])) > 0
-    kd, vd = (jnp.asarray(np.where(shown[:, None, None, None, None], x, np.nan), query.dtype)
-              for x in arrays)  # fmt: skip
-    q, do, k, v = (np.asarray(x, np.float32)[shown, :, :, 0] if x.ndim == 5
-                   else np.asarray(x, np.float32) for x in (query, d_out, kd, vd))  # fmt: skip
+    kd, vd = (
+        jnp.asarray(np.where(shown[:, None, None, None, None], x, np.nan), query.dtype)
+        for x in arrays
+    )
+    q, do, k, v = (
+        np.asarray(x, np.float32)[shown, :, :, 0] if x.ndim == 5 else np.asarray(x, np.float32)
+        for x in (query, d_out, kd, vd)
+    )
     mask = visible(query.shape[1], key.shape[1], True, segments)
     lse, (dq, dk, dv) = reference((query, key, value, d_out), delta, mask, 0.5)
     scale = query.shape[-1] ** -0.5
@@ -150,7 +161,7 @@ def with_depth(made, num_slots, slots, running, segments=None):
         running = tuple(jnp.asarray(rng.normal(size=shape), running) for _ in range(2))
         new += np.stack([np.asarray(x, np.float32) for x in running])
     dq = dq + scale * np.einsum("btgs,sbth->btgh", ds, k)
-    return Depth(kd, vd, jnp.asarray(slots, jnp.int32), running), lse, (dq, dk, dv, *new)
+    return DepthPart(kd, vd, jnp.asarray(slots, jnp.int32), running), lse, (dq, dk, dv, *new)
 
 
 @needs_mosaic
@@ -183,54 +194,20 @@ def test_slots_go_along(capfd, group, num_slots, slots, running, documents):
         untouched = np.asarray(before)[hidden] if running else 0
         np.testing.assert_array_equal(np.asarray(gradient)[hidden], untouched)
     split = group != 4  # slots and keys of dq are summed in turn, or by two warpgroups each
-    *alone, nothing = run(*made[:1], lse, made[1], segments, True,
-                          SequenceBackwardConfig(depth_warpgroups=split),
-                          depth=depth._replace(want_slots=False))  # fmt: skip
+    *alone, nothing = run(
+        *made[:1],
+        lse,
+        made[1],
+        segments,
+        True,
+        SequenceBackwardConfig(depth_warpgroups=split),
+        depth=depth._replace(want_slots=False),
+    )
     assert nothing is None
     if split:
         close(alone[0], wanted[0], tolerance)
     else:
         np.testing.assert_array_equal(alone[0], got[0])
-    assert "RACE DETECTED" not in "".join(capfd.readouterr())
-
-
-@needs_mosaic
-@pytest.mark.parametrize(
-    ("group", "num_slots", "slots", "running", "firsts"),
-    [
-        (8, 11, (0, 10, 10, 10), "float32", (3, 8, 10)),  # blocks of eight slots
-        (2, 9, (0, 2, 4, 8), "bfloat16", (1, 3, 5, 6)),  # of two, in each of the ranges
-        slow(4, 8, (0, 1, 2, 7), "float32", (1, 4)),
-        slow(1, 4, (0, 3, 3, 3), "float32", (0, 2, 9)),
-    ],
-)
-def test_slots_from_a_first_one_on(capfd, group, num_slots, slots, running, firsts):
-    """Running gradients of slots before it keep their bits, NaN or not; dq has all slots."""
-    made = make(40, 40, group, 64, batch=1 + (group == 2))
-    segments = packed(len(made[1]), 40, 3)
-    depth, lse, wanted = with_depth(made, num_slots, slots, running, segments)
-    whole = run(made[0], lse, made[1], segments, True, None, depth=depth)
-
-    @jax.jit
-    def run_from(first, running):
-        part = depth._replace(running=running, first=first)
-        return run(made[0], lse, made[1], segments, True, None, depth=part)
-
-    index = np.arange(num_slots)
-    shown = ((index >= slots[0]) & (index < slots[1])) | ((index >= slots[2]) & (index < slots[3]))
-    for first in firsts:
-        added = shown & (index >= first)
-        where = added[:, None, None, None, None] | (np.arange(40) % 2 == 0)[:, None, None]
-        poisoned = tuple(jnp.where(where, x, jnp.nan) for x in depth.running)
-        *got, grads = run_from(jnp.int32(first), poisoned)
-        for x, y in zip(got, whole[:3], strict=True):
-            np.testing.assert_array_equal(x, y)
-        for gradient, before, want in zip(grads, poisoned, wanted[3:], strict=True):
-            assert gradient.dtype == running
-            kept, same = (np.asarray(x)[~added] for x in (gradient, before))
-            assert kept.tobytes() == same.tobytes()
-            if added.any():
-                close(gradient[added], want[added], RELATIVE["bfloat16"])
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
@@ -241,7 +218,7 @@ def test_which_calls_are_fused():
         slots = jax.ShapeDtypeStruct((4, 1, 64, 1, head_dim), jnp.bfloat16)
         if running is not None:
             running = (jax.ShapeDtypeStruct(slots.shape, running),) * 2
-        return fuses(query, key, Depth(slots, slots, None, running, want), is_causal=True)
+        return fuses(query, key, DepthPart(slots, slots, None, running, want), is_causal=True)
 
     assert [g for g in (1, 2, 3, 4, 6, 8, 16) if fused(g)] == [1, 2, 4, 8]
     assert fused(16, want=False)

@@ -22,13 +22,11 @@ from attention_cases import (
     poison,
 )
 from attention_suite import AttentionSuite, assert_results_close
-from tolerances import RELATIVE
 
 from moda_jax import explain_attention
 from moda_jax.ops.attention import check
 from pallas_kernels import mosaic_tpu, platforms
 from pallas_kernels.mosaic_tpu import common, operator, schedule
-from pallas_kernels.operands import DepthReaders
 
 not_on_gpu = pytest.mark.skipif(
     jax.default_backend() == "gpu", reason="runs on a TPU, or interpreted on the CPU"
@@ -36,18 +34,42 @@ not_on_gpu = pytest.mark.skipif(
 FAST = ("window_static", "chunk_whole_sequence", "decode", "packed")
 # Several blocks each way, the last ones ragged, and two spans of queries for dq.
 SMALL_TILES = {
-    "q_block": 128, "k_block": 128, "q_grad_block": 128, "k_grad_block": 128, "q_span": 256,
-    "depth_block": 128, "depth_heads": 1, "depth_grad_block": 128, "depth_grad_heads": 1,
-}  # fmt: skip
+    "q_block": 128,
+    "k_block": 128,
+    "q_grad_block": 128,
+    "k_grad_block": 128,
+    "q_span": 256,
+    "depth_block": 128,
+    "depth_heads": 1,
+    "depth_grad_block": 128,
+    "depth_grad_heads": 1,
+}
 MANY_BLOCKS = (
     Case("blocks_causal", q_len=300, batch=1, slots=3, depth_lengths=(2,)),
     Case("blocks_packed", q_len=300, segments="packed", slots=2),
     Case("blocks_full", q_len=300, k_len=200, batch=1, slots=2, options={"is_causal": False}),
-    Case("blocks_chunk", q_len=300, batch=1, heads=2, slots=2, segments="packed",
-         options={"depth_chunk": 96}, depth_lengths=(1,)),
-    Case("blocks_decode", q_len=150, k_len=400, depth_tokens=250, query_offset=(7, 220),
-         kv_length=(157, 370), slots=2, segments="pair", options={"depth_chunk": 64}),
-)  # fmt: skip
+    Case(
+        "blocks_chunk",
+        q_len=300,
+        batch=1,
+        heads=2,
+        slots=2,
+        segments="packed",
+        options={"depth_chunk": 96},
+        depth_lengths=(1,),
+    ),
+    Case(
+        "blocks_decode",
+        q_len=150,
+        k_len=400,
+        depth_tokens=250,
+        query_offset=(7, 220),
+        kv_length=(157, 370),
+        slots=2,
+        segments="pair",
+        options={"depth_chunk": 64},
+    ),
+)
 
 
 def narrowed(cases):
@@ -102,38 +124,12 @@ def test_many_blocks_equal_the_reference(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["blocks_packed", "blocks_chunk"])
 def test_in_simulated_memory(name, capfd):
-    """Copies between HBM and VMEM as a chip makes them; memory that nobody wrote is NaN."""
+    """Copies between HBM and VMEM as a chip makes them; uninitialized memory is NaN."""
     case = next(case for case in MANY_BLOCKS if case.name == name)
     case = dataclasses.replace(case, q_len=200, batch=1, heads=2, kv_heads=1)
     with schedule.override(**SMALL_TILES), common.simulated_memory():
         run_case(case)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
-
-
-@not_on_gpu
-@pytest.mark.slow
-def test_deferred_layers_that_do_not_fit_at_once(monkeypatch):
-    rng = np.random.default_rng(0)
-    layers, slots = (3, 1, 20, 2), (4, 1, 20, 1, 16)
-    query, d_out = (jnp.asarray(rng.normal(size=(*layers, 16)), jnp.float32) for _ in "qd")
-    lse, delta = (jnp.asarray(rng.normal(size=layers), jnp.float32) for _ in "ld")
-    readers = DepthReaders(query, d_out, lse, delta)
-    arrays = [jnp.asarray(rng.normal(size=slots), jnp.float32) for _ in range(4)]
-
-    def add():
-        return mosaic_tpu.add_depth_grads(readers, *arrays[:2], tuple(arrays[2:]), 1, 3, scale=0.25)
-
-    whole = add()
-    monkeypatch.setattr(operator, "_layers_at_once", lambda *_: 2)
-    for x, y, before in zip(whole, add(), arrays[2:], strict=True):
-        np.testing.assert_allclose(x, y, rtol=RELATIVE["float32"], atol=RELATIVE["float32"])
-        assert not np.allclose(x[1:3], before[1:3])
-
-
-def test_deferred_layers_that_fit():
-    shape = schedule.Shape(1, 256, 256, 1, 16, 128, 2)
-    assert 1 < operator._layers_at_once(shape, 8) < 8
-    assert operator._layers_at_once(dataclasses.replace(shape, group=1), 8) == 8
 
 
 # --- which blocks are moved -----------------------------------------------------------------------
@@ -142,9 +138,7 @@ def test_deferred_layers_that_fit():
 def count_fetches(grid, operand, scalars) -> int:
     """How often a pipeline fetches a block: whenever its index differs from the step before."""
     refs = types.SimpleNamespace(**{name: np.asarray(x) for name, x in scalars.items()})
-    indices = [
-        tuple(int(n) for n in operand.index(*ids, refs)) for ids in np.ndindex(*grid)
-    ]  # fmt: skip
+    indices = [tuple(int(n) for n in operand.index(*ids, refs)) for ids in np.ndindex(*grid)]
     return 1 + sum(a != b for a, b in itertools.pairwise(indices))
 
 
@@ -158,8 +152,9 @@ def launches(monkeypatch):
         seen.setdefault(name, []).append((grid, scalars, present, outputs, work))
         return {
             key: jnp.zeros(x.array.shape, x.array.dtype)
-            for key, x in outputs.items() if x.array is not None
-        }  # fmt: skip
+            for key, x in outputs.items()
+            if x.array is not None
+        }
 
     monkeypatch.setattr(common, "launch", launch)
     monkeypatch.setattr(operator, "_one_by_one", lambda function: function)
@@ -195,8 +190,8 @@ def test_work_counts_what_the_grid_fetches(launches, causal):
 def test_invisible_slots_and_other_documents_are_not_fetched(launches):
     segments = jnp.repeat(jnp.arange(1, 5), 128)[None]
     operands, options = attention_operands(
-        512, slots=9, depth_window=2, depth_reserved=1, segment_ids=segments,
-    )  # fmt: skip
+        512, slots=9, depth_window=2, depth_reserved=1, segment_ids=segments
+    )
     operands = operands._replace(depth_length=jnp.int32(6))
     with schedule.override(**SMALL_TILES), jax.disable_jit():
         mosaic_tpu.forward(operands, options)
@@ -241,9 +236,9 @@ def test_needed_and_unmasked_are_what_the_mask_says(causal, chunk):
 @pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (8, 2), (8, 8), (1, 32), (40, 1)])
 def test_tiles_fit(kv_heads, group, head_dim, itemsize):
     for length in (1, 129, 4096, 65536):
-        shape = schedule.Shape(2, length, length, kv_heads, group, head_dim, itemsize)
+        shape = schedule.CallShape(2, length, length, kv_heads, group, head_dim, itemsize)
         if group * head_dim * itemsize > 2**13:
-            continue  # 32 heads of 256 on one key head: refused, see below
+            continue  # 32 heads of 256 on one key head do not fit, see below
         tiles = schedule.choose_tiles(shape)
         assert max(schedule.vmem_need(shape, tiles).values()) <= schedule.VMEM_BYTES
         spans = schedule.query_spans(length, tiles)
@@ -252,15 +247,15 @@ def test_tiles_fit(kv_heads, group, head_dim, itemsize):
 
 
 def test_tiles_that_do_not_fit_are_named():
-    shape = schedule.Shape(1, 512, 512, 1, 64, 256, 4)
+    shape = schedule.CallShape(1, 512, 512, 1, 64, 256, 4)
     with pytest.raises(ValueError, match="mosaic_tpu .*: expected blocks of at most"):
         schedule.choose_tiles(shape)
-    small = schedule.Shape(1, 512, 512, 4, 1, 64, 2)
+    small = schedule.CallShape(1, 512, 512, 4, 1, 64, 2)
     with schedule.override(depth_heads=3), pytest.raises(ValueError, match="divisor of 4, got 3"):
         schedule.choose_tiles(small)
 
 
-# --- refusals -------------------------------------------------------------------------------------
+# --- unsupported calls ----------------------------------------------------------------------------
 
 
 def shapes(dtype=jnp.bfloat16, heads=4, length=16, head_dim=64):
@@ -278,8 +273,8 @@ def shapes(dtype=jnp.bfloat16, heads=4, length=16, head_dim=64):
         ({"heads": 256, "head_dim": 256}, "bytes of VMEM"),
     ],
 )
-def test_refusals(changes, reason):
-    assert reason in explain_attention(**shapes(**changes)).refusals["mosaic_tpu"]
+def test_unsupported_reasons(changes, reason):
+    assert reason in explain_attention(**shapes(**changes)).unsupported_reasons["mosaic_tpu"]
 
 
 def test_is_the_choice_for_a_tpu_and_no_other():
@@ -289,4 +284,4 @@ def test_is_the_choice_for_a_tpu_and_no_other():
         choice = explain_attention(**shapes())
         assert (choice.name, choice.is_slow) == ("mosaic_tpu", False)
     with platforms.compiling_for("gpu"):
-        assert "need a TPU" in explain_attention(**shapes()).refusals["mosaic_tpu"]
+        assert "need a TPU" in explain_attention(**shapes()).unsupported_reasons["mosaic_tpu"]

@@ -142,7 +142,7 @@ VARIANTS = {
     "group_3": ({"length": 1100, "heads": 24}, {}, {}),
     "two_rows": ({"length": 1024, "batch": 2}, {}, {}),
     "decode": ({"length": 1, "k_len": 2100}, {"query_offset": ROW, "kv_length": ROW}, {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -209,12 +209,17 @@ def test_a_block_beyond_vmem_does_not_compile(monkeypatch):
         compile_for("v5e", value_and_gradients, (arrays, {}))
 
 
-def sharded_step(chip: str, block: int):
+def sharded_step(chip: str):
     """A training step of a small model, fsdp 2 x tensor 2, compiled for four chips."""
     model = ModelConfig(
-        vocab_size=512, num_layers=4, embed_dim=256, num_heads=4, num_kv_heads=2, head_dim=64,
-        mlp_dim=256, depth_grad_block=block,
-    )  # fmt: skip
+        vocab_size=512,
+        num_layers=4,
+        embed_dim=256,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        mlp_dim=256,
+    )
     config = Config(name="sharded", model=model, mesh=MeshConfig(fsdp=2, tensor=2), batch_size=4)
     mesh = make_mesh(config.mesh, devices(chip))
     with contextlib.ExitStack() as stack:
@@ -228,21 +233,22 @@ def sharded_step(chip: str, block: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("chip", "block"), [("v5e", 1), ("v5e", 2), ("v5p", 1)])
-def test_sharded_train_step_compiles(chip, block):
+@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+def test_sharded_train_step_compiles(chip):
     """`attention=None` takes these kernels, each chip with its own rows and heads, in place."""
-    model, compiled = sharded_step(chip, block)
+    model, compiled = sharded_step(chip)
     calls = [line for line in compiled.as_text().splitlines() if "tpu_custom_call" in line]
     in_place = [
-        line for line in calls
+        line
+        for line in calls
         if "moda_depth_backward" in line and "output_to_operand_aliasing" in line
-    ]  # fmt: skip
-    assert len(in_place) == block  # the layer's own addition, and the block's
+    ]
+    assert len(in_place) == 1
     slots = model.depth_slots + model.slots_per_writer  # the last layer's, too
     local = (slots, 2, 1, 64, 256)  # rows and key heads of a chip, tokens in the lanes
     assert all(f"f32[{','.join(map(str, local))}]" in line for line in in_place)
     assert not whole_copies(compiled, local)
-    # Both caches begin as memory that nobody fills.
+    # Both caches begin as uninitialized memory.
     made = re.findall(r"= bf16\[([\d,]+)\]\S* (broadcast|custom-call)\(", compiled.as_text())
     kinds = [op for dims, op in made if sorted(map(int, dims.split(","))) == sorted(local)]
     assert kinds == ["custom-call"] * 2

@@ -21,15 +21,29 @@ LOOPED = (
     Case("loop_full", q_len=4, k_len=6, options={"is_causal": False, "scale": 0.7}),
     Case("loop_packed", q_len=12, segments="packed", slots=2),
     Case("loop_pair", q_len=5, k_len=11, segments="pair", slots=1),
-    Case("loop_window", q_len=3, slots=9, depth_lengths=(0, 1, 2, 4, 9),
-         options={"depth_window": 3, "depth_reserved": 1}),
+    Case(
+        "loop_window",
+        q_len=3,
+        slots=9,
+        depth_lengths=(0, 1, 2, 4, 9),
+        options={"depth_window": 3, "depth_reserved": 1},
+    ),
     Case("loop_chunk", q_len=10, slots=3, depth_lengths=(0, 2), options={"depth_chunk": 4}),
     Case("loop_chunk_packed", q_len=12, slots=2, segments="packed", options={"depth_chunk": 5}),
     Case("loop_decode", q_len=2, k_len=8, query_offset=(0, 5), kv_length=(2, 7)),
-    Case("loop_decode_chunk", q_len=3, k_len=12, depth_tokens=7, slots=2, query_offset=(2, 7),
-         kv_length=(5, 10), segments="pair", options={"depth_chunk": 4}),
+    Case(
+        "loop_decode_chunk",
+        q_len=3,
+        k_len=12,
+        depth_tokens=7,
+        slots=2,
+        query_offset=(2, 7),
+        kv_length=(5, 10),
+        segments="pair",
+        options={"depth_chunk": 4},
+    ),
     Case("loop_sees_nothing", q_len=3, slots=None, kv_length=(0, 1)),
-)  # fmt: skip
+)
 
 
 def sees_token(case, integers, b, i, j):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from moda_jax.config import MeshConfig
 from moda_jax.model.stack import run_stack
 from moda_jax.ops import backends
-from moda_jax.ops.sharded_attention import GatheredDepth, attention_call
+from moda_jax.ops.sharded_attention import ShardedAttention, ShardedGathering
 from moda_jax.ops.sharding import make_mesh
 from pallas_kernels import xla
 from tests.models import SMALL, random_model
@@ -38,11 +39,11 @@ def seen(monkeypatch):
         calls.append(("forward", shapes(operands)))
         return xla.forward(operands, options)
 
-    def backward(operands, options, *arguments):
+    def backward(operands, options, *arguments, depth=True):
         running = arguments[-1]
         calls.append(("backward", shapes(operands)))
-        assert [x.shape for x in running] == [operands.depth_key.shape] * 2
-        return xla.backward(operands, options, *arguments)
+        chex.assert_shape(running, operands.depth_key.shape)
+        return xla.backward(operands, options, *arguments, depth=depth)
 
     spy = backends.Backend("spy", forward, backward, lambda *_: None, fast_on=("cpu",))
     monkeypatch.setattr(backends, "BACKENDS", backends.BACKENDS | {"spy": spy})
@@ -57,9 +58,12 @@ def inputs(rows=B):
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     arrays = (
-        normal(rows, T, N, H), normal(rows, T, K, H), normal(rows, T, K, H),
-        normal(S, rows, T, K, H), normal(S, rows, T, K, H),
-    )  # fmt: skip
+        normal(rows, T, N, H),
+        normal(rows, T, K, H),
+        normal(rows, T, K, H),
+        normal(S, rows, T, K, H),
+        normal(S, rows, T, K, H),
+    )
     segments = jnp.asarray(np.sort(rng.integers(0, 3, (rows, T)), axis=1), jnp.int32)
     running = (normal(S, rows, T, K, H), normal(S, rows, T, K, H))
     return arrays, segments, normal(rows, T, N, H), running
@@ -67,10 +71,14 @@ def inputs(rows=B):
 
 @jax.jit
 def both_passes(arrays, segments, d_out, running, depth_length, position):
-    call = attention_call(
-        *arrays, segment_ids=segments, depth_length=depth_length, query_offset=position,
-        kv_length=position + T, implementation="spy",
-    )  # fmt: skip
+    call = ShardedAttention.of(
+        *arrays,
+        segment_ids=segments,
+        depth_length=depth_length,
+        query_offset=position,
+        kv_length=position + T,
+        implementation="spy",
+    )
     out, lse = call.forward()
     return out, lse, call.gradients(out, lse, d_out, running)
 
@@ -85,10 +93,17 @@ def test_each_device_attends_to_its_own_rows_and_heads(name, seen):
         got = both_passes(*arguments)
     key = (rows, T, kv_heads, H)
     local = {
-        "query": (rows, T, heads, H), "key": key, "value": key, "depth_key": (S, *key),
-        "depth_value": (S, *key), "depth_length": (), "query_segments": (rows, T),
-        "key_segments": (rows, T), "query_offset": (rows,), "kv_length": (rows,),
-    }  # fmt: skip
+        "query": (rows, T, heads, H),
+        "key": key,
+        "value": key,
+        "depth_key": (S, *key),
+        "depth_value": (S, *key),
+        "depth_length": (),
+        "query_segments": (rows, T),
+        "key_segments": (rows, T),
+        "query_offset": (rows,),
+        "kv_length": (rows,),
+    }
     assert seen == [("forward", local), ("backward", local)]
     jax.tree.map(assert_close, got, expected)
     for before, after in zip(arguments[3], got[2][3:], strict=True):
@@ -119,17 +134,18 @@ def test_heads_that_the_tensor_axis_does_not_divide():
         jax.set_mesh(make_mesh(MeshConfig(tensor=4))),
         pytest.raises(ValueError, match=message) as caught,
     ):
-        attention_call(*arrays).forward()
+        ShardedAttention.of(*arrays).forward()
     assert "\n" not in str(caught.value)
 
 
-def test_the_refusal_is_about_what_one_device_gets(monkeypatch):
-    def refusal(operands, options, platform):
+def test_the_reason_is_about_what_one_device_gets(monkeypatch):
+    def unsupported_reason(operands, options, platform):
         return None if operands.query.shape[0] == 1 else "one row only"
 
-    picky = dataclasses.replace(backends.BACKENDS["xla"], name="picky", refusal=refusal)
+    xla = backends.BACKENDS["xla"]
+    picky = dataclasses.replace(xla, name="picky", unsupported_reason=unsupported_reason)
     monkeypatch.setattr(backends, "BACKENDS", backends.BACKENDS | {"picky": picky})
-    call = attention_call(*inputs()[0], implementation="picky")
+    call = ShardedAttention.of(*inputs()[0], implementation="picky")
     with pytest.raises(NotImplementedError, match="picky: one row only"):
         call.forward()
     with jax.set_mesh(make_mesh(MeshConfig(data=8))):
@@ -171,7 +187,7 @@ def test_attention_exchanges_nothing_between_devices():
     slot_spec = jax.NamedSharding(mesh, jax.P(None, rows, None, heads))
 
     def passes(arrays, segments, d_out, running):
-        call = attention_call(*arrays, segment_ids=segments)
+        call = ShardedAttention.of(*arrays, segment_ids=segments)
         out, lse = call.forward()
         return call.gradients(out, lse, d_out, running)
 
@@ -186,10 +202,10 @@ def test_attention_exchanges_nothing_between_devices():
 def test_memory_for_gathering_is_made_by_its_device():
     """XLA on a GPU would make what is not split for every device, then cut it."""
     arrays, segments, _, _ = inputs()
-    gathered = GatheredDepth(backends.BACKENDS["xla"].gathering, 1.0)
+    gathered = ShardedGathering(backends.BACKENDS["xla"].gathering, 1.0)
 
     def make(arrays, segments):
-        return gathered.empty(attention_call(*arrays, segment_ids=segments), 3)
+        return gathered.empty(ShardedAttention.of(*arrays, segment_ids=segments), 3)
 
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=4, tensor=2))):
         closed = jax.make_jaxpr(make)(arrays, segments)

@@ -129,7 +129,7 @@ def slow_unless(fast, *values):
     return pytest.param(*values, marks=[] if fast else pytest.mark.slow)
 
 
-# The other variants without rematerialisation are in test_stack_deferred.py, in blocks of layers.
+# The other variants without rematerialisation are in test_stack_gathering.py, in blocks of layers.
 NONE = ("residual", "row4", "row5", "bounded", "one-layer", "reference")
 POLICIES = [
     slow_unless(remat == "full" or variant in ("row4", "row5"), variant, remat)

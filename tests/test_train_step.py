@@ -22,13 +22,19 @@ from tests.tolerances import REORDERED_STEPS
 CONFIG = Config(
     name="step",
     model=ModelConfig(
-        vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8,
-        mlp_dim=48, compute_dtype="float32",
+        vocab_size=64,
+        num_layers=2,
+        embed_dim=32,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_dim=48,
+        compute_dtype="float32",
     ),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
     steps=8,
     batch_size=8,
-)  # fmt: skip
+)
 ROWS, SEQ_LEN = 8, 12
 
 
@@ -151,15 +157,21 @@ def test_mesh_gives_the_losses_of_one_device(mesh_name, single_device):
 
 def check_shards(state, mesh: MeshConfig) -> None:
     """Every device keeps its share of the parameters and of Adam's moments, and no more."""
-    parts = {"embed": mesh.fsdp, "mlp": mesh.tensor, "heads": mesh.tensor,
-             "kv_heads": mesh.tensor, "vocab": mesh.tensor}  # fmt: skip
+    parts = {
+        "embed": mesh.fsdp,
+        "mlp": mesh.tensor,
+        "heads": mesh.tensor,
+        "kv_heads": mesh.tensor,
+        "vocab": mesh.tensor,
+    }
     adam = next(s for s in jax.tree.leaves(state.optimizer, is_leaf=_is_adam) if _is_adam(s))
     for tree in (state.params, adam.mu, adam.nu):
         for param in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
             array, axes = param.get_value(), param.get_metadata()["logical_axes"]
             split = [parts.get(axis, 1) for axis in axes]
-            expected = tuple(n // p if n % p == 0 else n
-                             for n, p in zip(array.shape, split, strict=True))  # fmt: skip
+            expected = tuple(
+                n // p if n % p == 0 else n for n, p in zip(array.shape, split, strict=True)
+            )
             shards = array.addressable_shards
             assert {shard.data.shape for shard in shards} == {expected}, axes
             assert len({shard.device for shard in shards}) == mesh.data * mesh.fsdp * mesh.tensor

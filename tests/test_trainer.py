@@ -43,8 +43,14 @@ def config(corpus, tmp_path):
     return Config(
         name="run",
         model=ModelConfig(
-            vocab_size=264, num_layers=3, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4,
-            mlp_dim=24, compute_dtype="float32",
+            vocab_size=264,
+            num_layers=3,
+            embed_dim=16,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=4,
+            mlp_dim=24,
+            compute_dtype="float32",
         ),
         data=DataConfig(source=str(corpus), seq_len=24, validation_fraction=0.2),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
@@ -56,7 +62,7 @@ def config(corpus, tmp_path):
         eval_batches=2,
         checkpoint_every=4,
         sample_tokens=3,
-    )  # fmt: skip
+    )
 
 
 class History:
@@ -114,13 +120,28 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(config, capsys):
 def test_a_finished_run_leaves_everything(config, capsys):
     result = train(config)
     out = capsys.readouterr().out
-    for text in ("parameters", "devices", "attention", "corpus", "from scratch", "step 6/6",
-                 "validation loss", "sample:"):  # fmt: skip
+    for text in (
+        "parameters",
+        "devices",
+        "attention",
+        "corpus",
+        "from scratch",
+        "step 6/6",
+        "validation loss",
+        "sample:",
+    ):
         assert text in out, text
     assert result.directory == Path(config.output_dir, "run")
     files = {path.name for path in result.directory.iterdir()}
-    assert files == {"checkpoints", "metrics.jsonl", "tensorboard", "config.json", "sample.txt",
-                     "loss.png", "attention_mass.png"}  # fmt: skip
+    assert files == {
+        "checkpoints",
+        "metrics.jsonl",
+        "tensorboard",
+        "config.json",
+        "sample.txt",
+        "loss.png",
+        "attention_mass.png",
+    }
     saved = json.loads((result.directory / "config.json").read_text())
     assert saved == dataclasses.asdict(config)
     assert result.sample == (result.directory / "sample.txt").read_text()[:-1]
@@ -159,9 +180,12 @@ def test_a_trained_model_is_found_again(config):
     assert found.step == STEPS
     prompt = [found.tokenizer.eos_id, *found.tokenizer.encode(config.sample_prompt)]
     new = generate(
-        found.model, [prompt], max_new_tokens=config.sample_tokens, temperature=0.8,
+        found.model,
+        [prompt],
+        max_new_tokens=config.sample_tokens,
+        temperature=0.8,
         stop_tokens=[found.tokenizer.eos_id],
-    )[0]  # fmt: skip
+    )[0]
     assert config.sample_prompt + found.tokenizer.decode(new) == result.sample
     losses = metrics_of(config, "validation_loss")
     assert load_trained(str(result.directory), step="best").step == min(losses, key=losses.get)

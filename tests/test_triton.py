@@ -26,11 +26,11 @@ from moda_jax.ops.attention import check
 from pallas_kernels import platforms, triton_gpu
 from pallas_kernels.triton_gpu import launch, tiles
 from pallas_kernels.triton_gpu.tiles import TileConfig
-from pallas_kernels.tuned import Table, table_key
+from pallas_kernels.triton_gpu.tuned import Table, table_key
 
 _SMALL = check(*(jnp.zeros((1, 8, 2, 64), jnp.float16),) * 3)
-REFUSED = triton_gpu.refusal(*_SMALL, platforms.current())
-needs_triton = pytest.mark.skipif(REFUSED is not None, reason=str(REFUSED))
+UNSUPPORTED = triton_gpu.unsupported_reason(*_SMALL, platforms.current())
+needs_triton = pytest.mark.skipif(UNSUPPORTED is not None, reason=str(UNSUPPORTED))
 # In the interpreter a thousand tokens take minutes, and go through the same loops as a hundred.
 TAKEN = tuple(
     case
@@ -64,13 +64,17 @@ class TestTriton:
 class TestTritonWhole(AttentionSuite):
     implementation = "triton"
     dtypes = DTYPES
-    cases = tuple(
-        dataclasses.replace(case, dtypes=tuple(dict.fromkeys((*case.dtypes, *DTYPES[1:]))))
-        for case in TAKEN
-    ) if ON_GPU else tuple(
-        dataclasses.replace(smaller(case), dtypes=DTYPES[case.name in FAST : len(case.dtypes)])
-        for case in TAKEN
-    )  # fmt: skip
+    cases = (
+        tuple(
+            dataclasses.replace(case, dtypes=tuple(dict.fromkeys((*case.dtypes, *DTYPES[1:]))))
+            for case in TAKEN
+        )
+        if ON_GPU
+        else tuple(
+            dataclasses.replace(smaller(case), dtypes=DTYPES[case.name in FAST : len(case.dtypes)])
+            for case in TAKEN
+        )
+    )
     if not ON_GPU:
         sized = staticmethod(smaller)
 
@@ -88,15 +92,17 @@ def test_blocks_of_other_documents_are_not_touched():
     segments = {"segment_ids": np.where(first[:, 0], 1, 2).astype(np.int32)[None]}
     packed = compile_quickly(differentiate(case, "triton"))(
         {name: jnp.float32(x) for name, x in arrays.items()}, cotangents, segments, None
-    )  # fmt: skip
+    )
 
     def second(name: str, x):
         return x[:, :, border:] if name.startswith("depth") else x[:, border:]
 
     alone = compile_quickly(differentiate(case, "reference"))(
         {name: jnp.float32(second(name, x)) for name, x in problem.arrays.items()},
-        [x[:, border:] for x in problem.cotangents], {}, None,
-    )  # fmt: skip
+        [x[:, border:] for x in problem.cotangents],
+        {},
+        None,
+    )
     grads = {name: second(name, x) for name, x in packed[2].items()}
     got = packed[0][:, border:], packed[1][:, border:], grads
     assert_results_close(got, to_float64(alone), "float32")
@@ -157,16 +163,18 @@ def installed(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(launch, "interpreting", lambda: False)
     monkeypatch.setattr(launch.tiles, "architecture", lambda: "sm_80")
-    launch._version_refusal.cache_clear()
+    launch._version_unsupported_reason.cache_clear()
     yield versions
-    launch._version_refusal.cache_clear()
+    launch._version_unsupported_reason.cache_clear()
 
 
 def test_what_to_install_is_said(installed):
-    assert launch.refusal("gpu") is None
+    assert launch.unsupported_reason("gpu") is None
     del installed["jax-triton"]
-    launch._version_refusal.cache_clear()
-    assert launch.refusal("gpu") == ('jax-triton is not installed: pip install "moda-jax[triton]"')
+    launch._version_unsupported_reason.cache_clear()
+    assert launch.unsupported_reason("gpu") == (
+        'jax-triton is not installed: pip install "moda-jax[triton]"'
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,9 +186,9 @@ def test_what_to_install_is_said(installed):
         ("jax", "0.10.2", ">=0.11,<0.13"),
     ],
 )
-def test_versions_outside_the_window_are_refused(installed, package, version, window):
+def test_versions_outside_the_window_are_not_supported(installed, package, version, window):
     installed[package] = version
-    assert launch.refusal("gpu") == (
+    assert launch.unsupported_reason("gpu") == (
         f'works with {package}{window}, this is {version}: pip install "moda-jax[triton]"'
     )
 
@@ -191,14 +199,17 @@ def test_the_extra_installs_what_the_backend_takes():
     assert set(extra) == {launch.requirement(package) for package in launch.WINDOW}
 
 
-def test_platforms_without_such_kernels_are_refused(installed, monkeypatch):
-    assert launch.refusal("tpu") == "Triton kernels need a GPU"
-    assert "on a CPU, TRITON_INTERPRET=1" in launch.refusal("cpu")
+def test_platforms_without_such_kernels_are_not_supported(installed, monkeypatch):
+    assert launch.unsupported_reason("tpu") == "Triton kernels need a GPU"
+    assert "on a CPU, TRITON_INTERPRET=1" in launch.unsupported_reason("cpu")
     monkeypatch.setattr(launch.tiles, "architecture", lambda: "sm_75")
-    assert launch.refusal("gpu") == "needs compute capability 8.0 or later, this GPU is sm_75"
+    assert (
+        launch.unsupported_reason("gpu")
+        == "needs compute capability 8.0 or later, this GPU is sm_75"
+    )
     monkeypatch.setattr(launch, "interpreting", lambda: True)
-    assert launch.refusal("cpu") is None
-    assert "for the interpreter" in launch.refusal("gpu")
+    assert launch.unsupported_reason("cpu") is None
+    assert "for the interpreter" in launch.unsupported_reason("gpu")
 
 
 def test_everything_imports_without_triton():
@@ -207,7 +218,7 @@ import sys
 sys.modules["triton"] = sys.modules["jax_triton"] = None
 import jax.numpy as jnp, moda_jax
 x = jnp.ones((1, 4, 2, 16))
-print(moda_jax.explain_attention(x, x, x).refusals["triton"])
+print(moda_jax.explain_attention(x, x, x).unsupported_reasons["triton"])
 """
     # On a GPU the call would be taken: what is installed, the metadata say.
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}

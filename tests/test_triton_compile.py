@@ -15,9 +15,15 @@ SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "gfx942": 64}
 SPILLED = 1024
 """Bytes a thread; a few values that wait in the first-level cache cost less than smaller tiles."""
 KERNELS = {
-    "sequence_forward_kernel", "sequence_dkv_kernel", "sequence_dq_kernel", "depth_forward_kernel",
-    "depth_backward_kernel", "chunk_forward_kernel", "chunk_dkv_kernel", "chunk_dq_kernel",
-}  # fmt: skip
+    "sequence_forward_kernel",
+    "sequence_dkv_kernel",
+    "sequence_dq_kernel",
+    "depth_forward_kernel",
+    "depth_backward_kernel",
+    "chunk_forward_kernel",
+    "chunk_dkv_kernel",
+    "chunk_dq_kernel",
+}
 
 
 def compile_kernels(*arguments: str) -> list[dict]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moda_jax.config import Config, ExecutionConfig, ModelConfig
 from moda_jax.depth import make_mechanism
 from moda_jax.model.slot_gradients import Choice, choose
-from moda_jax.ops.sharded_attention import attention_call
+from moda_jax.ops.sharded_attention import ShardedAttention
 from pallas_kernels import platforms
 
 _MEMORY_SHARE = 0.85
@@ -130,7 +130,7 @@ def describe_execution(config: Config, resolved: Resolved) -> dict[str, str]:
     found: list[tuple[str, Choice | None]] = []
 
     def trace(query, key, depth, segment_ids):
-        call = attention_call(
+        call = ShardedAttention.of(
             query,
             key,
             key,

@@ -18,7 +18,7 @@ from jax import lax
 
 from moda_jax.model.stack import TokenInfo, implementation, scan_layers
 from moda_jax.model.transformer import Transformer
-from moda_jax.ops.sharded_attention import attention_call
+from moda_jax.ops.sharded_attention import ShardedAttention
 
 BUCKET = 64
 """Prompts and caches are padded to a multiple of this, so that few sizes are compiled."""
@@ -49,7 +49,7 @@ def prefill(
     spec, params = model.stack(tokens.shape)
 
     def attend(layer, query, key, value, depth, state):
-        out, _ = attention_call(
+        out, _ = ShardedAttention.of(
             query,
             key,
             value,
@@ -79,7 +79,7 @@ def decode_step(model: Transformer, cache: KVCache, tokens: jax.Array) -> tuple[
             x.at[layer, rows, position].set(new[:, 0])
             for x, new in zip(state, (new_key, new_value), strict=True)
         )
-        out, _ = attention_call(
+        out, _ = ShardedAttention.of(
             query,
             key[layer],
             value[layer],

@@ -22,7 +22,7 @@ from moda_jax.depth.mechanism import GatherLayout
 from moda_jax.ops import backends
 from moda_jax.ops.history import Entry
 from moda_jax.ops.memory import uninitialized_entries, zero_entries
-from moda_jax.ops.sharded_attention import AttentionCall, GatheredDepth
+from moda_jax.ops.sharded_attention import ShardedAttention, ShardedGathering
 from pallas_kernels.operands import Gradients, KeptLayers, num_kv_heads
 
 
@@ -62,7 +62,7 @@ class Adding:
         )
 
     def attention(
-        self, call: AttentionCall, out: jax.Array, lse: jax.Array, d_out: jax.Array, state: Entry
+        self, call: ShardedAttention, out: jax.Array, lse: jax.Array, d_out: jax.Array, state: Entry
     ) -> tuple[Gradients, Entry]:
         """The backward of an attention call that reads keys and values of the history."""
         running_key, running_value = state
@@ -87,8 +87,8 @@ class GatherState(NamedTuple):
 class Gathering:
     """Gradients from the layers that read a slot, when the layer that wrote it is reached."""
 
-    gathered: GatheredDepth
-    call: AttentionCall
+    gathered: ShardedGathering
+    call: ShardedAttention
     """Every layer's attention has its shapes."""
     layout: GatherLayout
     num_layers: int
@@ -173,7 +173,7 @@ class Gathering:
 
     def attention(
         self,
-        call: AttentionCall,
+        call: ShardedAttention,
         out: jax.Array,
         lse: jax.Array,
         d_out: jax.Array,
@@ -219,7 +219,7 @@ of the step), at G = 8 adding is (by 2%)."""
 
 
 def choose(
-    layout: GatherLayout | None, execution: ExecutionConfig, call: AttentionCall | None
+    layout: GatherLayout | None, execution: ExecutionConfig, call: ShardedAttention | None
 ) -> Choice:
     """The strategy for a stack whose layers' attention is `call`; None: it reads no history."""
     adds, reason = execution.slot_gradients == "add", "asked for"
@@ -250,7 +250,7 @@ def choose_strategy(
     num_layers: int,
     buffers: Entry,
     query: jax.Array | None,
-    call: Callable[[], AttentionCall],
+    call: Callable[[], ShardedAttention],
 ) -> Adding | Gathering:
     """`call` makes the first layer's attention call; `query`: queries of all layers, if saved."""
     first = call() if layout is not None else None
@@ -262,7 +262,7 @@ def choose_strategy(
     gathering = first.backend().gathering
     assert gathering is not None
     return Gathering(
-        GatheredDepth(gathering, first.options.scale),
+        ShardedGathering(gathering, first.options.scale),
         first,
         layout,
         num_layers,
@@ -273,7 +273,7 @@ def choose_strategy(
     )
 
 
-def _why_not_gather(layout: GatherLayout | None, call: AttentionCall | None) -> str | None:
+def _why_not_gather(layout: GatherLayout | None, call: ShardedAttention | None) -> str | None:
     if layout is None or call is None:
         return "the history is read by other means than attention"
     if call.options.depth_window is not None:
@@ -281,10 +281,10 @@ def _why_not_gather(layout: GatherLayout | None, call: AttentionCall | None) -> 
     backend = call.backend()
     if backend.gathering is None:
         return f"{backend.name} cannot gather"
-    return backend.gathering.refusal(call.operands)
+    return backend.gathering.unsupported_reason(call.operands)
 
 
-def _why_slower(call: AttentionCall | None) -> str | None:
+def _why_slower(call: ShardedAttention | None) -> str | None:
     assert call is not None
     group = call.operands.query.shape[2] // num_kv_heads(call.operands)
     if group >= GATHER_BELOW:

@@ -21,7 +21,7 @@ from moda_jax.layers import rope_table
 from moda_jax.model.slot_gradients import choose_strategy
 from moda_jax.ops.history import History, Thread, known
 from moda_jax.ops.memory import stacked_memory, uninitialized_entries
-from moda_jax.ops.sharded_attention import AttentionCall, attention_call
+from moda_jax.ops.sharded_attention import ShardedAttention
 
 
 class StackParams(NamedTuple):
@@ -322,9 +322,9 @@ def _attention(history: History, make_call, saved, query, key, value):
 
 def _attention_call(
     spec: StackSpec, query, key, value, history: History, depth: DepthView | None, tokens: TokenInfo
-) -> AttentionCall:
+) -> ShardedAttention:
     """The layer's attention over sequence and depth."""
-    return attention_call(
+    return ShardedAttention.of(
         query,
         key,
         value,
@@ -353,7 +353,7 @@ def implementation(spec: StackSpec) -> str | None:
     return None if spec.execution.attention == "auto" else spec.execution.attention
 
 
-def _first_call(spec: StackSpec, params, tokens, saved, buffers) -> AttentionCall:
+def _first_call(spec: StackSpec, params, tokens, saved, buffers) -> ShardedAttention:
     """The first layer's attention call: every layer's has its shapes."""
     calls = []
 
@@ -413,7 +413,7 @@ def scan_layers(
         def attend_here(query, key, value, history, *, depth=None):
             arguments = depth_arguments(history, depth)
             if key is None:
-                call = attention_call(
+                call = ShardedAttention.of(
                     query, None, None, **arguments, implementation=implementation(spec)
                 )
                 return call.forward()[0], history

@@ -22,7 +22,7 @@ from moda_jax.model.stack import (
     scan_layers,
 )
 from moda_jax.ops.history import History
-from moda_jax.ops.sharded_attention import attention_call
+from moda_jax.ops.sharded_attention import ShardedAttention
 from moda_jax.ops.sharding import constrain
 
 
@@ -154,7 +154,7 @@ class Transformer(nnx.Module):
         num_slots = len(make_mechanism(self.config).slot_labels())
 
         def attend(layer, query, key, value, depth, state):
-            out, lse = attention_call(
+            out, lse = ShardedAttention.of(
                 query,
                 key,
                 value,

@@ -1,4 +1,4 @@
-"""The front door of Mixture-of-Depths Attention: checks, defaults, dispatch, differentiation."""
+"""The public API of Mixture-of-Depths Attention: checks, defaults, dispatch, differentiation."""
 
 import functools
 import math
@@ -60,7 +60,7 @@ def moda_attention(
       is_causal: query i sees keys j <= query_offset + i; else all keys.
       scale: of the scores; None: H^-0.5.
       segment_ids: [B, T] int32, or a pair ([B, Tq], [B, Tk]): tokens see their own segment only;
-        segment 0 is padding, which sees nothing and which nobody sees.
+        segment 0 is padding: it sees nothing, and no query sees it.
       query_offset: [B] int32, query i stands at position query_offset + i (decoding); None: 0.
       kv_length: [B] int32, keys at or after it are invisible and may be NaN; None: Tk.
       depth_chunk: chunk-visible variant (section 3.2 of the paper): query at position t sees the
@@ -77,11 +77,22 @@ def moda_attention(
       NotImplementedError: the backend asked for, or every backend, cannot do the call.
     """
     operands, options = check(
-        query, key, value, depth_key, depth_value, depth_length=depth_length,
-        depth_window=depth_window, depth_reserved=depth_reserved, is_causal=is_causal, scale=scale,
-        segment_ids=segment_ids, query_offset=query_offset, kv_length=kv_length,
-        depth_chunk=depth_chunk, implementation=implementation,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        depth_key,
+        depth_value,
+        depth_length=depth_length,
+        depth_window=depth_window,
+        depth_reserved=depth_reserved,
+        is_causal=is_causal,
+        scale=scale,
+        segment_ids=segment_ids,
+        query_offset=query_offset,
+        kv_length=kv_length,
+        depth_chunk=depth_chunk,
+        implementation=implementation,
+    )
     backend = backends.resolve(operands, options, implementation)
     if backend.backward is None:
         out, lse = backend.forward(operands, options)
@@ -138,7 +149,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend_without_lse(backend: backends.Backend, options: Options, operands: Operands):
-    """o alone: its backward is told that there is no dlse, which some kernels do faster."""
+    """o alone: its backward gets d_lse = None, which saves a pass over lse."""
     return backend.forward(operands, options)[0]
 
 
@@ -237,18 +248,36 @@ def check(
         _fail("scale", "None or a finite number", repr(scale))
     if has_depth:
         depth_key, depth_value, depth_length = _check_depth(
-            query, depth_key, depth_value, depth_length, depth_window, depth_reserved, depth_chunk,
+            query,
+            depth_key,
+            depth_value,
+            depth_length,
+            depth_window,
+            depth_reserved,
+            depth_chunk,
             query_offset is not None,
-        )  # fmt: skip
-    elif not (depth_length is None and depth_window is None and depth_chunk is None
-              and depth_reserved == 0):  # fmt: skip
+        )
+    elif not (
+        depth_length is None
+        and depth_window is None
+        and depth_chunk is None
+        and depth_reserved == 0
+    ):
         _fail("depth_key", "an array, since a depth_ argument is given", "None")
     k_len = key.shape[1] if has_sequence else (depth_key.shape[2] if depth_chunk else q_len)
     q_segments, k_segments = _check_segments(segment_ids, batch, q_len, k_len)
     operands = Operands(
-        query, key, value, depth_key, depth_value, depth_length, q_segments, k_segments,
-        query_offset, kv_length,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        depth_key,
+        depth_value,
+        depth_length,
+        q_segments,
+        k_segments,
+        query_offset,
+        kv_length,
+    )
     return operands, Options(
         float(scale), bool(is_causal), depth_window, int(depth_reserved), depth_chunk
     )

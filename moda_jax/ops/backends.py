@@ -1,71 +1,42 @@
-"""The roster of attention implementations: the one place where a backend is registered."""
+"""The registry of attention implementations: the one place where a backend is registered."""
 
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import deferred, mosaic_gpu, mosaic_tpu, platforms, reference, triton_gpu, xla
-from pallas_kernels.operands import Gradients, KeptLayers, Operands, Options
-
-Forward = Callable[[Operands, Options], tuple[jax.Array, jax.Array]]
-Refusal = Callable[[Operands, Options, str], str | None]
+from pallas_kernels import mosaic_gpu, mosaic_tpu, platforms, reference, triton_gpu, xla
+from pallas_kernels.contract import (
+    ArrayPair,
+    Backward,
+    Forward,
+    GatheringKernels,
+    UnsupportedReason,
+)
+from pallas_kernels.operands import Gradients, Operands, Options
 
 
 class SlowAttentionWarning(UserWarning):
     """The chosen implementation is not the one built for this kind of device."""
 
 
-class Deferral(NamedTuple):
-    """How a backend adds what several layers owe to the same slots in one pass over the slots."""
-
-    backward: Callable[..., Gradients]
-    """(operands, options, o, lse, do, dlse, depth_grads, first): as a backend's backward, which
-    adds, in place, into `depth_grads`; but of the slots before `first` (int32 scalar, may be
-    traced) gradients are neither computed, read nor written. No chunk-visible slots."""
-    add: Callable[..., tuple[jax.Array, jax.Array]]
-    """(readers, depth_key, depth_value, depth_grads, first, stop, scale=...) -> depth_grads: adds,
-    in place, what the R layers of `readers` owe to the slots first ... stop - 1 (int32 scalars, may
-    be traced), which all R see. No other slot is read or written. `depth_grads`: float32 or
-    bfloat16. No chunk-visible slots. See `pallas_kernels.xla.add_depth_grads`."""
-
-
-class Gathering(NamedTuple):
-    """How a backend computes a slot's gradient at once, from the layers that read it."""
-
-    backward: Callable[..., Gradients]
-    """(operands, options, o, lse, do, dlse): as a backend's backward, without gradients of slots.
-    No chunk-visible slots."""
-    keep: Callable[..., KeptLayers]
-    """(operands, o, lse, do, dlse): what `gather` needs of a layer, without the axis R."""
-    gather: Callable[..., tuple[jax.Array, jax.Array]]
-    """See `pallas_kernels.xla.gather_depth_grads`. No chunk-visible slots."""
-    refusal: Callable[[Operands], str | None]
-    """Why it would cost more than adding for a call of these shapes; None if it would not."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One implementation of the operator. See `pallas_kernels` for the two functions' contract."""
+    """One implementation of the operator; `pallas_kernels.contract` types its functions."""
 
     name: str
     forward: Forward
-    backward: Callable[..., Gradients] | None
+    backward: Backward | None
     """None: JAX differentiates the forward."""
-    refusal: Refusal
-    """Why this backend cannot do a call on a platform ("cpu", "gpu", "tpu"); None if it can."""
+    unsupported_reason: UnsupportedReason
     fast_on: tuple[str, ...]
     """Platforms for which it was built; chosen elsewhere, the user is warned."""
     only_by_name_on: tuple[str, ...] = ()
     """Platforms where it runs (interpreted, for tests) but `implementation=None` never takes it."""
-    deferral: Deferral | None = None
-    """None: the layer stack adds every layer's slot gradients at once (`depth_grad_block` 1)."""
-    gathering: Gathering | None = None
-    """None: it adds them to a running cache, whatever `depth_grad_mode` says."""
+    gathering: GatheringKernels | None = None
+    """None: the layer stack adds the slots' gradients to a running cache instead."""
 
     def gradients(
         self,
@@ -75,11 +46,15 @@ class Backend:
         lse: jax.Array,
         d_out: jax.Array,
         d_lse: jax.Array | None,
-        depth_grads: tuple[jax.Array, jax.Array] | None,
+        depth_grads: ArrayPair | None = None,
+        *,
+        depth: bool = True,
     ) -> Gradients:
-        """The backward, adding into the running gradient cache `depth_grads` if one is given."""
+        """As `contract.Backward`, for every backend."""
         if self.backward is not None:
-            return self.backward(operands, options, out, lse, d_out, d_lse, depth_grads)
+            return self.backward(
+                operands, options, out, lse, d_out, d_lse, depth_grads, depth=depth
+            )
 
         def attend(*arrays):
             own = dict(zip(Gradients._fields, arrays, strict=True))
@@ -87,6 +62,8 @@ class Backend:
 
         (_, lse), vjp = jax.vjp(attend, *operands[: len(Gradients._fields)])
         grads = Gradients(*vjp((d_out, jnp.zeros_like(lse) if d_lse is None else d_lse)))
+        if not depth:
+            return grads._replace(depth_key=None, depth_value=None)
         if depth_grads is None:
             return grads
         assert grads.depth_key is not None
@@ -97,56 +74,52 @@ class Backend:
         )
 
 
-def _xla_refusal(operands: Operands, options: Options, platform: str) -> str | None:
-    if operands.query.dtype.itemsize == 8:
-        return "float64 is for the reference only"
-    return None
-
-
-def _reference_refusal(operands: Operands, options: Options, platform: str) -> str | None:
-    return None
-
-
-def _in_two_passes(backend: Any) -> Deferral:
-    """Of a module that has no deferred backward of its own."""
-    without, add = backend.backward_without_depth_grads, backend.add_depth_grads
-    return Deferral(functools.partial(deferred.in_two_passes, without, add), add)
-
-
-def _gathering(backend: Any) -> Gathering:
-    return Gathering(
-        backend.backward_without_depth_grads, backend.keep_layer, backend.gather_depth_grads,
-        backend.gather_refusal,
-    )  # fmt: skip
-
-
-# Fastest first: `implementation=None` takes the first that does not refuse.
+# Fastest first: `implementation=None` takes the first that supports the call.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend(
-            "mosaic_gpu", mosaic_gpu.forward, mosaic_gpu.backward, mosaic_gpu.refusal,
-            fast_on=("gpu",), only_by_name_on=("cpu",),
-            deferral=Deferral(mosaic_gpu.deferred_backward, mosaic_gpu.add_depth_grads),
-            gathering=_gathering(mosaic_gpu),
+            "mosaic_gpu",
+            mosaic_gpu.forward,
+            mosaic_gpu.backward,
+            mosaic_gpu.unsupported_reason,
+            fast_on=("gpu",),
+            only_by_name_on=("cpu",),
+            gathering=mosaic_gpu.GATHERING,
         ),
         Backend(
-            "triton", triton_gpu.forward, triton_gpu.backward, triton_gpu.refusal,
-            fast_on=("gpu",), only_by_name_on=("cpu",),
-            deferral=_in_two_passes(triton_gpu),
+            "triton",
+            triton_gpu.forward,
+            triton_gpu.backward,
+            triton_gpu.unsupported_reason,
+            fast_on=("gpu",),
+            only_by_name_on=("cpu",),
         ),
         Backend(
-            "mosaic_tpu", mosaic_tpu.forward, mosaic_tpu.backward, mosaic_tpu.refusal,
-            fast_on=("tpu",), only_by_name_on=("cpu",),
-            deferral=_in_two_passes(mosaic_tpu),
+            "mosaic_tpu",
+            mosaic_tpu.forward,
+            mosaic_tpu.backward,
+            mosaic_tpu.unsupported_reason,
+            fast_on=("tpu",),
+            only_by_name_on=("cpu",),
         ),
         Backend(
-            "xla", xla.forward, xla.backward, _xla_refusal, fast_on=("cpu",),
-            deferral=_in_two_passes(xla), gathering=_gathering(xla),
+            "xla",
+            xla.forward,
+            xla.backward,
+            xla.unsupported_reason,
+            fast_on=("cpu",),
+            gathering=xla.GATHERING,
         ),
-        Backend("reference", reference.forward, None, _reference_refusal, fast_on=()),
+        Backend(
+            "reference",
+            reference.forward,
+            None,
+            reference.unsupported_reason,
+            fast_on=(),
+        ),
     )
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,13 +128,15 @@ class AttentionChoice:
 
     name: str
     platform: str
-    refusals: dict[str, str]
-    """Reason by backend, for every backend that cannot do the call."""
+    unsupported_reasons: dict[str, str]
+    """By backend, for every backend that cannot do the call."""
     is_slow: bool
     """No kernel built for this platform takes the call."""
 
     def __str__(self) -> str:
-        reasons = "".join(f"; {name}: {reason}" for name, reason in self.refusals.items())
+        reasons = "".join(
+            f"; {name}: {reason}" for name, reason in self.unsupported_reasons.items()
+        )
         slow = f" (no kernel built for {self.platform} takes this call)" if self.is_slow else ""
         return f"{self.name} on {self.platform}{slow}{reasons}"
 
@@ -171,31 +146,31 @@ def choose(operands: Operands, options: Options, implementation: str | None) -> 
 
     Raises:
       ValueError: `implementation` is not a registered name.
-      NotImplementedError: the named backend, or every backend, refuses; with each reason.
+      NotImplementedError: the named backend, or every one, cannot do the call; with each reason.
     """
     if implementation is not None and implementation not in BACKENDS:
         raise ValueError(
             f"implementation: expected None or one of {', '.join(BACKENDS)}, got {implementation!r}"
         )
     platform = platforms.current()
-    refusals = {
+    unsupported = {
         name: reason
         for name, backend in BACKENDS.items()
-        if (reason := backend.refusal(operands, options, platform)) is not None
+        if (reason := backend.unsupported_reason(operands, options, platform)) is not None
     }
     if implementation is None:
-        refusals |= {
+        unsupported |= {
             name: f"interpreted on {platform}, so only when asked for by name"
             for name, backend in BACKENDS.items()
-            if name not in refusals and platform in backend.only_by_name_on
+            if name not in unsupported and platform in backend.only_by_name_on
         }
     candidates = list(BACKENDS) if implementation is None else [implementation]
-    chosen = next((name for name in candidates if name not in refusals), None)
+    chosen = next((name for name in candidates if name not in unsupported), None)
     if chosen is None:
-        reasons = "; ".join(f"{name}: {refusals[name]}" for name in candidates)
+        reasons = "; ".join(f"{name}: {unsupported[name]}" for name in candidates)
         raise NotImplementedError(f"no attention implementation takes this call: {reasons}")
     is_slow = platform not in BACKENDS[chosen].fast_on
-    return AttentionChoice(chosen, platform, refusals, is_slow)
+    return AttentionChoice(chosen, platform, unsupported, is_slow)
 
 
 @functools.cache
@@ -205,7 +180,7 @@ def warn_once(message: str) -> None:
 
 
 def resolve(operands: Operands, options: Options, implementation: str | None) -> Backend:
-    """`choose`, with a warning (once per reason) where nobody asked for the slow way."""
+    """`choose`, with a warning (once per reason) where it had to choose a slow backend."""
     choice = choose(operands, options, implementation)
     if choice.is_slow and implementation is None:
         warn_once(f"slow attention: {choice}")

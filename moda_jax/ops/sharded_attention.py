@@ -1,15 +1,15 @@
 """The model's attention call, run by every device on its own rows and heads.
 
 The compiler cannot split a kernel: left to itself it gathers all operands on every device, or
-refuses. Attention mixes neither rows nor key/value heads, so under a mesh of several devices the
+fails. Attention mixes neither rows nor key/value heads, so under a mesh of several devices the
 call runs per shard (`jax.shard_map`), with nothing to exchange; on one device it is a plain call.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,40 +17,52 @@ from jax.sharding import PartitionSpec
 
 from moda_jax.ops import attention, backends
 from moda_jax.ops.sharding import compiler_axes, partition_spec
-from pallas_kernels.operands import (
-    DepthReaders,
-    Gradients,
-    KeptLayers,
-    Operands,
-    Options,
-    depth_readers,
-    num_kv_heads,
-)
+from pallas_kernels.contract import ArrayPair, GatheringKernels
+from pallas_kernels.operands import Gradients, KeptLayers, Operands, Options, num_kv_heads
 
 _TOKENS, _ROWS = ("batch", None), ("batch",)
 _QUERY = (*_TOKENS, "heads", None)
 _KEY = (*_TOKENS, "kv_heads", None)
 _DEPTH = (None, *_KEY)
 _AXES: dict[str, tuple[str | None, ...]] = {
-    "query": _QUERY, "key": _KEY, "value": _KEY, "depth_key": _DEPTH, "depth_value": _DEPTH,
-    "depth_length": (), "query_segments": _TOKENS, "key_segments": _TOKENS,
-    "query_offset": _ROWS, "kv_length": _ROWS,
-}  # fmt: skip
+    "query": _QUERY,
+    "key": _KEY,
+    "value": _KEY,
+    "depth_key": _DEPTH,
+    "depth_value": _DEPTH,
+    "depth_length": (),
+    "query_segments": _TOKENS,
+    "key_segments": _TOKENS,
+    "query_offset": _ROWS,
+    "kv_length": _ROWS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionCall:
+class ShardedAttention:
     """One checked call. Each device picks the backend by the shapes that it gets itself."""
 
     operands: Operands
     options: Options
     implementation: str | None
 
+    @classmethod
+    def of(
+        cls, *arrays: Any, implementation: str | None = None, **settings: Any
+    ) -> "ShardedAttention":
+        """A call with the arguments of `moda_attention` but `return_lse`; raises what it raises."""
+        operands, options = attention.check(*arrays, implementation=implementation, **settings)
+        return cls(operands, options, implementation)
+
     def forward(self) -> tuple[jax.Array, jax.Array]:
-        """(o, lse), as `moda_attention` with return_lse; not differentiable."""
+        """(o, lse), as `moda_attention` with return_lse; not differentiable.
+
+        Raises:
+          ValueError: the current mesh's tensor axis does not divide the key/value heads.
+        """
 
         def attend(operands: Operands) -> tuple[jax.Array, jax.Array]:
-            return self._backend(operands).forward(operands, self.options)
+            return self.backend_for(operands).forward(operands, self.options)
 
         specs = self.specs()
         return _per_shard(attend, (self.operands,), (specs,), (specs.query, _of_lse(specs)))
@@ -60,12 +72,16 @@ class AttentionCall:
         out: jax.Array,
         lse: jax.Array,
         d_out: jax.Array,
-        depth_grads: tuple[jax.Array, jax.Array] | None,
+        depth_grads: ArrayPair | None,
     ) -> Gradients:
-        """The backward of `forward`, adding into `depth_grads` as `Backend.gradients` does."""
+        """The backward of `forward`; `depth_grads`: see `contract.Backward`."""
+        self.assert_rows(out, lse, d_out)
+        if depth_grads is not None:
+            assert self.operands.depth_key is not None
+            chex.assert_shape(depth_grads, self.operands.depth_key.shape)
 
         def attend(operands, out, lse, d_out, depth_grads) -> Gradients:
-            return self._backend(operands).gradients(
+            return self.backend_for(operands).gradients(
                 operands, self.options, out, lse, d_out, None, depth_grads
             )
 
@@ -78,12 +94,18 @@ class AttentionCall:
             Gradients(*specs[: len(Gradients._fields)]),
         )
 
+    def assert_rows(self, out: jax.Array, lse: jax.Array, d_out: jax.Array) -> None:
+        """o and do are [B, Tq, N, H], lse is [B, Tq, N]."""
+        shape = self.operands.query.shape
+        chex.assert_shape([out, d_out], shape)
+        chex.assert_shape(lse, shape[:3])
+
     def backend(self) -> backends.Backend:
         """The backend that a device picks."""
         return backends.BACKENDS[self.choice().name]
 
     def choice(self) -> backends.AttentionChoice:
-        """Which implementation a device picks, and why not the others."""
+        """Which backend a device picks, and why not the others."""
         found = []
 
         def attend(operands: Operands) -> jax.Array:
@@ -94,7 +116,8 @@ class AttentionCall:
         jax.eval_shape(lambda x: _per_shard(attend, (x,), (specs,), specs.query), self.operands)
         return found[0]
 
-    def _backend(self, operands: Operands) -> backends.Backend:
+    def backend_for(self, operands: Operands) -> backends.Backend:
+        """The backend that is picked for the operands of one shard."""
         return backends.resolve(operands, self.options, self.implementation)
 
     def specs(self) -> Any:
@@ -114,81 +137,26 @@ class AttentionCall:
 
 
 @dataclasses.dataclass(frozen=True)
-class DeferredDepth:
-    """Depth gradients in one pass for several layers, whose calls all pick the same backend."""
+class ShardedGathering:
+    """Depth gradients from the layers whose queries read the slots.
 
-    deferral: backends.Deferral
+    The calls of all layers pick the same backend, the one that `kernels` are of.
+    """
+
+    kernels: GatheringKernels
     scale: float
 
-    def gradients(
-        self,
-        call: AttentionCall,
-        out: jax.Array,
-        lse: jax.Array,
-        d_out: jax.Array,
-        depth_grads: tuple[jax.Array, jax.Array],
-        first: jax.Array | int,
-    ) -> tuple[Gradients, DepthReaders]:
-        """The backward, adding into `depth_grads` from the slot `first` on.
+    def empty(self, call: ShardedAttention, num_layers: int) -> KeptLayers:
+        """Uninitialized memory [num_layers, ...] for what `gradients` keeps of such calls.
 
-        Also returns what `add` needs for the slots before it (without an axis R).
-        """
-
-        def attend(operands, out, lse, d_out, depth_grads, first) -> tuple[Gradients, DepthReaders]:
-            grads = self.deferral.backward(
-                operands, call.options, out, lse, d_out, None, depth_grads, first
-            )
-            return grads, depth_readers(operands, out, lse, d_out, None)
-
-        specs = call.specs()
-        query, lse_spec, depth = specs.query, _of_lse(specs), specs.depth_key
-        grads: Any = Gradients(*specs[: len(Gradients._fields)])
-        return _per_shard(
-            attend,
-            (call.operands, out, lse, d_out, depth_grads, jnp.int32(first)),
-            (specs, query, lse_spec, query, (depth, depth), PartitionSpec()),
-            (grads, _of_readers(query, lse_spec)),
-        )
-
-    def add(
-        self,
-        readers: DepthReaders,
-        depth_key: jax.Array,
-        depth_value: jax.Array,
-        depth_grads: tuple[jax.Array, jax.Array],
-        first: jax.Array | int,
-        stop: jax.Array | int,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Adds to the slots first ... stop - 1 what their readers [R, ...] owe them."""
-        sizes = compiler_axes()
-        query = partition_spec((None, *_QUERY), readers.query.shape, sizes)
-        readers_spec = _of_readers(query, PartitionSpec(*query[:4]))
-        depth = partition_spec(_DEPTH, depth_key.shape, sizes)
-        return _per_shard(
-            functools.partial(self.deferral.add, scale=self.scale),
-            (readers, depth_key, depth_value, depth_grads, jnp.int32(first), jnp.int32(stop)),
-            (readers_spec, depth, depth, (depth, depth), PartitionSpec(), PartitionSpec()),
-            (depth, depth),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class GatheredDepth:
-    """Depth gradients from the layers that read the slots; their calls all pick one backend."""
-
-    gathering: backends.Gathering
-    scale: float
-
-    def empty(self, call: AttentionCall, num_layers: int) -> KeptLayers:
-        """Memory [num_layers, ...], not initialized, for what `gradients` keeps of such calls.
-
-        Every device makes its part: what is made whole and split is whole on every device first.
+        Every device allocates its own shard: XLA allocates an array that is made whole and split
+        afterwards in full on every device.
         """
 
         def make(operands: Operands) -> KeptLayers:
             def keep(operands):
                 out, lse = operands.query, jnp.zeros(operands.query.shape[:3], jnp.float32)
-                return self.gathering.keep(operands, out, lse, out, None)
+                return self.kernels.keep(operands, out, lse, out, None)
 
             one = jax.eval_shape(keep, operands)
             return KeptLayers(*(lax.empty((num_layers, *x.shape), x.dtype) for x in one))
@@ -198,13 +166,16 @@ class GatheredDepth:
         return _per_shard(make, (call.operands,), (specs,), KeptLayers(*kept))
 
     def gradients(
-        self, call: AttentionCall, out: jax.Array, lse: jax.Array, d_out: jax.Array
+        self, call: ShardedAttention, out: jax.Array, lse: jax.Array, d_out: jax.Array
     ) -> tuple[Gradients, KeptLayers]:
         """The backward without the slots' gradients, and what is kept for those."""
+        call.assert_rows(out, lse, d_out)
 
         def attend(operands, out, lse, d_out) -> tuple[Gradients, KeptLayers]:
-            grads = self.gathering.backward(operands, call.options, out, lse, d_out, None)
-            return grads, self.gathering.keep(operands, out, lse, d_out, None)
+            grads = call.backend_for(operands).gradients(
+                operands, call.options, out, lse, d_out, None, depth=False
+            )
+            return grads, self.kernels.keep(operands, out, lse, d_out, None)
 
         specs = call.specs()
         query, key, value = specs[:3]
@@ -225,13 +196,17 @@ class GatheredDepth:
         first: jax.Array | int,
         count: int,
         dtype: Any,
-        so_far: tuple[jax.Array, jax.Array] | None = None,
+        so_far: ArrayPair | None = None,
         offset: jax.Array | int = 0,
-    ) -> tuple[jax.Array, jax.Array]:
-        """What layers start ... stop - 1 of `kept` [L, ...] owe to `count` slots from `first` on.
+    ) -> ArrayPair:
+        """What the layers start ... stop - 1 of `kept` [L, ...] contribute to `count` slots.
 
-        See `pallas_kernels.xla.gather_depth_grads`.
+        Arguments as `contract.GatherDepthGrads`.
         """
+        chex.assert_rank([kept.query, kept.d_out], 5)
+        chex.assert_rank(kept.rows, 4)
+        chex.assert_shape([depth_key, depth_value], (None, *kept.query.shape[1:3], None, None))
+        chex.assert_equal_shape_suffix([depth_key, depth_value, *(so_far or ())], 4)
         sizes = compiler_axes()
         query = partition_spec(_QUERY, kept.query.shape[1:], sizes)
         key = partition_spec(_KEY, depth_key.shape[1:], sizes)
@@ -240,10 +215,18 @@ class GatheredDepth:
 
         def on_shard(kept, depth_key, depth_value, scalars, so_far):
             start, stop, first, offset = scalars
-            return self.gathering.gather(
-                kept, depth_key, depth_value, (start, stop), first, count, scale=self.scale,
-                dtype=dtype, so_far=so_far, offset=offset,
-            )  # fmt: skip
+            return self.kernels.gather(
+                kept,
+                depth_key,
+                depth_value,
+                (start, stop),
+                first,
+                count,
+                scale=self.scale,
+                dtype=dtype,
+                so_far=so_far,
+                offset=offset,
+            )
 
         scalars = tuple(jnp.int32(x) for x in (*layers, first, offset))
         pair = depth, depth
@@ -251,27 +234,14 @@ class GatheredDepth:
             on_shard,
             (kept, depth_key, depth_value, scalars, so_far),
             (
-                KeptLayers(*kept_specs), depth, depth, (PartitionSpec(),) * 4,
+                KeptLayers(*kept_specs),
+                depth,
+                depth,
+                (PartitionSpec(),) * 4,
                 None if so_far is None else pair,
             ),
             pair,
-        )  # fmt: skip
-
-
-def attention_call(
-    *arrays: Any, implementation: str | None = None, **settings: Any
-) -> AttentionCall:
-    """A call with the arguments of `moda_attention` but `return_lse`; raises what it raises.
-
-    Raises:
-      ValueError: besides, the current mesh's tensor axis does not divide the key/value heads.
-    """
-    operands, options = attention.check(*arrays, implementation=implementation, **settings)
-    return AttentionCall(operands, options, implementation)
-
-
-def _of_readers(query: Any, lse: Any) -> DepthReaders:
-    return DepthReaders(query, query, lse, lse)
+        )
 
 
 def _of_kept(query: Any, key: Any) -> KeptLayers:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic_gpu.forward import attend
-from pallas_kernels.mosaic_gpu.sequence_backward import sequence_backward
+from pallas_kernels.mosaic_gpu.fused_forward.attend import attend
+from pallas_kernels.mosaic_gpu.sequence_backward.backward import sequence_backward
 from pallas_kernels.operands import Operands, Options, visible_slots
 
 
@@ -24,7 +24,7 @@ def chunk_segments(segments: jax.Array | None, shape: tuple[int, ...], chunk: in
         return jnp.broadcast_to(position // chunk + 1, shape)
     size = min(chunk, length)
     padded = jnp.pad(segments, ((0, 0), (0, -length % size))).reshape(batch, -1, size)
-    # A document's name within its chunk: the first place where it stands.
+    # Documents are named, within a chunk, by their first position in it.
     first = jnp.argmax(padded[..., :, None] == padded[..., None, :], axis=-1).astype(jnp.int32)
     names = jnp.arange(padded.shape[1], dtype=jnp.int32)[:, None] * size + first + 1
     return jnp.where(padded == 0, 0, names).reshape(batch, -1)[:, :length]
@@ -42,15 +42,31 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
         lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
     else:
         out, lse = attend(
-            query, key, value, None, None, None, scale=options.scale, is_causal=options.is_causal,
-            query_segments=operands.query_segments, key_segments=operands.key_segments,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            None,
+            None,
+            None,
+            scale=options.scale,
+            is_causal=options.is_causal,
+            query_segments=operands.query_segments,
+            key_segments=operands.key_segments,
+        )
 
     def body(slot, state):
         part = attend(
-            query, depth_key[slot], depth_value[slot], None, None, None, scale=options.scale,
-            is_causal=True, query_segments=names, key_segments=names,
-        )  # fmt: skip
+            query,
+            depth_key[slot],
+            depth_value[slot],
+            None,
+            None,
+            None,
+            scale=options.scale,
+            is_causal=True,
+            query_segments=names,
+            key_segments=names,
+        )
         return _merge(state, part)
 
     state = (out.astype(jnp.float32), lse)
@@ -62,7 +78,7 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
 def _merge(state: Any, part: Any) -> tuple[jax.Array, jax.Array]:
     (out, lse), (new_out, new_lse) = state, part
     total = jnp.logaddexp(lse, new_lse)
-    shift = jnp.where(jnp.isneginf(total), 0.0, total)  # nobody saw anything: weights e^-inf = 0
+    shift = jnp.where(jnp.isneginf(total), 0.0, total)  # neither part saw a key: weights e^-inf = 0
     weights = (jnp.exp(x - shift)[..., None] for x in (lse, new_lse))
     return out * next(weights) + new_out.astype(out.dtype) * next(weights), total
 
@@ -90,9 +106,17 @@ def backward(
     def body(slot, carry):
         total, grads = carry
         dq, *new, _ = sequence_backward(
-            query, depth_key[slot], depth_value[slot], d_out, lse, delta, scale=options.scale,
-            is_causal=True, query_segments=names, key_segments=names,
-        )  # fmt: skip
+            query,
+            depth_key[slot],
+            depth_value[slot],
+            d_out,
+            lse,
+            delta,
+            scale=options.scale,
+            is_causal=True,
+            query_segments=names,
+            key_segments=names,
+        )
         if want_depth:
             grads = tuple(_add_slot(g, slot, d) for g, d in zip(grads, new, strict=True))
         return total + dq, grads

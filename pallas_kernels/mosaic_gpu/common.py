@@ -17,7 +17,6 @@ from jax import lax
 from pallas_kernels import platforms
 
 SMEM_LIMIT = 227 * 1024  # bytes a block may have on compute capability 9.0
-WARPGROUP = 128  # threads
 
 _detect_races: contextvars.ContextVar[bool] = contextvars.ContextVar("races", default=False)
 
@@ -83,10 +82,13 @@ def launch(
     scratch: Mapping[str, Any],
     threads: int | None = None,
 ) -> Callable[..., Any]:
-    """`plgpu.kernel`, compiled or interpreted; `threads` warpgroups, or one without a name.
+    """`plgpu.kernel`, compiled or interpreted.
 
-    The results are held behind a barrier: where one goes straight into a stacked array (a scan that
-    keeps lse), XLA would fuse a second copy of the kernel with the update, and run both.
+    threads: number of warpgroups; None: one, which has no axis name.
+
+    An optimization barrier holds the results. Without it, where a result goes straight into a
+    stacked array (a scan that keeps lse), XLA fuses a second copy of the kernel with the update and
+    runs both.
     """
     plgpu = mosaic()
     interpret = None
@@ -189,9 +191,9 @@ def untile_rows(
 def store(source: Any, target: Any, *, add: bool, old: tuple[Any, Any] | None = None) -> None:
     """target = source, or target += source, asynchronous and not yet in a group.
 
-    It is the memory system that adds: nothing is read back. The interpreter, which knows no such
-    copy, reads back to `old` (memory and a barrier), or to memory of its own in a kernel of a
-    single warpgroup.
+    The memory system adds: the kernel reads nothing back. The interpreter has no such copy. It
+    reads the target back into `old` (shared memory and a barrier) and adds there; None: into memory
+    that it allocates, for kernels of one warpgroup.
     """
     plgpu = mosaic()
     if not (add and platforms.interpreted()):
@@ -212,8 +214,9 @@ def store(source: Any, target: Any, *, add: bool, old: tuple[Any, Any] | None = 
         return
     pallas().run_scoped(
         lambda old, loaded: read_and_add(old, loaded.at[0]),
-        smem(source.shape, source.dtype), barrier(1, 1),
-    )  # fmt: skip
+        smem(source.shape, source.dtype),
+        barrier(1, 1),
+    )
 
 
 def zeros(shape: tuple[int, int]) -> jax.Array:
@@ -236,7 +239,7 @@ def multiply(a: Any, b: Any, shape: tuple[int, ...]) -> jax.Array:
 def multiply_add(total: jax.Array, a: Any, b: Any) -> jax.Array:
     """total + a @ b."""
     pl, plgpu = pallas(), mosaic()
-    if platforms.interpreted():  # which cannot initialise an accumulator
+    if platforms.interpreted():  # the interpreter cannot initialise an accumulator
         return total + multiply(a, b, total.shape)
     return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(total))
 

@@ -1,9 +1,6 @@
 """The backend's functions: which kernels a call takes, and the paddings they ask for."""
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,32 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import platforms
-from pallas_kernels.deferred import in_two_passes
-from pallas_kernels.mosaic_gpu import chunks, cudnn, depth_gather
-from pallas_kernels.mosaic_gpu.depth_backward import depth_backward
-from pallas_kernels.mosaic_gpu.depth_forward import depth_forward
-from pallas_kernels.mosaic_gpu.forward import attend
-from pallas_kernels.mosaic_gpu.sequence_backward import Depth, fuses, sequence_backward
+from pallas_kernels.mosaic_gpu import chunks
+from pallas_kernels.mosaic_gpu.depth.backward import depth_backward
+from pallas_kernels.mosaic_gpu.depth.forward import depth_forward
+from pallas_kernels.mosaic_gpu.depth.gather import COLUMNS as GATHER_COLUMNS
+from pallas_kernels.mosaic_gpu.fused_forward.attend import attend
+from pallas_kernels.mosaic_gpu.sequence_backward.backward import DepthPart, fuses, sequence_backward
 from pallas_kernels.operands import (
-    DepthReaders,
     Gradients,
     Operands,
     Options,
-    layers_as_heads,
     row_delta,
     visible_slots,
 )
 
 _HEAD_DIMS = (64, 128)
 
-_nondeterministic: contextvars.ContextVar[bool] = contextvars.ContextVar("any_order", default=False)
 
-
-def refusal(operands: Operands, options: Options, platform: str) -> str | None:
-    """Why this backend cannot do a call; None if it can."""
+def unsupported_reason(operands: Operands, options: Options, platform: str) -> str | None:
+    """See `contract.UnsupportedReason`."""
     if platform == "tpu":
         return "Mosaic GPU kernels need an NVIDIA GPU"
-    if platform == "gpu" and (reason := _device_refusal()):
+    if platform == "gpu" and (reason := _device_unsupported_reason()):
         return reason
     if jax.__version_info__ < (0, 11):
         return f"needs JAX >= 0.11, this is {jax.__version__}"
@@ -53,7 +46,7 @@ def refusal(operands: Operands, options: Options, platform: str) -> str | None:
 
 
 @functools.cache
-def _device_refusal() -> str | None:
+def _device_unsupported_reason() -> str | None:
     """Of the first device: all devices of a mesh are of one kind."""
     if platforms.current() != jax.default_backend().replace("cuda", "gpu"):
         return None  # compiled ahead of time for a chip that is not here
@@ -70,7 +63,7 @@ def _one_by_one(function: Any) -> Any:
 
 
 def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
-    """o [B, Tq, N, H] in the query's dtype, lse [B, Tq, N] float32. See `reference.forward`."""
+    """See `contract.Forward`."""
     return _one_by_one(functools.partial(_forward, options=options))(operands)
 
 
@@ -89,20 +82,30 @@ def _forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array
     elif has_depth and key is None:
         segments = operands.query_segments
         out, lse = depth_forward(
-            query, depth_key, depth_value, _slots(operands, options),
+            query,
+            depth_key,
+            depth_value,
+            _slots(operands, options),
             is_prefix=options.depth_window is None,
-            valid=None if segments is None else segments != 0, **settings,
-        )  # fmt: skip
+            valid=None if segments is None else segments != 0,
+            **settings,
+        )
     elif has_depth:
         out, lse = attend(
-            query, key, value, depth_key, depth_value, jnp.asarray(_slots(operands, options)),
-            is_causal=options.is_causal, **settings, **ids,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            depth_key,
+            depth_value,
+            jnp.asarray(_slots(operands, options)),
+            is_causal=options.is_causal,
+            **settings,
+            **ids,
+        )
     else:
         out, lse = attend(
-            query, key, value, None, None, None, is_causal=options.is_causal, **settings,
-            **ids,
-        )  # fmt: skip
+            query, key, value, None, None, None, is_causal=options.is_causal, **settings, **ids
+        )
     return out[..., :head_dim], lse
 
 
@@ -114,173 +117,80 @@ def backward(
     d_out: jax.Array,
     d_lse: jax.Array | None,
     depth_grads: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    depth: bool = True,
 ) -> Gradients:
-    """Gradients of the differentiable operands; see `pallas_kernels` for `depth_grads`."""
-    call = functools.partial(_backward, options, want_depth=True)
+    """See `contract.Backward`."""
+    assert depth or depth_grads is None
+    call = functools.partial(_backward, options, want_depth=depth)
     return _one_by_one(call)(operands, out, lse, d_out, d_lse, depth_grads)
 
 
-def deferred_backward(
-    operands: Operands,
-    options: Options,
-    out: jax.Array,
-    lse: jax.Array,
-    d_out: jax.Array,
-    d_lse: jax.Array | None,
-    depth_grads: tuple[jax.Array, jax.Array],
-    first: Any,
-) -> Gradients:
-    """As `backward`, but no gradients of slots before `first`. See `moda_jax.ops.backends.Deferral`."""
-    rows = out, lse, d_out, d_lse
-    padded = jax.eval_shape(_pad_head_dim, operands)
-    depth = Depth(padded.depth_key, padded.depth_value, None, depth_grads)
-    if padded.key is None or not _takes_along(padded, options, depth, d_lse):
-        without = backward_without_depth_grads
-        return in_two_passes(without, add_depth_grads, operands, options, *rows, depth_grads, first)
-    call = functools.partial(_backward, options, want_depth=True)
-    return _one_by_one(call)(operands, *rows, depth_grads, first)
-
-
-def backward_without_depth_grads(
-    operands: Operands,
-    options: Options,
-    out: jax.Array,
-    lse: jax.Array,
-    d_out: jax.Array,
-    d_lse: jax.Array | None,
-) -> Gradients:
-    """As `backward`, but the gradients of the slots are neither computed nor written: None."""
-    call = functools.partial(_backward, options, want_depth=False)
-    return _one_by_one(call)(operands, out, lse, d_out, d_lse, None)
-
-
-def _backward(
-    options, operands, out, lse, d_out, d_lse, depth_grads, first=None, *, want_depth
-) -> Gradients:
-    """first: see `Depth`; only for calls whose slots the sequence part takes along."""
+def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_depth) -> Gradients:
     head_dim = operands.query.shape[-1]
     delta = row_delta(out, lse, d_out, d_lse)
     operands = _pad_head_dim(operands)
     width = operands.query.shape[-1]
-    out, d_out = (_pad_last(x, width) for x in (out, d_out))
-    query, key, _, depth_key, depth_value = operands[:5]
+    d_out = _pad_last(d_out, width)
+    query, key, value, depth_key, depth_value = operands[:5]
     running = None
     if depth_grads is not None:
         running = _pad_last(depth_grads[0], width), _pad_last(depth_grads[1], width)
     depth = None
     if depth_key is not None and depth_key.shape[0] and options.depth_chunk is None:
         slots = _slots(operands, options)
-        depth = Depth(depth_key, depth_value, slots, running, want_depth, first)
+        depth = DepthPart(depth_key, depth_value, slots, running, want_depth)
     d_query = d_key = d_value = new = None
-    rest = depth  # what the sequence part does not take along
+    fused = False  # whether the sequence part's kernel for dq does the depth part, too
     if key is not None:
-        rows = out, lse, d_out, delta, d_lse
-        rest, (d_query, d_key, d_value, new) = _sequence(operands, options, rows, depth)
-    assert first is None or (depth is not None and rest is None)
+        fused = depth is not None and fuses(query, key, depth, is_causal=options.is_causal)
+        d_query, d_key, d_value, new = sequence_backward(
+            query,
+            key,
+            value,
+            d_out,
+            lse,
+            delta,
+            scale=options.scale,
+            is_causal=options.is_causal,
+            query_segments=operands.query_segments,
+            key_segments=operands.key_segments,
+            depth=depth if fused else None,
+            dq_dtype=query.dtype,
+        )
     if depth_key is not None and not depth_key.shape[0]:
         new = running or (depth_key, depth_value)
     elif depth_key is not None and options.depth_chunk is not None:
         d_query, new = chunks.backward(
             operands, options, d_out, lse, delta, d_query, running, want_depth=want_depth
         )
-    elif rest is not None:
+    elif depth is not None and not fused:
         d_query, new = depth_backward(
-            query, d_out, lse, delta, depth_key, depth_value, rest.slots,
-            scale=options.scale, is_prefix=options.depth_window is None, d_query=d_query,
-            depth_grads=running, want_depth=want_depth,
-        )  # fmt: skip
+            query,
+            d_out,
+            lse,
+            delta,
+            depth_key,
+            depth_value,
+            depth.slots,
+            scale=options.scale,
+            is_prefix=options.depth_window is None,
+            d_query=d_query,
+            depth_grads=running,
+            want_depth=want_depth,
+        )
     grads = [d_query, d_key, d_value, *(new if new is not None and want_depth else (None, None))]
     return Gradients(*(None if x is None else x[..., :head_dim] for x in grads))
 
 
-def add_depth_grads(
-    readers: DepthReaders,
-    depth_key: jax.Array,
-    depth_value: jax.Array,
-    depth_grads: tuple[jax.Array, jax.Array],
-    first: Any,
-    stop: Any,
-    *,
-    scale: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Adds what R layers owe to the slots first ... stop - 1. See `xla.add_depth_grads`.
-
-    To the depth kernel, the layers' queries are query heads: a token's slots meet R·G of them.
-    """
-    kv_heads, head_dim = depth_key.shape[-2:]
-    width = _padded_size(head_dim)
-    rows = [layers_as_heads(x, kv_heads) for x in readers]
-    query, d_out = (_pad_last(x, width) for x in rows[:2])
-    key, value, *padded = (_pad_last(x, width) for x in (depth_key, depth_value, *depth_grads))
-    is_prefix = isinstance(first, int) and first == 0
-    slots = jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, stop, stop, stop)])
-    _, grads = depth_backward(
-        query, d_out, rows[2], rows[3], key, value, slots, scale=scale, is_prefix=is_prefix,
-        want_query=False, depth_grads=(padded[0], padded[1]),
-    )  # fmt: skip
-    assert grads is not None
-    return grads[0][..., :head_dim], grads[1][..., :head_dim]
-
-
-def gather_refusal(operands: Operands) -> str | None:
-    """Why gathering would cost more than adding: whole caches would be padded for every layer."""
+def gather_unsupported_reason(operands: Operands) -> str | None:
+    """See `contract.GatherUnsupportedReason`: other shapes pad whole caches for every layer."""
     length, _, head_dim = operands.query.shape[1:]
     if head_dim not in _HEAD_DIMS:
         return f"gathers for head sizes {_HEAD_DIMS}, not {head_dim}"
-    if length % depth_gather.COLUMNS:
-        return f"gathers for rows of a multiple of {depth_gather.COLUMNS} tokens, not {length}"
+    if length % GATHER_COLUMNS:
+        return f"gathers for rows of a multiple of {GATHER_COLUMNS} tokens, not {length}"
     return None
-
-
-def _sequence(operands: Operands, options: Options, rows: tuple, depth: Depth | None):
-    """What is left of `depth`, and the gradients of the sequence part and what it took along."""
-    query, key, value = operands[:3]
-    out, lse, d_out, delta, d_lse = rows
-    settings: dict[str, Any] = {"scale": options.scale, "is_causal": options.is_causal}
-    if _any_order(operands, d_lse):
-        return depth, (*cudnn.backward(query, key, value, out, lse, d_out, **settings), None)
-    taken = None
-    if depth is not None and _takes_along(operands, options, depth, d_lse):
-        taken, depth = depth, None
-    return depth, sequence_backward(
-        query, key, value, d_out, lse, delta, query_segments=operands.query_segments,
-        key_segments=operands.key_segments, depth=taken, dq_dtype=query.dtype, **settings,
-    )  # fmt: skip
-
-
-def _takes_along(operands: Operands, options: Options, depth: Depth, d_lse: Any) -> bool:
-    """Whether the sequence part's kernel for dq does the depth part; by shapes and dtypes alone."""
-    assert operands.key is not None
-    fused = fuses(operands.query, operands.key, depth, is_causal=options.is_causal)
-    return fused and not _any_order(operands, d_lse)
-
-
-def _any_order(operands: Operands, d_lse: Any) -> bool:
-    """Whether the sequence part's backward is cuDNN's."""
-    return _nondeterministic.get() and _takes_cudnn(operands) and d_lse is None
-
-
-@contextlib.contextmanager
-def nondeterministic() -> Iterator[None]:
-    """Calls traced inside may use cuDNN's backward, which adds dq up in no fixed order.
-
-    Everything else here gives the same bits every time.
-    """
-    token = _nondeterministic.set(True)
-    try:
-        yield
-    finally:
-        _nondeterministic.reset(token)
-
-
-def _takes_cudnn(operands: Operands) -> bool:
-    """Whether cuDNN can do the sequence part: it knows no segments and has no interpreter."""
-    return (
-        operands.key is not None
-        and operands.query_segments is None
-        and not platforms.interpreted()
-        and not cudnn.missing_names()
-    )
 
 
 def _slots(operands: Operands, options: Options) -> Any:

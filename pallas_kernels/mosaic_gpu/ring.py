@@ -14,7 +14,7 @@ from jax import lax
 
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, row_tokens, slot_block, unit
+from pallas_kernels.mosaic_gpu.row_tiles import RowPlan, RowTile, row_tokens, slot_block, unit
 from pallas_kernels.mosaic_gpu.wgmma import (
     NO_SEGMENT,
     ROWS,
@@ -28,8 +28,8 @@ from pallas_kernels.mosaic_gpu.wgmma import (
 )
 
 
-class Refs(NamedTuple):
-    """What a kernel sees: global arrays, then shared memory and barriers; what it lacks is None."""
+class RowRefs(NamedTuple):
+    """A kernel's global arrays, then shared memory and barriers; None: the kernel has none."""
 
     query: Any
     d_out: Any = None
@@ -73,22 +73,22 @@ class Refs(NamedTuple):
     k_free: Any = None
     v_free: Any = None
     turn: Any = None
-    slot_keys: Any = None  # from here on of `depth_warpgroup`
+    slot_keys: Any = None  # from here on of `depth.slot_warpgroup`
     slot_values: Any = None
     slot_weights: Any = None
     slots_loaded: Any = None
     box_loaded: Any = None
     depth_full: Any = None
 
-    def read_scalars(self) -> "Refs":
-        """With `slots` as values: from global memory they would come late in every depth block."""
+    def read_scalars(self) -> "RowRefs":
+        """With `slots` in registers: loads from global memory would delay every depth block."""
         if self.slots is None:
             return self
-        return self._replace(slots=tuple(self.slots[i] for i in range(self.slots.shape[0])))
+        return self._replace(slots=tuple(self.slots[i] for i in range(4)))
 
 
-def ring_memory(plan: Plan) -> dict[str, Any]:
-    """Shared memory and barriers of the ring, by the names of `Refs`; see `split_unions`."""
+def ring_memory(plan: RowPlan) -> dict[str, Any]:
+    """Shared memory and barriers of the ring, by the names of `RowRefs`; see `split_unions`."""
     plgpu = common.mosaic()
     config = plan.config
     ring = common.smem((config.stages, plan.stage_keys, plan.head_dim), plan.dtype)
@@ -109,11 +109,11 @@ def ring_memory(plan: Plan) -> dict[str, Any]:
     return memory
 
 
-def row_memory(plan: Plan, dtype: Any, *leading: int) -> Any:
+def row_memory(plan: RowPlan, dtype: Any, *leading: int) -> Any:
     """Shared memory for the rows of tiles, [*leading, 64, H] and as `row_pieces` has them.
 
-    TMA lays [tokens, heads · H] down by 8 rows and a head: that is how rows are sorted. The
-    interpreter cannot see one memory as two arrays.
+    Rows are sorted as TMA stores [tokens, heads · H]: 8 tokens of one head, then of the next. The
+    interpreter cannot view one memory as two arrays.
     """
     rows = common.smem((*leading, ROWS, plan.head_dim), dtype)
     if platforms.interpreted():
@@ -123,7 +123,7 @@ def row_memory(plan: Plan, dtype: Any, *leading: int) -> Any:
 
 
 def row_pieces(
-    plan: Plan, tile: Tile, warpgroup: Any, array: Any, rows: Any, boxes: Any
+    plan: RowPlan, tile: RowTile, warpgroup: Any, array: Any, rows: Any, boxes: Any
 ) -> Iterator[tuple[Any, Any]]:
     """(piece of an array [B, T, N · H], its place in shared memory) of a warpgroup's tile."""
     token, head = unit(plan, tile, warpgroup)
@@ -147,8 +147,8 @@ def split_unions(types: dict[str, Any], memory: dict[str, Any]) -> dict[str, Any
     return memory
 
 
-def either(plan: Plan, slots_left: jax.Array, whole: Callable, part: Callable) -> None:
-    """`whole` for a depth block that moves in one piece, `part` for one slot by slot."""
+def either(plan: RowPlan, slots_left: jax.Array, whole: Callable, part: Callable) -> None:
+    """Calls `whole` for a depth block that one copy moves, `part` for one moved slot by slot."""
     if not plan.boxes:
         part()
         return
@@ -156,13 +156,17 @@ def either(plan: Plan, slots_left: jax.Array, whole: Callable, part: Callable) -
     common.when(slots_left < plan.block_slots, part)
 
 
-def visit_blocks(plan: Plan, tile: Tile, depth: Callable, plain: Callable, edge: Callable, carry):
+def visit_blocks(
+    plan: RowPlan, tile: RowTile, depth: Callable, plain: Callable, edge: Callable, carry
+):
     """Calls (block, carry) -> carry for every block of a tile, in the ring's order.
 
-    `depth` takes (first block of this run of depth blocks, block, carry). `edge` is for keys that
-    need a mask, the last ones. Slots wait for memory and keys for the tensor cores: both come in
-    `depth_parts` parts, in turn, and with `alternate` every second thread block begins with keys,
-    so that at any time some wait for the one and some for the other.
+    `depth` takes (first block of this run of depth blocks, block, carry). `plain` takes the key
+    blocks that need no mask, `edge` those after them.
+
+    Depth blocks wait for memory, key blocks for the tensor cores. So both are visited in
+    `depth_parts` parts, in turn, and with `alternate` every second thread block begins with keys:
+    at any time some thread blocks use the memory and others the tensor cores.
     """
 
     def slots(start, stop, carry):
@@ -201,15 +205,15 @@ def visit_blocks(plan: Plan, tile: Tile, depth: Callable, plain: Callable, edge:
 # loads
 
 
-def load_blocks(plan: Plan, refs: Refs, tile: Tile, step: jax.Array) -> jax.Array:
+def load_blocks(plan: RowPlan, refs: RowRefs, tile: RowTile, step: jax.Array) -> jax.Array:
     """Every block of a tile; returns the next step of the ring."""
     depth = functools.partial(_load_depth, plan, refs, tile)
     keys = functools.partial(_load_keys, plan, refs, tile)
     return visit_blocks(plan, tile, depth, keys, keys, step)
 
 
-def wait_parts(plan: Plan, free: Any, step: jax.Array) -> None:
-    """Until every warpgroup has read the previous block in this step's stage, if there was one."""
+def wait_parts(plan: RowPlan, free: Any, step: jax.Array) -> None:
+    """Waits until all warpgroups have read the previous block in this step's stage, if any."""
     plgpu = common.mosaic()
     stages, count = plan.config.stages, plan.config.warpgroups
 
@@ -220,8 +224,8 @@ def wait_parts(plan: Plan, free: Any, step: jax.Array) -> None:
     common.when(step >= stages, wait)
 
 
-def drain_parts(plan: Plan, free: Any, steps: jax.Array) -> None:
-    """Every arrival is waited for: no barrier is left in the middle of a phase."""
+def drain_parts(plan: RowPlan, free: Any, steps: jax.Array) -> None:
+    """Waits for every arrival, so that no barrier ends in the middle of a phase."""
     stages = plan.config.stages
 
     def wait(step, _):
@@ -230,8 +234,8 @@ def drain_parts(plan: Plan, free: Any, steps: jax.Array) -> None:
     lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
 
 
-def load_rows(plan: Plan, tile: Tile, sources: Any, full: Any) -> None:
-    """The tiles' rows of each (array [B, T, N · H], memory and its boxes, by warpgroup)."""
+def load_rows(plan: RowPlan, tile: RowTile, sources: Any, full: Any) -> None:
+    """Starts copying all warpgroups' rows; sources: (array [B, T, N · H], memory, its boxes)."""
     for warpgroup in range(plan.config.warpgroups):
         for source, rows, boxes in sources:
             own = rows.at[warpgroup], None if boxes is None else boxes.at[warpgroup]
@@ -239,7 +243,9 @@ def load_rows(plan: Plan, tile: Tile, sources: Any, full: Any) -> None:
                 common.mosaic().copy_gmem_to_smem(piece, place, full)
 
 
-def _load_keys(plan: Plan, refs: Refs, tile: Tile, i: jax.Array, step: jax.Array) -> jax.Array:
+def _load_keys(
+    plan: RowPlan, refs: RowRefs, tile: RowTile, i: jax.Array, step: jax.Array
+) -> jax.Array:
     """The i-th sequence block of the tiles' walk; returns the next step."""
     plgpu = common.mosaic()
     config, stages = plan.config, plan.config.stages
@@ -257,11 +263,13 @@ def _load_keys(plan: Plan, refs: Refs, tile: Tile, i: jax.Array, step: jax.Array
     return step + 1
 
 
-def _load_depth(plan: Plan, refs: Refs, tile: Tile, run, block, step: jax.Array) -> jax.Array:
+def _load_depth(
+    plan: RowPlan, refs: RowRefs, tile: RowTile, run, block, step: jax.Array
+) -> jax.Array:
     """A depth block of all warpgroups; returns the next step. `run`: the run's first block.
 
-    A warpgroup's part of the stage is filled as soon as that warpgroup has read what was there,
-    unless that were keys for all.
+    A warpgroup's part of the stage is filled as soon as that warpgroup has read the depth block
+    that was there. Where the stage held keys, all warpgroups must have read them.
     """
     plgpu = common.mosaic()
     config = plan.config
@@ -285,7 +293,7 @@ def _load_depth(plan: Plan, refs: Refs, tile: Tile, run, block, step: jax.Array)
     return step + 1
 
 
-def _load_box(plan: Plan, tile: Tile, where: tuple, ring: tuple, stage, first) -> None:
+def _load_box(plan: RowPlan, tile: RowTile, where: tuple, ring: tuple, stage, first) -> None:
     plgpu = common.mosaic()
     source, _, boxes, _, full = ring
     warpgroup, tokens = where
@@ -296,12 +304,14 @@ def _load_box(plan: Plan, tile: Tile, where: tuple, ring: tuple, stage, first) -
     )
 
 
-def _load_slots(plan: Plan, tile: Tile, where: tuple, ring: tuple, stage, first, stop) -> None:
+def _load_slots(
+    plan: RowPlan, tile: RowTile, where: tuple, ring: tuple, stage, first, stop
+) -> None:
     plgpu = common.mosaic()
     source, rows, _, full, _ = ring
     warpgroup, tokens = where
     for i in range(plan.block_slots):
-        # Past the range the last visible slot again: what nobody wrote may be NaN.
+        # Past the range the last visible slot is loaded again: uninitialized slots may be NaN.
         slot = jnp.minimum(first + i, stop - 1)
         row = warpgroup * plan.depth_keys + i * plan.tokens
         plgpu.copy_gmem_to_smem(
@@ -314,7 +324,7 @@ def _load_slots(plan: Plan, tile: Tile, where: tuple, ring: tuple, stage, first,
 # what a warpgroup reads
 
 
-class Block(NamedTuple):
+class RingBlock(NamedTuple):
     """One stage of the ring, as a warpgroup reads it."""
 
     key: Any
@@ -326,8 +336,8 @@ class Block(NamedTuple):
 
     @classmethod
     def at(
-        cls, plan: Plan, refs: Refs, warpgroup, step, slots_left: jax.Array | None = None
-    ) -> "Block":
+        cls, plan: RowPlan, refs: RowRefs, warpgroup, step, slots_left: jax.Array | None = None
+    ) -> "RingBlock":
         """The stage of a sequence block or, with `slots_left`, of a depth block."""
         plgpu = common.mosaic()
         stage = rem(step, plan.config.stages)
@@ -357,8 +367,8 @@ class Block(NamedTuple):
         )
 
 
-def row_segments(plan: Plan, refs: Refs, tile: Tile, token: jax.Array) -> jax.Array | None:
-    """The segment of every row of a warpgroup's tile; None: there are none."""
+def row_segments(plan: RowPlan, refs: RowRefs, tile: RowTile, token: jax.Array) -> jax.Array | None:
+    """The segment of every row of a warpgroup's tile; None: the call has no segments."""
     if not plan.segments:
         return None
     plgpu = common.mosaic()
@@ -366,7 +376,7 @@ def row_segments(plan: Plan, refs: Refs, tile: Tile, token: jax.Array) -> jax.Ar
     return plgpu.load(ids, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
-def depth_mask(plan: Plan, row_segment: jax.Array | None, slots_left: jax.Array) -> jax.Array:
+def depth_mask(plan: RowPlan, row_segment: jax.Array | None, slots_left: jax.Array) -> jax.Array:
     """A row sees the slots of its own token, unless it is padding."""
     shape = (ROWS, plan.depth_keys)
     token, column = row_tokens(plan, iota(shape, 0)), iota(shape, 1)
@@ -377,14 +387,14 @@ def depth_mask(plan: Plan, row_segment: jax.Array | None, slots_left: jax.Array)
     return mask
 
 
-def key_mask(plan: Plan, token, row_segment, start: jax.Array, segments: Any) -> jax.Array:
+def key_mask(plan: RowPlan, token, row_segment, start: jax.Array, segments: Any) -> jax.Array:
     """Which of the keys from `start` on each row sees; `token`: the tile's first."""
     shape = (ROWS, plan.config.block_kv)
     column = iota(shape, 1) + start
     mask = None
     if plan.causal:
         mask = column <= row_tokens(plan, iota(shape, 0)) + token
-    if not plan.causal or plan.kv_len < plan.q_len:  # else no query that there is sees past the end
+    if not plan.causal or plan.kv_len < plan.q_len:  # else no real query sees past the end
         inside = column < plan.kv_len
         mask = inside if mask is None else mask & inside
     if row_segment is not None:

@@ -1,4 +1,4 @@
-"""What the sequence kernels share: tiles of 64 rows, scalar arithmetic, work per thread block."""
+"""What the kernels share: tiles of 64 rows, their products, scalars, work per thread block."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ ROWS = 64  # of a tile: the M of one wgmma
 TOKEN_ALIGNMENT = 8  # rows of a swizzled TMA tile; token axes are padded to it
 LOG2E = 1.4426950408889634
 NO_SEGMENT = -(2**31)  # of a padding query: equals no key's segment
-L2_BYTES = 24 * 2**20  # of an H100's 50 MB and an H200's 60, what keys and values may take
+L2_BYTES = 24 * 2**20  # for keys and values; the cache has 50 MB (H100) or 60 MB (H200)
 
 
 def cdiv(x: int, y: int) -> int:
@@ -67,7 +67,7 @@ def end_reads() -> None:
 def accumulate(total: jax.Array, *products: tuple[jax.Array, Any]) -> jax.Array:
     """total + a @ b + ... by wgmma; a in registers, b in shared memory."""
     pl, plgpu = common.pallas(), common.mosaic()
-    if platforms.interpreted():  # which multiplies references only, and from zero
+    if platforms.interpreted():  # the interpreter multiplies references only, from zero
         for a, b in products:
             total += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
         end_reads()
@@ -80,17 +80,66 @@ def accumulate(total: jax.Array, *products: tuple[jax.Array, Any]) -> jax.Array:
     return pl.run_state(add)(plgpu.ACC.init(total))
 
 
+def two_products(first, second, shape: tuple[int, int], use_first):
+    """a @ b twice, issued together; `use_first` runs beside the second product."""
+    pl, plgpu = common.pallas(), common.mosaic()
+
+    def products(first_acc, second_acc):
+        plgpu.wgmma(first_acc, *first)
+        plgpu.wgmma(second_acc, *second)
+        used = use_first(plgpu.wgmma_accumulator_load(first_acc, wait_n=1))
+        return used, plgpu.wgmma_accumulator_load(second_acc, wait_n=0)
+
+    acc = plgpu.ACC(shape, jnp.float32)
+    return pl.run_scoped(products, acc, acc)
+
+
+def key_products(tiles, shape: tuple[int, int], weights, minus_delta, dk, dv):
+    """dk / scale and dv with a block of queries added: four products, two of which run at a time.
+
+    tiles: keys, values, queries and their do, in shared memory. shape: [keys, queries], since the
+    scores are transposed. weights: scores -> p. The accumulator of v do^T starts from -delta, which
+    saves the subtraction.
+    """
+    pl, plgpu = common.pallas(), common.mosaic()
+    k_ref, v_ref, q_ref, do_ref = tiles
+    dtype = q_ref.dtype
+    scores = (k_ref, q_ref.transpose((1, 0)))
+    d_weights = (v_ref, do_ref.transpose((1, 0)))
+    if platforms.interpreted():  # the interpreter cannot initialise an accumulator
+        p, dp = two_products(scores, d_weights, shape, weights)
+        ds = p * (dp + minus_delta)
+        dv = accumulate(dv, (p.astype(dtype), do_ref))
+        return accumulate(dk, (ds.astype(dtype), q_ref)), dv
+
+    def update(accs):
+        dk_acc, dv_acc, dp_acc = accs
+
+        def products(s_acc):
+            plgpu.wgmma(s_acc, *scores)
+            plgpu.wgmma(dp_acc, *d_weights)
+            p = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
+            plgpu.wgmma(dv_acc, p.astype(dtype), do_ref)
+            ds = p * plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
+            plgpu.wgmma(dk_acc, ds.astype(dtype), q_ref)
+
+        pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+
+    accs = (plgpu.ACC.init(x) for x in (dk, dv, minus_delta))
+    return pl.run_state(update)(tuple(accs))[:2]
+
+
 def split_roles(
     count: int,
     compute: Callable[[jax.Array], None],
     load: Callable[[], None],
     depth: Callable[[jax.Array], None] | None = None,
 ) -> None:
-    """The first `count` warpgroups compute, the next one loads, `count` others care for slots."""
+    """The first `count` warpgroups compute, the next one loads; `depth`: `count` more do slots."""
     plgpu = common.mosaic()
     warpgroup = lax.axis_index("warpgroup")
     registers: tuple[int, ...] = {1: (240, 40), 2: (232, 40), 3: (160, 32)}[count]
-    if depth is not None:  # of the 96 that each of five begins with
+    if depth is not None:  # each thread of the five warpgroups starts with 96
         registers = (136, 24, 88)
 
     def compute_role():
@@ -112,13 +161,13 @@ def split_roles(
 
 
 def wait_free(barriers: Any, step: jax.Array, stages: int) -> None:
-    """Until the previous block in this step's stage of the ring has been read, if there was one."""
+    """Waits until the previous block in this step's ring stage has been read, if there was one."""
     plgpu = common.mosaic()
     common.when(step >= stages, lambda: plgpu.barrier_wait(barriers.at[rem(step, stages)]))
 
 
 def drain(barriers: Any, steps: jax.Array, stages: int) -> None:
-    """Every arrival is waited for: no barrier is left in the middle of a phase."""
+    """Waits for every arrival, so that no barrier ends in the middle of a phase."""
     plgpu = common.mosaic()
 
     def wait(step, _):
@@ -130,7 +179,7 @@ def drain(barriers: Any, steps: jax.Array, stages: int) -> None:
 def heads_together(count: int, length: int, head_dim: int) -> int:
     """How many of `count` KV heads are worked on side by side: as many as the L2 cache holds.
 
-    Tiles of several heads, sorted by their work, leave the multiprocessors less to wait for.
+    The tiles of several heads, sorted by their work, keep the multiprocessors busy until the end.
     """
     fit = max(1, L2_BYTES // max(1, 2 * length * head_dim * 2))
     return max(n for n in range(1, count + 1) if count % n == 0 and n <= fit)

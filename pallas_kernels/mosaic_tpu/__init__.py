@@ -19,8 +19,8 @@ not looked at). Running gradients are input and output of the same memory.
 
 *Tokens* (`forward`, `backward`): flash attention with a query block's G heads against a key block,
 products on the MXU; the sequence, and chunk-visible slots, which are S sequences with another mask.
-Pairs of blocks that nobody sees are neither fetched nor computed; those that are seen in full need
-no mask. The backward is one kernel with five products a pair, dq staying in VMEM.
+Pairs of blocks that are masked wholly are neither fetched nor computed; those that are visible in
+full need no mask. The backward is one kernel with five products a pair, dq staying in VMEM.
 
 *Why two kernels.* Apart, the depth part costs its memory time and one float32 o; it runs first, so
 that this o is read under the sequence's products. A fused kernel would fetch the slots under those
@@ -33,12 +33,6 @@ Decoding works, at a price: in the tokens kernels a row's few queries have 128 l
 `schedule` says which blocks are visited, how many bytes they take and what is computed.
 """
 
-from pallas_kernels.mosaic_tpu.operator import (
-    add_depth_grads,
-    backward,
-    backward_without_depth_grads,
-    forward,
-    refusal,
-)
+from pallas_kernels.mosaic_tpu.operator import backward, forward, unsupported_reason
 
-__all__ = ["add_depth_grads", "backward", "backward_without_depth_grads", "forward", "refusal"]
+__all__ = ["backward", "forward", "unsupported_reason"]

@@ -33,7 +33,7 @@ def tokens_backward(
     sides: blocks.Sides,
     grads: tuple[jax.Array, jax.Array] | None,
     *,
-    shape: schedule.Shape,
+    shape: schedule.CallShape,
     tiles: schedule.Tiles,
     scale: float,
     causal: bool,
@@ -53,19 +53,29 @@ def tokens_backward(
     """
     (_, size), *rest = schedule.query_spans(shape.q_len, tiles)
     spans = 1 + len(rest)
-    plan = blocks.make_plan(
+    plan = blocks.plan_pairs(
         shape, (tiles.q_grad_block, tiles.k_grad_block), sides, causal=causal, chunk=chunk
     )
     plan = dataclasses.replace(plan, q_count=size)
     call = functools.partial(
-        _launch, plan, (query, key, value, d_out, lse, delta), slots, sides, shape=shape,
-        scale=scale, want_keys=want_keys,
+        _launch,
+        plan,
+        (query, key, value, d_out, lse, delta),
+        slots,
+        sides,
+        shape=shape,
+        scale=scale,
+        want_keys=want_keys,
         work=schedule.tokens_backward_work(
-            shape, tiles, causal=causal, chunk=chunk, sources=key.shape[0],
+            shape,
+            tiles,
+            causal=causal,
+            chunk=chunk,
+            sources=key.shape[0],
             running=grads is not None,
             grads_itemsize=key.dtype.itemsize if grads is None else grads[0].dtype.itemsize,
         ).divided(spans),
-    )  # fmt: skip
+    )
     if spans == 1:
         d_query, grads = call(jnp.int32(0), None, grads)
     else:
@@ -81,11 +91,20 @@ def tokens_backward(
 
 
 def _launch(
-    plan: blocks.Plan, arrays: tuple[jax.Array, ...], slots: jax.Array, sides: blocks.Sides,
-    span: jax.Array, d_query: jax.Array | None, grads: Any, *, shape: schedule.Shape, scale: float,
-    want_keys: bool, work: schedule.Work,
-) -> tuple[jax.Array, Any]:  # fmt: skip
-    """dq of the span-th q_count query blocks, put into `d_query`, and what they owe to the keys."""
+    plan: blocks.PairPlan,
+    arrays: tuple[jax.Array, ...],
+    slots: jax.Array,
+    sides: blocks.Sides,
+    span: jax.Array,
+    d_query: jax.Array | None,
+    grads: Any,
+    *,
+    shape: schedule.CallShape,
+    scale: float,
+    want_keys: bool,
+    work: schedule.Work,
+) -> tuple[jax.Array, Any]:
+    """dq of the span-th q_count query blocks, in `d_query`, and their contributions to dk, dv."""
     query, key, value, d_out, lse, delta = arrays
     running = want_keys and grads is not None
     scalars = {"slots": slots} | blocks.block_scalars(
@@ -93,7 +112,7 @@ def _launch(
     )
 
     def source_and_column(b, s, j, refs):
-        """Where nothing is left to do, those that are there already: nothing is moved."""
+        """Past the last one, that one again, which is there already: nothing is fetched."""
         rest = (s >= common.count_slots(refs.slots)) | (j > refs.k_end[b])
         return common.slot_index(s, refs.slots), jnp.where(rest, refs.k_end[b], j), rest
 
@@ -140,14 +159,17 @@ def _launch(
             "old_key": Blocked(old and old[0], keys, of_key),
             "old_value": Blocked(old and old[1], keys, of_key),
             **mask_inputs(
-                plan, sides, shape.batch,
+                plan,
+                sides,
+                shape.batch,
                 q_index=lambda b, k, s, j, i, refs: (b, 0, q_index(b, s, j, i, refs)),
                 k_index=lambda b, k, s, j, i, refs: (b, 0, source_and_column(b, s, j, refs)[1]),
             ),
         },
         outputs={
             "d_query": Blocked(
-                jax.ShapeDtypeStruct(dq_shape, jnp.float32), span_rows,
+                jax.ShapeDtypeStruct(dq_shape, jnp.float32),
+                span_rows,
                 lambda b, k, s, j, i, refs: (b, k, 0, 0, refs.span[0]),
             ),
             "d_key": Blocked(new, keys, of_key),
@@ -156,11 +178,11 @@ def _launch(
         scratch={"key_sum": keys[3:], "value_sum": keys[3:]} if want_keys else {},
         work=work,
         aliases=aliases | ({} if d_query is None else {"old_query": "d_query"}),
-    )  # fmt: skip
+    )
     return out["d_query"], (out["d_key"], out["d_value"]) if want_keys else None
 
 
-def _kernel(refs: Any, *, plan: blocks.Plan, scale: float) -> None:
+def _kernel(refs: Any, *, plan: blocks.PairPlan, scale: float) -> None:
     b, s, j, i = (pl.program_id(axis) for axis in (0, 2, 3, 4))
     count = common.count_slots(refs.slots)
     entry = b * plan.k_count + j
@@ -197,7 +219,7 @@ def _kernel(refs: Any, *, plan: blocks.Plan, scale: float) -> None:
         if refs.old_key is not None:
 
             @pl.when(count == 0)
-            def _nothing_is_visible():  # a block is written back all the same: as it was
+            def _nothing_is_visible():  # the block is written back all the same: unchanged
                 refs.d_key[...] = refs.old_key[...]
                 refs.d_value[...] = refs.old_value[...]
 
@@ -209,7 +231,9 @@ def put(new: Any, old: Any, gradient: jax.Array) -> None:
     new[...] = gradient.astype(new.dtype)
 
 
-def _add_block(refs: Any, plan: blocks.Plan, at: blocks.Pair, scale: float, *, masked: bool):
+def _add_block(
+    refs: Any, plan: blocks.PairPlan, at: blocks.BlockPair, scale: float, *, masked: bool
+):
     key, value = refs.key[...], refs.value[...]
     visible = blocks.mask(plan, refs, at) if masked else None
     q_start, k_start = at.q_block * plan.q_block, at.k_block * plan.k_block

@@ -1,7 +1,7 @@
 """Which pairs of query and key blocks the tokens kernels visit, and the mask within a pair.
 
-The scalars are prefetched: index maps read them before a block is fetched, so that a pair that
-nobody sees costs a grid step of a few scalar operations, and no memory traffic.
+The scalars are prefetched: index maps read them before a block is fetched, so that a pair that is
+masked wholly costs a grid step of a few scalar operations, and no memory traffic.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Sides(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PairPlan:
     """The static part: sizes and kinds of masks."""
 
     q_len: int
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def ragged_keys(self) -> bool:
-        """Whether blocks contain keys that nobody wrote: their memory may hold NaN."""
+        """Whether blocks contain uninitialized keys, which may be NaN."""
         return self.has_lengths or self.k_len % self.k_block != 0
 
     @property
@@ -55,23 +55,39 @@ class Plan:
         return self.q_len % self.q_block != 0
 
 
-def make_plan(
-    shape: schedule.Shape, blocks: tuple[int, int], sides: Sides, *, causal: bool,
-    chunk: int | None, k_step: int = 0,
-) -> Plan:  # fmt: skip
-    """blocks: tokens of a query and of a key block. k_step: 0 where there is none."""
+def plan_pairs(
+    shape: schedule.CallShape,
+    blocks: tuple[int, int],
+    sides: Sides,
+    *,
+    causal: bool,
+    chunk: int | None,
+    k_step: int = 0,
+) -> PairPlan:
+    """Of the static part of a call.
+
+    blocks: tokens of a query and of a key block. k_step: keys of a softmax update; 0: none, in the
+    backward.
+    """
     q_block, k_block = blocks
-    return Plan(
-        shape.q_len, shape.k_len, q_block, k_block, min(k_step, k_block),
+    return PairPlan(
+        shape.q_len,
+        shape.k_len,
+        q_block,
+        k_block,
+        min(k_step, k_block),
         q_count=schedule.num_blocks(shape.q_len, q_block),
-        k_count=schedule.num_blocks(shape.k_len, k_block), causal=causal, chunk=chunk,
+        k_count=schedule.num_blocks(shape.k_len, k_block),
+        causal=causal,
+        chunk=chunk,
         has_offsets=sides.q_offset is not None or sides.k_base is not None,
-        has_lengths=sides.k_stop is not None, has_segments=sides.q_segments is not None,
-    )  # fmt: skip
+        has_lengths=sides.k_stop is not None,
+        has_segments=sides.q_segments is not None,
+    )
 
 
 def block_scalars(
-    plan: Plan,
+    plan: PairPlan,
     sides: Sides,
     batch: int,
     *,
@@ -91,9 +107,10 @@ def block_scalars(
     rows = {
         "q_offset": zeros if sides.q_offset is None else sides.q_offset,
         "k_base": zeros if sides.k_base is None else sides.k_base,
-        "k_stop": zeros + plan.k_len if sides.k_stop is None else
-        jnp.clip(sides.k_stop, 0, plan.k_len),
-    }  # fmt: skip
+        "k_stop": zeros + plan.k_len
+        if sides.k_stop is None
+        else jnp.clip(sides.k_stop, 0, plan.k_len),
+    }
     column = {name: x[:, None] for name, x in rows.items()}
     q_start, q_stop, k_start, k_stop = _bounds(plan, q_blocks, jnp.arange(plan.k_count), **column)
     ids, lowest = {}, None
@@ -105,9 +122,13 @@ def block_scalars(
         }
         lowest = lowest[:, :, None]
     needed = schedule.needed(
-        q_start[:, :, None], q_stop[:, :, None], k_start[:, None], k_stop[:, None],
-        causal=plan.causal, lowest=lowest,
-    )  # fmt: skip
+        q_start[:, :, None],
+        q_stop[:, :, None],
+        k_start[:, None],
+        k_stop[:, None],
+        causal=plan.causal,
+        lowest=lowest,
+    )
     if plan.has_segments:
         q_ids = _block_ids(sides.q_segments, plan.q_block, _NO_ID.min)
         # A span may reach beyond the last block: nothing is needed there.
@@ -133,7 +154,7 @@ def block_scalars(
     return rows | ids | hull | end
 
 
-def _bounds(plan: Plan, q_block, k_block, *, q_offset, k_base, k_stop):
+def _bounds(plan: PairPlan, q_block, k_block, *, q_offset, k_base, k_stop):
     """Positions [start, stop) of a query and a key block, from their indices."""
     q_start, k_start = q_block * plan.q_block, k_block * plan.k_block
     q_stop = jnp.minimum(q_start + plan.q_block, plan.q_len)
@@ -144,7 +165,7 @@ def _bounds(plan: Plan, q_block, k_block, *, q_offset, k_base, k_stop):
 def _block_ids(segments: jax.Array, block: int, nothing: int) -> jax.Array:
     """[B, blocks, 3]: smallest and largest segment of a block, and the only one or `nothing`.
 
-    Padding, segment 0, is seen by nobody and left out of the first two.
+    The first two leave out padding, segment 0, which no query sees.
     """
     padded = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % block)))
     ids = padded.reshape(padded.shape[0], -1, block)
@@ -160,7 +181,7 @@ def hull_index(step: Any, entry: Any, scalars: Any) -> Any:
     return jnp.maximum(jnp.minimum(first + step, last), 0)
 
 
-class Pair(NamedTuple):
+class BlockPair(NamedTuple):
     """One grid step of a tokens kernel, seen from inside: scalars."""
 
     row: Any
@@ -174,13 +195,17 @@ class Pair(NamedTuple):
     unmasked: Any
 
 
-def pair(plan: Plan, scalars: Any, row: Any, q_step: Any, k_block: Any) -> Pair:
+def pair(plan: PairPlan, scalars: Any, row: Any, q_step: Any, k_block: Any) -> BlockPair:
     """Whether the pair has to be computed, and whether without a mask."""
     q_block = q_step + scalars.span[0] * plan.q_count
     bounds = _bounds(
-        plan, q_block, k_block, q_offset=scalars.q_offset[row], k_base=scalars.k_base[row],
+        plan,
+        q_block,
+        k_block,
+        q_offset=scalars.q_offset[row],
+        k_base=scalars.k_base[row],
         k_stop=scalars.k_stop[row],
-    )  # fmt: skip
+    )
     entry = row * plan.q_count + q_step
     lowest = highest = None
     if plan.chunk is not None:
@@ -197,10 +222,10 @@ def pair(plan: Plan, scalars: Any, row: Any, q_step: Any, k_block: Any) -> Pair:
         k_low, k_high, k_only = (scalars.k_ids[3 * k_entry + n] for n in range(3))
         needed &= (q_low <= k_high) & (k_low <= q_high)
         unmasked &= q_only == k_only
-    return Pair(row, q_step, q_block, k_block, needed, unmasked)
+    return BlockPair(row, q_step, q_block, k_block, needed, unmasked)
 
 
-def mask(plan: Plan, refs: Any, at: Pair) -> jax.Array:
+def mask(plan: PairPlan, refs: Any, at: BlockPair) -> jax.Array:
     """[k_block, q_block] bool: which keys (rows) the queries (columns) see."""
     shape = (plan.k_block, plan.q_block)
     k_index = at.k_block * plan.k_block + lax.broadcasted_iota(jnp.int32, shape, 0)
@@ -219,13 +244,13 @@ def mask(plan: Plan, refs: Any, at: Pair) -> jax.Array:
     return visible
 
 
-def _as_column(row: jax.Array, plan: Plan) -> jax.Array:
+def _as_column(row: jax.Array, plan: PairPlan) -> jax.Array:
     """[1, k_block] -> [k_block, q_block], constant along the lanes."""
     square = jnp.broadcast_to(row, (schedule.LANES, plan.k_block)).T
     return jnp.tile(square, (1, plan.q_block // schedule.LANES))
 
 
-def chunk_starts(plan: Plan, sides: Sides, batch: int) -> jax.Array | None:
+def chunk_starts(plan: PairPlan, sides: Sides, batch: int) -> jax.Array | None:
     """[B, 1, Tq] int32: position of the first key that a query's chunk contains."""
     if plan.chunk is None:
         return None

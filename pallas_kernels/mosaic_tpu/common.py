@@ -150,7 +150,7 @@ def _with_whole_blocks(inputs, outputs, aliases) -> tuple[dict[str, Blocked], di
 def simulated_memory() -> Iterator[None]:
     """Interpreted kernels traced inside run with simulated HBM, VMEM, copies and semaphores.
 
-    A race, or memory read that nobody wrote, then shows; it takes about a hundred times as long as
+    Races and reads of uninitialized memory show there. It takes about a hundred times as long as
     Pallas's plain interpreter, which only replays the grid.
     """
     token = _simulate.set(True)
@@ -175,9 +175,12 @@ def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Product of two matrices over axis contract[0] of x and contract[1] of y, in float32."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
-        x, y, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
+        x,
+        y,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=precision,
         preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
 
 
 # --- layouts --------------------------------------------------------------------------------------

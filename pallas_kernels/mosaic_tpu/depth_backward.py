@@ -30,12 +30,11 @@ def depth_backward(
     d_query: jax.Array | None,
     grads: tuple[jax.Array, jax.Array] | None,
     *,
-    shape: schedule.Shape,
+    shape: schedule.CallShape,
     tiles: schedule.Tiles,
     scale: float,
-    want_query: bool = True,
     want_depth: bool = True,
-) -> tuple[jax.Array | None, tuple[jax.Array, jax.Array] | None]:
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """dq [B, K, G, H, T] in the query's dtype, and the slots' gradients [S, B, K, H, T].
 
     Args:
@@ -43,10 +42,10 @@ def depth_backward(
       lse: [B, K, G, T], natural; +inf where a query sees nothing, so that its weights are 0.
       delta: [B, K, G, T].
       slots: see `common.slot_scalars`; the gradients of other slots are neither read nor written.
-      d_query: float32, what the sequence part owes to the query.
+      d_query: float32, the sequence part's dq, which is added.
       grads: float32 or bfloat16, added to in place. None: all slots are visible, and their
         gradients come in the key's dtype.
-      want_query, want_depth: None stands for what is not wanted.
+      want_depth: else None stands for the slots' gradients.
     """
     block, heads = tiles.depth_grad_block, tiles.depth_grad_heads
     specs = DepthBlocks(shape, block, heads)
@@ -56,7 +55,7 @@ def depth_backward(
     if want_depth:
         dtype = depth_key.dtype if grads is None else grads[0].dtype
         new = jax.ShapeDtypeStruct(depth_key.shape, dtype)
-    dq = jax.ShapeDtypeStruct(query.shape, query.dtype) if want_query else None
+    dq = jax.ShapeDtypeStruct(query.shape, query.dtype)
     out = common.launch(
         functools.partial(_kernel, scale=scale),
         name="moda_depth_backward",
@@ -79,29 +78,35 @@ def depth_backward(
             "d_key": specs.slots(new),
             "d_value": specs.slots(new),
         },
-        scratch={"score": (heads * shape.group, block), "d_score": (heads * shape.group, block)}
-        | ({"acc": (heads, shape.group, shape.head_dim, block)} if want_query else {}),
+        scratch={
+            "score": (heads * shape.group, block),
+            "d_score": (heads * shape.group, block),
+            "acc": (heads, shape.group, shape.head_dim, block),
+        },
         work=schedule.depth_backward_work(
-            shape, tiles, depth_key.shape[0], running=grads is not None,
-            grads_itemsize=0 if new is None else new.dtype.itemsize, continues=d_query is not None,
-            want_query=want_query, want_depth=want_depth,
+            shape,
+            tiles,
+            depth_key.shape[0],
+            running=grads is not None,
+            grads_itemsize=0 if new is None else new.dtype.itemsize,
+            continues=d_query is not None,
+            want_depth=want_depth,
         ),
         aliases={"old_key": "d_key", "old_value": "d_value"} if old[0] is not None else {},
-    )  # fmt: skip
-    return out.get("d_query"), (out["d_key"], out["d_value"]) if want_depth else None
+    )
+    return out["d_query"], (out["d_key"], out["d_value"]) if want_depth else None
 
 
 def _kernel(refs: Any, *, scale: float) -> None:
     s, count = pl.program_id(3), common.count_slots(refs.slots)
     heads = refs.query.shape[:2]
-    if refs.d_query is not None:
 
-        @pl.when(s == 0)
-        def _start():
-            if refs.first_query is None:
-                refs.acc[...] = jnp.zeros_like(refs.acc)
-            else:
-                refs.acc[...] = refs.first_query[...]
+    @pl.when(s == 0)
+    def _start():
+        if refs.first_query is None:
+            refs.acc[...] = jnp.zeros_like(refs.acc)
+        else:
+            refs.acc[...] = refs.first_query[...]
 
     @pl.when(s < count)
     def _slot():
@@ -115,28 +120,25 @@ def _kernel(refs: Any, *, scale: float) -> None:
     if refs.old_key is not None:
 
         @pl.when(count == 0)
-        def _nothing_is_visible():  # a block is written back all the same: as it was
+        def _nothing_is_visible():  # the block is written back all the same: unchanged
             refs.d_key[...] = refs.old_key[...]
             refs.d_value[...] = refs.old_value[...]
 
-    if refs.d_query is not None:
+    @pl.when(s == pl.num_programs(3) - 1)
+    def _finish():
+        def store(k, g, row):
+            refs.d_query[k, g] = refs.acc[k, g].astype(refs.d_query.dtype)
 
-        @pl.when(s == pl.num_programs(3) - 1)
-        def _finish():
-            def store(k, g, row):
-                refs.d_query[k, g] = refs.acc[k, g].astype(refs.d_query.dtype)
-
-            for_each_head(heads, store)
+        for_each_head(heads, store)
 
 
 def _add_gradients(refs: Any) -> None:
     kv_heads, group = refs.query.shape[:2]
 
     def of_key_head(k, _):
-        if refs.d_query is not None:
-            key = refs.depth_key[k].astype(jnp.float32)
-            for g in range(group):
-                refs.acc[k, g] += refs.d_score[pl.ds(k * group + g, 1)] * key
+        key = refs.depth_key[k].astype(jnp.float32)
+        for g in range(group):
+            refs.acc[k, g] += refs.d_score[pl.ds(k * group + g, 1)] * key
         if refs.d_key is not None:
             _put(refs.d_key, refs.old_key, k, _sum_heads(refs.d_score, refs.query, k))
             _put(refs.d_value, refs.old_value, k, _sum_heads(refs.score, refs.d_out, k))

@@ -28,7 +28,7 @@ def depth_forward(
     slots: jax.Array,
     segments: jax.Array | None,
     *,
-    shape: schedule.Shape,
+    shape: schedule.CallShape,
     tiles: schedule.Tiles,
     scale: float,
     out_dtype: Any,
@@ -72,7 +72,7 @@ def depth_forward(
 class DepthBlocks:
     """Grid (B, head blocks, token blocks, slots), and how each operand is cut along it."""
 
-    def __init__(self, shape: schedule.Shape, block: int, heads: int):
+    def __init__(self, shape: schedule.CallShape, block: int, heads: int):
         self.shape, self.block, self.heads = shape, block, heads
 
     def grid(self, slots: int) -> tuple[int, ...]:

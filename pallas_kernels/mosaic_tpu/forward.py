@@ -27,7 +27,7 @@ def attend(
     sides: blocks.Sides,
     initial: tuple[jax.Array, jax.Array] | None,
     *,
-    shape: schedule.Shape,
+    shape: schedule.CallShape,
     tiles: schedule.Tiles,
     scale: float,
     causal: bool,
@@ -45,10 +45,14 @@ def attend(
     Returns:
       o in `out_dtype` and lse, float32, shaped as those of `initial`.
     """
-    plan = blocks.make_plan(
-        shape, (tiles.q_block, tiles.k_block), sides, causal=causal, chunk=chunk,
+    plan = blocks.plan_pairs(
+        shape,
+        (tiles.q_block, tiles.k_block),
+        sides,
+        causal=causal,
+        chunk=chunk,
         k_step=tiles.k_step,
-    )  # fmt: skip
+    )
     sources = key.shape[0]
     scalars = {"slots": slots} | blocks.block_scalars(plan, sides, shape.batch, by_key=False)
 
@@ -82,14 +86,18 @@ def attend(
             "value": Blocked(value, keys, of_key),
             "first_out": Blocked(first[0], rows, of_query),
             "first_lse": Blocked(first[1], vectors, lse_of_query),
-            **mask_inputs(plan, sides, shape.batch, q_index=lambda b, k, i, s, j, refs: (b, 0, i),
-                          k_index=lambda b, k, i, s, j, refs: (b, 0, key_index(b, i, s, j, refs))),
+            **mask_inputs(
+                plan,
+                sides,
+                shape.batch,
+                q_index=lambda b, k, i, s, j, refs: (b, 0, i),
+                k_index=lambda b, k, i, s, j, refs: (b, 0, key_index(b, i, s, j, refs)),
+            ),
         },
         outputs={
             "out": Blocked(jax.ShapeDtypeStruct(queries, out_dtype), rows, of_query),
             "lse": Blocked(
-                jax.ShapeDtypeStruct((*queries[:3], queries[4]), jnp.float32), vectors,
-                lse_of_query,
+                jax.ShapeDtypeStruct((*queries[:3], queries[4]), jnp.float32), vectors, lse_of_query
             ),
         },
         scratch={
@@ -98,14 +106,13 @@ def attend(
             "total": (shape.group, plan.q_block),
         },
         work=schedule.tokens_forward_work(
-            shape, tiles, causal=causal, chunk=chunk, sources=sources,
-            continues=initial is not None,
+            shape, tiles, causal=causal, chunk=chunk, sources=sources, continues=initial is not None
         ),
-    )  # fmt: skip
+    )
     return out["out"], out["lse"]
 
 
-def mask_inputs(plan: blocks.Plan, sides: blocks.Sides, batch: int, *, q_index, k_index):
+def mask_inputs(plan: blocks.PairPlan, sides: blocks.Sides, batch: int, *, q_index, k_index):
     """Segments and chunks, where the call has them: rows of lanes."""
     q_ids = k_ids = None
     if plan.has_segments:
@@ -118,7 +125,7 @@ def mask_inputs(plan: blocks.Plan, sides: blocks.Sides, batch: int, *, q_index, 
     }
 
 
-def _kernel(refs: Any, *, plan: blocks.Plan, sources: int, factor: float) -> None:
+def _kernel(refs: Any, *, plan: blocks.PairPlan, sources: int, factor: float) -> None:
     b, i, s, j = (pl.program_id(axis) for axis in (0, 2, 3, 4))
     first = refs.first[b * plan.q_count + i]
     at = blocks.pair(plan, refs, b, i, jnp.minimum(first + j, plan.k_count - 1))
@@ -162,7 +169,9 @@ def start_softmax(refs: Any) -> None:
     refs.total[...] = jnp.where(jnp.isneginf(lse), 0.0, 1.0)
 
 
-def _add_block(refs: Any, plan: blocks.Plan, at: blocks.Pair, factor: float, *, masked: bool):
+def _add_block(
+    refs: Any, plan: blocks.PairPlan, at: blocks.BlockPair, factor: float, *, masked: bool
+):
     key, value = refs.key[...], refs.value[...]
     visible = blocks.mask(plan, refs, at) if masked else None
     if masked and plan.ragged_keys:  # 0 * NaN is NaN; a NaN score is masked all the same

@@ -1,6 +1,5 @@
 """The backend's functions: which kernels a call takes, and the layouts they ask for."""
 
-import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ from pallas_kernels.mosaic_tpu.depth_backward import depth_backward
 from pallas_kernels.mosaic_tpu.depth_forward import depth_forward
 from pallas_kernels.mosaic_tpu.forward import attend
 from pallas_kernels.operands import (
-    DepthReaders,
     Gradients,
     Operands,
     Options,
@@ -29,8 +27,8 @@ _SUBLANES = 16  # rows of a 16-bit register: H, which stands in the rows, is pad
 _MAX_HEAD_DIM = 256
 
 
-def refusal(operands: Operands, options: Options, platform: str) -> str | None:
-    """Why this backend cannot do a call; None if it can."""
+def unsupported_reason(operands: Operands, options: Options, platform: str) -> str | None:
+    """See `contract.UnsupportedReason`."""
     if platform == "gpu":
         return "Mosaic TPU kernels need a TPU"
     dtype = operands.query.dtype
@@ -49,7 +47,7 @@ def refusal(operands: Operands, options: Options, platform: str) -> str | None:
 
 
 def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
-    """o [B, Tq, N, H] in the query's dtype, lse [B, Tq, N] float32. See `reference.forward`."""
+    """See `contract.Forward`."""
     return _one_by_one(functools.partial(_forward, options=options))(operands)
 
 
@@ -61,69 +59,13 @@ def backward(
     d_out: jax.Array,
     d_lse: jax.Array | None,
     depth_grads: tuple[jax.Array, jax.Array] | None = None,
-) -> Gradients:
-    """Gradients of the differentiable operands; see `pallas_kernels` for `depth_grads`."""
-    call = functools.partial(_backward, options, want_depth=True)
-    return _one_by_one(call)(operands, out, lse, d_out, d_lse, depth_grads)
-
-
-def backward_without_depth_grads(
-    operands: Operands,
-    options: Options,
-    out: jax.Array,
-    lse: jax.Array,
-    d_out: jax.Array,
-    d_lse: jax.Array | None,
-) -> Gradients:
-    """As `backward`, but the gradients of the slots are neither computed nor written: None."""
-    call = functools.partial(_backward, options, want_depth=False)
-    return _one_by_one(call)(operands, out, lse, d_out, d_lse, None)
-
-
-def add_depth_grads(
-    readers: DepthReaders,
-    depth_key: jax.Array,
-    depth_value: jax.Array,
-    depth_grads: tuple[jax.Array, jax.Array],
-    first: Any,
-    stop: Any,
     *,
-    scale: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Adds what R layers owe to the slots first ... stop - 1. See `xla.add_depth_grads`.
-
-    To the depth kernel, the layers' queries are query heads: a token's slots meet R·G of them.
-    """
-    layers, _, length, _, _ = readers.query.shape
-    kv_heads, head_dim = depth_key.shape[-2:]
-    slots = common.slot_scalars([(0, 0), (first, stop)])
-    keys, grads = (_keys(depth_key), _keys(depth_value)), tuple(map(_keys, depth_grads))
-    one = Operands(readers.query[0], None, None, depth_key, depth_value)
-    shape = _shape(one, length)
-    at_once = _layers_at_once(shape, layers)
-    for start in range(0, layers, at_once):
-        query, d_out, lse, delta = (
-            _layers_as_heads(x[start : start + at_once], kv_heads) for x in readers
-        )
-        part = dataclasses.replace(shape, group=query.shape[2] // kv_heads)
-        _, new = depth_backward(
-            _queries(query, kv_heads), *keys, _queries(d_out, kv_heads),
-            _blind(common.to_lanes(lse, kv_heads)), common.to_lanes(delta, kv_heads), slots, None,
-            (grads[0], grads[1]), shape=part, tiles=schedule.choose_tiles(part), scale=scale,
-            want_query=False,
-        )  # fmt: skip
-        assert new is not None
-        grads = new
-    return _tokens_first(grads[0], head_dim), _tokens_first(grads[1], head_dim)
-
-
-def _layers_at_once(shape: schedule.Shape, layers: int) -> int:
-    """As many layers' query heads as fit into VMEM; the slots are read again for the others."""
-    for count in range(layers, 1, -1):
-        with contextlib.suppress(ValueError):
-            schedule.choose_tiles(dataclasses.replace(shape, group=count * shape.group))
-            return count
-    return 1
+    depth: bool = True,
+) -> Gradients:
+    """See `contract.Backward`."""
+    assert depth or depth_grads is None
+    call = functools.partial(_backward, options, want_depth=depth)
+    return _one_by_one(call)(operands, out, lse, d_out, d_lse, depth_grads)
 
 
 def _one_by_one(function: Any) -> Any:
@@ -144,10 +86,18 @@ def _forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array
     if operands.key is not None:
         shape = _shape(operands, operands.key.shape[1])
         state = attend(
-            query, _keys(operands.key)[None], _keys(operands.value)[None], _all_slots(1),
-            _sequence_sides(operands), state, shape=shape, tiles=schedule.choose_tiles(shape),
-            scale=options.scale, causal=options.is_causal, out_dtype=dtype,
-        )  # fmt: skip
+            query,
+            _keys(operands.key)[None],
+            _keys(operands.value)[None],
+            _all_slots(1),
+            _sequence_sides(operands),
+            state,
+            shape=shape,
+            tiles=schedule.choose_tiles(shape),
+            scale=options.scale,
+            causal=options.is_causal,
+            out_dtype=dtype,
+        )
     if state is None:
         return jnp.zeros_like(operands.query), jnp.full(operands.query.shape[:3], -jnp.inf)
     return common.from_lanes(state[0])[..., :head_dim], common.from_lanes(state[1])
@@ -160,15 +110,28 @@ def _depth_forward(operands, options, query, out_dtype) -> tuple[jax.Array, jax.
     settings: dict[str, Any] = {"scale": options.scale, "out_dtype": out_dtype}
     if options.depth_chunk is not None:
         return attend(
-            query, *keys, slots, _chunk_sides(operands, options.depth_chunk), None, causal=True,
-            chunk=options.depth_chunk, shape=shape,
-            tiles=schedule.choose_tiles(shape, options.depth_chunk), **settings,
-        )  # fmt: skip
+            query,
+            *keys,
+            slots,
+            _chunk_sides(operands, options.depth_chunk),
+            None,
+            causal=True,
+            chunk=options.depth_chunk,
+            shape=shape,
+            tiles=schedule.choose_tiles(shape, options.depth_chunk),
+            **settings,
+        )
     fold = _Fold(shape)
     state = depth_forward(
-        fold(query), fold(keys[0], 1), fold(keys[1], 1), slots, fold(operands.query_segments),
-        shape=fold.shape, tiles=schedule.choose_tiles(fold.shape), **settings,
-    )  # fmt: skip
+        fold(query),
+        fold(keys[0], 1),
+        fold(keys[1], 1),
+        slots,
+        fold(operands.query_segments),
+        shape=fold.shape,
+        tiles=schedule.choose_tiles(fold.shape),
+        **settings,
+    )
     return fold.undo(state[0]), fold.undo(state[1])
 
 
@@ -178,7 +141,7 @@ class _Fold:
     [..., B, ..., T] becomes [..., 1, ..., B·T] where rows would leave most lanes empty: decoding.
     """
 
-    def __init__(self, shape: schedule.Shape):
+    def __init__(self, shape: schedule.CallShape):
         self.batch = shape.batch if shape.q_len < schedule.LANES else 1
         self.shape = shape
         if self.batch > 1:
@@ -204,18 +167,30 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
     head_dim, kv_heads = operands.query.shape[-1], num_kv_heads(operands)
     dtype, key, depth_key = operands.query.dtype, operands.key, operands.depth_key
     delta = row_delta(out, lse, d_out, d_lse)
-    rows = _Rows(
-        _queries(operands.query, kv_heads), _queries(d_out.astype(dtype), kv_heads),
-        _blind(common.to_lanes(lse, kv_heads)), common.to_lanes(delta, kv_heads),
-    )  # fmt: skip
+    rows = _LaneRows(
+        _queries(operands.query, kv_heads),
+        _queries(d_out.astype(dtype), kv_heads),
+        _blind(common.to_lanes(lse, kv_heads)),
+        common.to_lanes(delta, kv_heads),
+    )
     d_query = d_keys = new = None
     if key is not None:
         shape = _shape(operands, key.shape[1])
         d_query, d_keys = tokens_backward(
-            rows.query, _keys(key)[None], _keys(operands.value)[None], rows.d_out, rows.lse,
-            rows.delta, _all_slots(1), _sequence_sides(operands), None, shape=shape,
-            tiles=schedule.choose_tiles(shape), scale=options.scale, causal=options.is_causal,
-        )  # fmt: skip
+            rows.query,
+            _keys(key)[None],
+            _keys(operands.value)[None],
+            rows.d_out,
+            rows.lse,
+            rows.delta,
+            _all_slots(1),
+            _sequence_sides(operands),
+            None,
+            shape=shape,
+            tiles=schedule.choose_tiles(shape),
+            scale=options.scale,
+            causal=options.is_causal,
+        )
     if depth_key is not None and depth_key.shape[0] == 0:
         new = depth_grads or (depth_key, operands.depth_value)
     elif depth_key is not None:
@@ -224,12 +199,14 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
     d_key, d_value = grads or (None, None)
     d_query = jnp.zeros_like(rows.query) if d_query is None else d_query.astype(dtype)
     return Gradients(
-        common.from_lanes(d_query)[..., :head_dim], d_key, d_value,
+        common.from_lanes(d_query)[..., :head_dim],
+        d_key,
+        d_value,
         *(new if want_depth and new is not None else (None, None)),
-    )  # fmt: skip
+    )
 
 
-class _Rows(NamedTuple):
+class _LaneRows(NamedTuple):
     """Of the queries, with tokens in the lanes."""
 
     query: jax.Array  # [B, K, G, H, T]
@@ -247,24 +224,44 @@ def _depth_backward(operands, options, rows, d_query, depth_grads, want_depth):
     if depth_grads is not None:
         grads = _keys(depth_grads[0]), _keys(depth_grads[1])
     elif want_depth and not (operands.depth_length is None and options.depth_window is None):
-        grads = jnp.zeros_like(keys[0]), jnp.zeros_like(keys[1])  # of slots that nobody sees
+        grads = jnp.zeros_like(keys[0]), jnp.zeros_like(keys[1])  # invisible slots keep gradient 0
     if options.depth_chunk is None:
         fold = _Fold(shape)
         d_query, new = depth_backward(
-            fold(rows.query), fold(keys[0], 1), fold(keys[1], 1), fold(rows.d_out), fold(rows.lse),
-            fold(rows.delta), slots, fold(d_query),
-            grads and (fold(grads[0], 1), fold(grads[1], 1)), shape=fold.shape,
-            tiles=schedule.choose_tiles(fold.shape), scale=options.scale, want_depth=want_depth,
-        )  # fmt: skip
+            fold(rows.query),
+            fold(keys[0], 1),
+            fold(keys[1], 1),
+            fold(rows.d_out),
+            fold(rows.lse),
+            fold(rows.delta),
+            slots,
+            fold(d_query),
+            grads and (fold(grads[0], 1), fold(grads[1], 1)),
+            shape=fold.shape,
+            tiles=schedule.choose_tiles(fold.shape),
+            scale=options.scale,
+            want_depth=want_depth,
+        )
         d_query = fold.undo(d_query)
         new = new and (fold.undo(new[0], 1), fold.undo(new[1], 1))
     else:
         chunk = options.depth_chunk
         d_chunk, new = tokens_backward(
-            rows.query, *keys, rows.d_out, rows.lse, rows.delta, slots,
-            _chunk_sides(operands, chunk), grads, causal=True, chunk=chunk, want_keys=want_depth,
-            shape=shape, tiles=schedule.choose_tiles(shape, chunk), scale=options.scale,
-        )  # fmt: skip
+            rows.query,
+            *keys,
+            rows.d_out,
+            rows.lse,
+            rows.delta,
+            slots,
+            _chunk_sides(operands, chunk),
+            grads,
+            causal=True,
+            chunk=chunk,
+            want_keys=want_depth,
+            shape=shape,
+            tiles=schedule.choose_tiles(shape, chunk),
+            scale=options.scale,
+        )
         d_query = d_chunk if d_query is None else d_query + d_chunk
     if new is None:
         return d_query, None
@@ -274,13 +271,18 @@ def _depth_backward(operands, options, rows, d_query, depth_grads, want_depth):
 # --- shapes, layouts and masks --------------------------------------------------------------------
 
 
-def _shape(operands: Operands, k_len: int) -> schedule.Shape:
+def _shape(operands: Operands, k_len: int) -> schedule.CallShape:
     batch, q_len, heads, head_dim = operands.query.shape
     kv_heads = num_kv_heads(operands)
-    return schedule.Shape(
-        batch, q_len, k_len, kv_heads, heads // kv_heads, head_dim + -head_dim % _SUBLANES,
+    return schedule.CallShape(
+        batch,
+        q_len,
+        k_len,
+        kv_heads,
+        heads // kv_heads,
+        head_dim + -head_dim % _SUBLANES,
         operands.query.dtype.itemsize,
-    )  # fmt: skip
+    )
 
 
 def _key_length(operands: Operands) -> int:
@@ -320,9 +322,12 @@ def _all_slots(count: int) -> jax.Array:
 
 def _sequence_sides(operands: Operands) -> Sides:
     return Sides(
-        operands.query_offset, None, operands.kv_length, operands.query_segments,
+        operands.query_offset,
+        None,
+        operands.kv_length,
+        operands.query_segments,
         operands.key_segments,
-    )  # fmt: skip
+    )
 
 
 def _chunk_sides(operands: Operands, chunk: int) -> Sides:
@@ -330,10 +335,3 @@ def _chunk_sides(operands: Operands, chunk: int) -> Sides:
     base = None if offset is None else offset // chunk * chunk
     segments = depth_tokens(operands, chunk).segment
     return Sides(offset, base, None, operands.query_segments, segments)
-
-
-def _layers_as_heads(x: jax.Array, kv_heads: int) -> jax.Array:
-    """[R, B, T, K·G, ...] -> [B, T, K·(R·G), ...]."""
-    layers, batch, length, heads = x.shape[:4]
-    grouped = x.reshape(layers, batch, length, kv_heads, heads // kv_heads, *x.shape[4:])
-    return jnp.moveaxis(grouped, 0, 3).reshape(batch, length, layers * heads, *x.shape[4:])

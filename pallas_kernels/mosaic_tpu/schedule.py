@@ -11,7 +11,7 @@ Two pairs of kernels (forward and backward) share the work:
 - *depth*: queries to the slots of their own token. A grid step is one slot of one token block.
 
 Whether a pair of blocks is needed is decided by `needed` and `unmasked`, on ints or on arrays of
-NumPy or JAX: a block that nobody sees is neither fetched nor computed.
+NumPy or JAX: a pair that is masked wholly is neither fetched nor computed.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import numpy as np
 from pallas_kernels.mosaic_tpu.tiles import (
     LANES,
     VMEM_BYTES,
-    Shape,
+    CallShape,
     Tiles,
     check_tiles,
     choose_tiles,
@@ -34,7 +34,7 @@ from pallas_kernels.mosaic_tpu.tiles import (
 __all__ = [
     "LANES",
     "VMEM_BYTES",
-    "Shape",
+    "CallShape",
     "Tiles",
     "Work",
     "block_bounds",
@@ -107,14 +107,14 @@ def unmasked(q_start, q_stop, k_start, k_stop, *, causal: bool, lowest: Any = No
     return result
 
 
-def block_bounds(count: int, block: int, length: Any, xp: Any = np) -> tuple[Any, Any]:
-    """(start, stop) of blocks 0 ... count - 1, the stop cut to `length`: int or [B, 1]."""
-    start = xp.arange(count, dtype=np.int32) * block
-    return start, xp.minimum(start + block, length)
+def block_bounds(count: int, block: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(start, stop) of blocks 0 ... count - 1, the stop cut to `length`."""
+    start = np.arange(count, dtype=np.int32) * block
+    return start, np.minimum(start + block, length)
 
 
 def block_pairs(
-    shape: Shape, q_block: int, k_block: int, *, causal: bool, chunk: int | None = None
+    shape: CallShape, q_block: int, k_block: int, *, causal: bool, chunk: int | None = None
 ) -> np.ndarray:
     """[query blocks, key blocks] bool: pairs that a tokens kernel computes for each head.
 
@@ -154,9 +154,14 @@ def query_spans(q_len: int, tiles: Tiles) -> list[tuple[int, int]]:
 
 
 def tokens_forward_work(
-    shape: Shape, tiles: Tiles, *, causal: bool, chunk: int | None = None, sources: int = 1,
+    shape: CallShape,
+    tiles: Tiles,
+    *,
+    causal: bool,
+    chunk: int | None = None,
+    sources: int = 1,
     continues: bool = False,
-) -> Work:  # fmt: skip
+) -> Work:
     """`continues`: starts from the (o, lse) of another kernel."""
     pairs = block_pairs(shape, tiles.q_block, tiles.k_block, causal=causal, chunk=chunk)
     heads, group, width = shape.batch * shape.kv_heads, shape.group, shape.head_dim
@@ -164,36 +169,50 @@ def tokens_forward_work(
     entries = visited * group * tiles.q_block * tiles.k_block
     queries = heads * group * shape.q_len
     query_bytes = queries * width * shape.itemsize
+    key_blocks = heads * fetches(pairs, sources, same_source=False)
+    key_bytes = key_blocks * 2 * width * tiles.k_block * shape.itemsize
     return Work(
-        steps=pairs.size * heads * sources, pairs=visited,
-        bytes_read=query_bytes + heads * fetches(pairs, sources, same_source=False)
-        * 2 * width * tiles.k_block * shape.itemsize
-        + continues * queries * (width + 1) * 4,
+        steps=pairs.size * heads * sources,
+        pairs=visited,
+        bytes_read=query_bytes + key_bytes + continues * queries * (width + 1) * 4,
         bytes_written=query_bytes + queries * 4,
         mxu_flops=2 * 2 * entries * width,
         # scale, max, subtract, sum, cast; the output is rescaled once a pair
         vpu_ops=5 * entries + 2 * visited * group * tiles.q_block * width,
         exps=entries,
-    )  # fmt: skip
+    )
 
 
 def tokens_backward_work(
-    shape: Shape, tiles: Tiles, *, causal: bool, chunk: int | None = None, sources: int = 1,
-    grads_itemsize: int = 4, running: bool = False, span: tuple[int, int] | None = None,
-) -> Work:  # fmt: skip
+    shape: CallShape,
+    tiles: Tiles,
+    *,
+    causal: bool,
+    chunk: int | None = None,
+    sources: int = 1,
+    grads_itemsize: int = 4,
+    running: bool = False,
+    span: tuple[int, int] | None = None,
+) -> Work:
     """Of the launch for a `span` of query blocks, or of all launches together.
 
-    `running`: dk and dv are added to a gradient that is there, of `grads_itemsize` bytes.
+    `running`: dk and dv are added to running gradients of `grads_itemsize` bytes an element.
     """
     spans = query_spans(shape.q_len, tiles)
     if span is None:
         parts = [
             tokens_backward_work(
-                shape, tiles, causal=causal, chunk=chunk, sources=sources, span=part,
-                grads_itemsize=grads_itemsize, running=running,
+                shape,
+                tiles,
+                causal=causal,
+                chunk=chunk,
+                sources=sources,
+                span=part,
+                grads_itemsize=grads_itemsize,
+                running=running,
             )
             for part in spans
-        ]  # fmt: skip
+        ]
         return Work(*map(sum, zip(*map(dataclasses.astuple, parts), strict=True)))
     q_block, k_block = tiles.q_grad_block, tiles.k_grad_block
     pairs = block_pairs(shape, q_block, k_block, causal=causal, chunk=chunk)[slice(*span)]
@@ -206,62 +225,71 @@ def tokens_backward_work(
     own = shape.itemsize if len(spans) == 1 else 4
     grads = keys * (grads_itemsize if running else own)
     queries = heads * group * (span[1] - span[0]) * q_block
+    query_blocks = heads * fetches(pairs.T, sources, same_source=True)
+    query_bytes = query_blocks * group * q_block * (2 * width * shape.itemsize + 2 * 4)
     return Work(
-        steps=pairs.shape[0] * seen * heads * sources, pairs=visited,
-        bytes_read=heads * fetches(pairs.T, sources, same_source=True) * group * q_block
-        * (2 * width * shape.itemsize + 2 * 4)
-        + keys * shape.itemsize + grads * adds,
+        steps=pairs.shape[0] * seen * heads * sources,
+        pairs=visited,
+        bytes_read=query_bytes + keys * shape.itemsize + grads * adds,
         bytes_written=queries * width * 4 + grads,
         mxu_flops=5 * 2 * entries * width,
         vpu_ops=6 * entries,  # scale, subtract; subtract, multiply; two casts
         exps=entries,
-    )  # fmt: skip
+    )
 
 
-def depth_forward_work(shape: Shape, tiles: Tiles, slots: int, *, last: bool = False) -> Work:
+def depth_forward_work(shape: CallShape, tiles: Tiles, slots: int, *, last: bool = False) -> Work:
     """`slots`: visible ones. `last`: no sequence follows, so the output has the query's dtype."""
     tokens = shape.batch * shape.q_len
     rows = tokens * shape.kv_heads * shape.group
     blocks = _depth_blocks(shape, tiles.depth_block, tiles.depth_heads)
     width, entries = shape.head_dim, rows * slots
     return Work(
-        steps=blocks * slots, pairs=blocks * slots,
+        steps=blocks * slots,
+        pairs=blocks * slots,
         bytes_read=rows * width * shape.itemsize + slot_bytes(shape, slots),
         bytes_written=rows * width * (shape.itemsize if last else 4) + rows * 4,
         mxu_flops=0,
         # multiply, add; rescale, multiply, add
-        vpu_ops=5 * entries * width + 6 * entries, exps=2 * entries,
-    )  # fmt: skip
+        vpu_ops=5 * entries * width + 6 * entries,
+        exps=2 * entries,
+    )
 
 
 def depth_backward_work(
-    shape: Shape, tiles: Tiles, slots: int, *, grads_itemsize: int, running: bool,
-    continues: bool = False, want_query: bool = True, want_depth: bool = True,
-) -> Work:  # fmt: skip
-    """`running`: adds into a gradient cache. `continues`: adds to the sequence part's dq.
-
-    A deferred addition for R layers is one with R times the query heads per key head.
-    """
+    shape: CallShape,
+    tiles: Tiles,
+    slots: int,
+    *,
+    grads_itemsize: int,
+    running: bool,
+    continues: bool = False,
+    want_depth: bool = True,
+) -> Work:
+    """`running`: adds into a gradient cache. `continues`: adds to the sequence part's dq."""
     rows = shape.batch * shape.q_len * shape.kv_heads * shape.group
     blocks = _depth_blocks(shape, tiles.depth_grad_block, tiles.depth_grad_heads)
     width, entries = shape.head_dim, rows * slots
     grads = slot_bytes(shape, slots) // shape.itemsize * grads_itemsize if want_depth else 0
     return Work(
-        steps=blocks * slots, pairs=blocks * slots,
-        bytes_read=rows * (2 * width * shape.itemsize + 2 * 4) + slot_bytes(shape, slots)
-        + grads * running + rows * width * 4 * continues,
-        bytes_written=rows * width * shape.itemsize * want_query + grads,
+        steps=blocks * slots,
+        pairs=blocks * slots,
+        bytes_read=rows * (2 * width * shape.itemsize + 2 * 4)
+        + slot_bytes(shape, slots)
+        + grads * running
+        + rows * width * 4 * continues,
+        bytes_written=rows * width * shape.itemsize + grads,
         mxu_flops=0,
-        vpu_ops=(4 + 2 * want_query + 4 * want_depth) * entries * width + 4 * entries,
+        vpu_ops=(6 + 4 * want_depth) * entries * width + 4 * entries,
         exps=entries,
-    )  # fmt: skip
+    )
 
 
-def slot_bytes(shape: Shape, slots: int) -> int:
+def slot_bytes(shape: CallShape, slots: int) -> int:
     """Bytes of K and V of that many slots: read once per kernel, whatever G is."""
     tokens = shape.batch * shape.q_len * slots
     return 2 * tokens * shape.kv_heads * shape.head_dim * shape.itemsize
 
 
-def _depth_blocks(shape: Shape, block: int, heads: int) -> int:
+def _depth_blocks(shape: CallShape, block: int, heads: int) -> int:
     return shape.batch * num_blocks(shape.q_len, block) * (shape.kv_heads // heads)

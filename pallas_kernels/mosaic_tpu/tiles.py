@@ -41,7 +41,7 @@ class Tiles:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class CallShape:
     """What the schedule must know of a call. Sizes per device."""
 
     batch: int
@@ -75,7 +75,7 @@ def override(**sizes: int) -> Iterator[None]:
         _override.reset(token)
 
 
-def tokens_forward_vmem(shape: Shape, q_block: int, k_block: int) -> int:
+def tokens_forward_vmem(shape: CallShape, q_block: int, k_block: int) -> int:
     """Bytes of VMEM: blocks twice (one is computed with, one in flight), scratch and scores."""
     rows, lanes = shape.group * shape.head_dim, q_block
     query, state = rows * lanes * shape.itemsize, rows * lanes * 4
@@ -85,7 +85,7 @@ def tokens_forward_vmem(shape: Shape, q_block: int, k_block: int) -> int:
     return 2 * (query + state + state + keys) + state + scores + lse
 
 
-def tokens_backward_vmem(shape: Shape, q_block: int, k_block: int, q_span: int) -> int:
+def tokens_backward_vmem(shape: CallShape, q_block: int, k_block: int, q_span: int) -> int:
     """As `tokens_forward_vmem`; dq of a whole span stays in VMEM."""
     rows = shape.group * shape.head_dim
     queries = 2 * rows * q_block * shape.itemsize
@@ -97,7 +97,7 @@ def tokens_backward_vmem(shape: Shape, q_block: int, k_block: int, q_span: int) 
     return 2 * (queries + keys + 2 * key_grads) + key_grads + scores + 2 * state + lse
 
 
-def depth_forward_vmem(shape: Shape, block: int, heads: int) -> int:
+def depth_forward_vmem(shape: CallShape, block: int, heads: int) -> int:
     rows = heads * shape.group * shape.head_dim
     query, state = rows * block * shape.itemsize, rows * block * 4
     slots = 2 * heads * shape.head_dim * block * shape.itemsize
@@ -105,7 +105,7 @@ def depth_forward_vmem(shape: Shape, block: int, heads: int) -> int:
     return 2 * (query + slots + state) + state + 2 * vectors + 4 * shape.head_dim * block * 4
 
 
-def depth_backward_vmem(shape: Shape, block: int, heads: int) -> int:
+def depth_backward_vmem(shape: CallShape, block: int, heads: int) -> int:
     """With dq, which may continue another kernel's, and a float32 running gradient cache."""
     rows = heads * shape.group * shape.head_dim
     queries, state = 2 * rows * block * shape.itemsize, rows * block * 4
@@ -114,7 +114,9 @@ def depth_backward_vmem(shape: Shape, block: int, heads: int) -> int:
     return 2 * (queries + slots + state) + state + 2 * vectors + 6 * shape.head_dim * block * 4
 
 
-def choose_tiles(shape: Shape, chunk: int | None = None, *, vmem_bytes: int = VMEM_BYTES) -> Tiles:
+def choose_tiles(
+    shape: CallShape, chunk: int | None = None, *, vmem_bytes: int = VMEM_BYTES
+) -> Tiles:
     """The largest tiles that fit, or those of `override`.
 
     Large token blocks amortise a grid step (about 0.35 us) and the loads of the MXU's weights;
@@ -137,9 +139,10 @@ def choose_tiles(shape: Shape, chunk: int | None = None, *, vmem_bytes: int = VM
         pairs, lambda q, k: tokens_backward_vmem(shape, q, k, min(2 * q, q_all)) <= vmem_bytes
     )
     fitting = [
-        n for n in range(q_block, q_all + q_block, q_block)
+        n
+        for n in range(q_block, q_all + q_block, q_block)
         if tokens_backward_vmem(shape, q_block, k_block, n) <= vmem_bytes
-    ]  # fmt: skip
+    ]
     backward = q_block, k_block, max(fitting, default=q_block)
     heads = [n for n in range(shape.kv_heads, 0, -1) if shape.kv_heads % n == 0]
     depth = [(n, m) for n in (512, 256, 128) if n <= q_all for m in heads]
@@ -163,7 +166,7 @@ def _largest(candidates: list[tuple[int, int]], fits: Any) -> tuple[int, int]:
     return max(fitting, key=lambda pair: pair[0] * pair[1])
 
 
-def check_tiles(shape: Shape, tiles: Tiles, vmem_bytes: int = VMEM_BYTES) -> None:
+def check_tiles(shape: CallShape, tiles: Tiles, vmem_bytes: int = VMEM_BYTES) -> None:
     """Raises ValueError where the kernels could not run with these tiles."""
     need = vmem_need(shape, tiles)
     for kernel, size in need.items():
@@ -179,7 +182,7 @@ def check_tiles(shape: Shape, tiles: Tiles, vmem_bytes: int = VMEM_BYTES) -> Non
             raise ValueError(f"depth heads: expected a divisor of {shape.kv_heads}, got {heads}")
 
 
-def vmem_need(shape: Shape, tiles: Tiles) -> dict[str, int]:
+def vmem_need(shape: CallShape, tiles: Tiles) -> dict[str, int]:
     """Bytes of VMEM by kernel."""
     return {
         "tokens_forward": tokens_forward_vmem(shape, tiles.q_block, tiles.k_block),
@@ -190,8 +193,8 @@ def vmem_need(shape: Shape, tiles: Tiles) -> dict[str, int]:
         "depth_backward": depth_backward_vmem(
             shape, tiles.depth_grad_block, tiles.depth_grad_heads
         ),
-    }  # fmt: skip
+    }
 
 
-def _span_of(shape: Shape, tiles: Tiles) -> int:
+def _span_of(shape: CallShape, tiles: Tiles) -> int:
     return num_blocks(shape.q_len, tiles.q_grad_block) * tiles.q_grad_block

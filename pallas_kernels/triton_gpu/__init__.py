@@ -1,14 +1,9 @@
 """MoDA for NVIDIA GPUs since Ampere, and for AMD's, in Triton, called through jax-triton.
 
-An optional extra: without the packages this one imports, and `refusal` says what to install.
+An optional extra: this package imports without the others, and `unsupported_reason` says what to
+install.
 """
 
-from pallas_kernels.triton_gpu.operator import (
-    add_depth_grads,
-    backward,
-    backward_without_depth_grads,
-    forward,
-    refusal,
-)
+from pallas_kernels.triton_gpu.operator import backward, forward, unsupported_reason
 
-__all__ = ["add_depth_grads", "backward", "backward_without_depth_grads", "forward", "refusal"]
+__all__ = ["backward", "forward", "unsupported_reason"]

@@ -36,7 +36,7 @@ def tile_base(batch, length, first, kv_head, KV_HEADS: tl.constexpr, GROUP: tl.c
 def load_matrix(pointer, offset, mask, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
     """[rows, WIDTH] of rows of HEAD_DIM elements at `offset` (in rows); 0 where masked.
 
-    mask None: every row is there.
+    mask None: all rows exist.
     """
     dim = tl.arange(0, WIDTH)
     where = pointer + offset[:, None] * HEAD_DIM + dim[None, :]
@@ -68,9 +68,15 @@ def load_row_lse(lse, offset, mask):
 
 @triton.jit
 def token_mask(
-    row_token, key_token, row_segment, key_segment, key_len,
-    CAUSAL: tl.constexpr, CHUNK: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-):  # fmt: skip
+    row_token,
+    key_token,
+    row_segment,
+    key_segment,
+    key_len,
+    CAUSAL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+):
     """[rows, keys]: which keys a row's token may look at. CHUNK 0: there are no chunks."""
     mask = (key_token < key_len)[None, :]
     if CAUSAL:
@@ -84,7 +90,7 @@ def token_mask(
 
 @triton.jit
 def load_segments(segments, offset, mask, HAS_SEGMENTS: tl.constexpr):
-    """Of tokens or keys, 0 where masked; without segments something that nobody looks at."""
+    """Of tokens or keys, 0 where masked; without segments an unused value."""
     if HAS_SEGMENTS:
         return tl.load(segments + offset, mask=mask, other=0)
     return offset
@@ -109,7 +115,7 @@ def walk(begin, end, plain_begin, plain_end, met, tile, HAS_SEGMENTS: tl.constex
 
 @triton.jit
 def beyond_gap(i, gap_begin, gap_end):
-    """The i-th number of those that count up from some begin and leave a gap out."""
+    """The block at place i of a range without its gap: i before the gap, later ones shifted."""
     return i + tl.where(i < gap_begin, 0, gap_end - gap_begin)
 
 
@@ -134,9 +140,16 @@ def attend_block(
 
 @triton.jit
 def start_softmax(
-    partial_out, partial_lse, base, rows, mask, HAS_PARTIAL: tl.constexpr,
-    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    partial_out,
+    partial_lse,
+    base,
+    rows,
+    mask,
+    HAS_PARTIAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """The state of an online softmax: empty, or of keys that another kernel has attended to."""
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
@@ -150,9 +163,17 @@ def start_softmax(
 
 @triton.jit
 def finish_softmax(
-    out, lse, base, rows, mask, total, maximum, denominator,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    out,
+    lse,
+    base,
+    rows,
+    mask,
+    total,
+    maximum,
+    denominator,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Writes o and lse; o = 0 and lse = -inf where nothing was seen."""
     seen = denominator > 0
     safe = tl.where(seen, denominator, 1.0)

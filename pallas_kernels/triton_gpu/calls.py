@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.contract import ArrayPair
 from pallas_kernels.operands import Operands, Options, num_kv_heads
 from pallas_kernels.segments import segment_bounds
 from pallas_kernels.triton_gpu import launch, tiles
@@ -17,10 +18,8 @@ from pallas_kernels.triton_gpu.tiles import TileConfig, padded
 MAX_HEAD_DIM = 128
 MAX_GROUP = 64
 
-Pair = tuple[jax.Array, jax.Array]
 
-
-class Rows(NamedTuple):
+class QueryRows(NamedTuple):
     """What a backward knows of the query rows."""
 
     query: jax.Array  # [B, T, N, H]
@@ -30,7 +29,7 @@ class Rows(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class KernelCall:
     """A call, its sizes and the constants that every kernel takes."""
 
     operands: Operands
@@ -58,8 +57,8 @@ class Part:
         return self.operands.query.shape[1]
 
     @property
-    def segments(self) -> Pair:
-        """Of queries and keys; something of the same dtype where there are none."""
+    def segments(self) -> ArrayPair:
+        """Of queries and keys; placeholders where there are none."""
         query, key = self.operands.query_segments, self.operands.key_segments
         nothing = jnp.zeros(1, jnp.int32)
         return (nothing, nothing) if query is None else (query, nothing if key is None else key)
@@ -76,25 +75,30 @@ class Part:
 
     def _met(self, segments: jax.Array, tile: int, others: jax.Array, block: int) -> jax.Array:
         if self.operands.query_segments is None:
-            return _nothing(jnp.int32)
+            return _placeholder(jnp.int32)
         segments = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % tile)))
         return segment_bounds(segments.reshape(self.batch, -1, tile), others, block)
 
     def constants(self) -> dict[str, Any]:
         query = self.operands.query
         return {
-            "Q_LEN": self.q_len, "KV_HEADS": self.kv_heads, "GROUP": self.group,
-            "HEAD_DIM": query.shape[-1], "WIDTH": max(16, padded(query.shape[-1])),
-            "GROUP_PAD": padded(self.group), "SCALE": self.scale,
+            "Q_LEN": self.q_len,
+            "KV_HEADS": self.kv_heads,
+            "GROUP": self.group,
+            "HEAD_DIM": query.shape[-1],
+            "WIDTH": max(16, padded(query.shape[-1])),
+            "GROUP_PAD": padded(self.group),
+            "SCALE": self.scale,
             # Products of float32 in full; 16-bit operands have one way to be multiplied.
             "PRECISION": "ieee" if query.dtype == jnp.float32 else "tf32",
             "HAS_SEGMENTS": self.operands.query_segments is not None,
-        }  # fmt: skip
+        }
 
     def sequence_constants(self) -> dict[str, Any]:
         return self.constants() | {
-            "K_LEN": self.operands.key.shape[1], "CAUSAL": self.options.is_causal,
-        }  # fmt: skip
+            "K_LEN": self.operands.key.shape[1],
+            "CAUSAL": self.options.is_causal,
+        }
 
     def depth_constants(self, bounds: jax.Array) -> dict[str, Any]:
         return self.constants() | {"BATCH": self.batch, "RANGES": bounds.shape[0] // 2}
@@ -102,9 +106,12 @@ class Part:
     def config(self, kernel: str, override: TileConfig | None) -> TileConfig:
         query = self.operands.query
         return override or tiles.choose(
-            kernel, head_dim=query.shape[-1], group=self.group, dtype=query.dtype,
+            kernel,
+            head_dim=query.shape[-1],
+            group=self.group,
+            dtype=query.dtype,
             is_causal=self.options.is_causal,
-        )  # fmt: skip
+        )
 
     def tokens(self, config: TileConfig) -> int:
         """Query tokens of a tile."""
@@ -129,62 +136,77 @@ def _like(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _nothing(dtype: Any) -> jax.Array:
-    """Stands where a kernel has a pointer that it does not follow."""
+def _placeholder(dtype: Any) -> jax.Array:
+    """For a pointer that the kernel does not follow."""
     return jnp.zeros(1, dtype)
 
 
-def sequence_forward(part: Part, partial: Pair | None, config: TileConfig | None = None) -> Pair:
-    """(o, lse) over the sequence and, if given, the keys behind `partial` (float32)."""
+def sequence_forward(
+    part: KernelCall, partial: ArrayPair | None, config: TileConfig | None = None
+) -> ArrayPair:
+    """(o, lse) over the sequence, continuing the softmax `partial` (o, lse; float32) if given."""
     from pallas_kernels.triton_gpu.sequence_forward import sequence_forward_kernel
 
     config = part.config("sequence_forward", config)
     query, key, value = part.operands[:3]
-    before = partial or (_nothing(jnp.float32), _nothing(jnp.float32))
+    before = partial or (_placeholder(jnp.float32), _placeholder(jnp.float32))
     out, lse = launch.call(
         sequence_forward_kernel,
         [query, key, value, *part.segments, part.met_by_queries(config), *before],
-        part.out_shapes(query.dtype), part.row_grid(config), config,
-        **part.sequence_constants(), HAS_PARTIAL=partial is not None,
-        BLOCK_T=part.tokens(config), BLOCK_N=config.keys,
-    )  # fmt: skip
+        part.out_shapes(query.dtype),
+        part.row_grid(config),
+        config,
+        **part.sequence_constants(),
+        HAS_PARTIAL=partial is not None,
+        BLOCK_T=part.tokens(config),
+        BLOCK_N=config.keys,
+    )
     return out, lse
 
 
 def depth_forward(
-    part: Part, bounds: jax.Array, out_dtype: Any, config: TileConfig | None = None
-) -> Pair:
+    part: KernelCall, bounds: jax.Array, out_dtype: Any, config: TileConfig | None = None
+) -> ArrayPair:
     """(o, lse) over the visible slots of every query's own token."""
     from pallas_kernels.triton_gpu.depth_forward import depth_forward_kernel
 
     config = part.config("depth_forward", config)
     query, _, _, depth_key, depth_value = part.operands[:5]
     out, lse = launch.call(
-        depth_forward_kernel, [query, depth_key, depth_value, bounds, part.segments[0]],
-        part.out_shapes(out_dtype), part.slot_grid(config), config,
-        **part.depth_constants(bounds), **part.slot_blocks(config),
-    )  # fmt: skip
+        depth_forward_kernel,
+        [query, depth_key, depth_value, bounds, part.segments[0]],
+        part.out_shapes(out_dtype),
+        part.slot_grid(config),
+        config,
+        **part.depth_constants(bounds),
+        **part.slot_blocks(config),
+    )
     return out, lse
 
 
 def chunk_forward(
-    part: Part, bounds: jax.Array, out_dtype: Any, config: TileConfig | None = None
-) -> Pair:
+    part: KernelCall, bounds: jax.Array, out_dtype: Any, config: TileConfig | None = None
+) -> ArrayPair:
     """(o, lse) over the visible slots of the tokens of every query's chunk."""
     from pallas_kernels.triton_gpu.chunk_forward import chunk_forward_kernel
 
     config = part.config("chunk_forward", config)
     query, _, _, depth_key, depth_value = part.operands[:5]
     out, lse = launch.call(
-        chunk_forward_kernel, [query, depth_key, depth_value, bounds, part.segments[0]],
-        part.out_shapes(out_dtype), part.row_grid(config), config,
-        **part.depth_constants(bounds), CHUNK=part.options.depth_chunk,
-        BLOCK_T=part.tokens(config), BLOCK_N=config.keys,
-    )  # fmt: skip
+        chunk_forward_kernel,
+        [query, depth_key, depth_value, bounds, part.segments[0]],
+        part.out_shapes(out_dtype),
+        part.row_grid(config),
+        config,
+        **part.depth_constants(bounds),
+        CHUNK=part.options.depth_chunk,
+        BLOCK_T=part.tokens(config),
+        BLOCK_N=config.keys,
+    )
     return out, lse
 
 
-def sequence_dkv(part: Part, rows: Rows, config: TileConfig | None = None) -> Pair:
+def sequence_dkv(part: KernelCall, rows: QueryRows, config: TileConfig | None = None) -> ArrayPair:
     """(dk, dv) of the sequence."""
     from pallas_kernels.triton_gpu.sequence_backward import sequence_dkv_kernel
 
@@ -194,112 +216,140 @@ def sequence_dkv(part: Part, rows: Rows, config: TileConfig | None = None) -> Pa
         sequence_dkv_kernel,
         [rows.query, key, value, *rows[1:], *part.segments, part.met_by_keys(config)],
         [_like(key.shape, key.dtype), _like(value.shape, value.dtype)],
-        (-(-key.shape[1] // config.keys), part.kv_heads, part.batch), config,
-        **part.sequence_constants(), BLOCK_T=part.tokens(config), BLOCK_N=config.keys,
-    )  # fmt: skip
+        (-(-key.shape[1] // config.keys), part.kv_heads, part.batch),
+        config,
+        **part.sequence_constants(),
+        BLOCK_T=part.tokens(config),
+        BLOCK_N=config.keys,
+    )
     return d_key, d_value
 
 
 def sequence_dq(
-    part: Part, rows: Rows, partial_dq: jax.Array | None, config: TileConfig | None = None
+    part: KernelCall,
+    rows: QueryRows,
+    partial_dq: jax.Array | None,
+    config: TileConfig | None = None,
 ) -> jax.Array:
     """dq of the sequence, with `partial_dq` (float32) added, in the query's dtype."""
     from pallas_kernels.triton_gpu.sequence_backward import sequence_dq_kernel
 
     config = part.config("sequence_dq", config)
     key, value = part.operands.key, part.operands.value
-    before = _nothing(jnp.float32) if partial_dq is None else partial_dq
+    before = _placeholder(jnp.float32) if partial_dq is None else partial_dq
     (d_query,) = launch.call(
         sequence_dq_kernel,
         [rows.query, key, value, *rows[1:], *part.segments, part.met_by_queries(config), before],
-        [_like(rows.query.shape, rows.query.dtype)], part.row_grid(config), config,
-        **part.sequence_constants(), HAS_PARTIAL=partial_dq is not None,
-        BLOCK_T=part.tokens(config), BLOCK_N=config.keys,
-    )  # fmt: skip
+        [_like(rows.query.shape, rows.query.dtype)],
+        part.row_grid(config),
+        config,
+        **part.sequence_constants(),
+        HAS_PARTIAL=partial_dq is not None,
+        BLOCK_T=part.tokens(config),
+        BLOCK_N=config.keys,
+    )
     return d_query
 
 
 def depth_backward(
-    part: Part,
-    rows: Rows,
+    part: KernelCall,
+    rows: QueryRows,
     bounds: jax.Array,
     dq_dtype: Any,
-    depth_grads: Pair | None,
+    depth_grads: ArrayPair | None,
     *,
     want_depth: bool,
     config: TileConfig | None = None,
-) -> tuple[jax.Array | None, Pair | None]:
-    """(dq in `dq_dtype`, or None without one; the slots' gradients, in `depth_grads` if given)."""
+) -> tuple[jax.Array, ArrayPair | None]:
+    """(dq in `dq_dtype`; the slots' gradients, in `depth_grads` if given)."""
     from pallas_kernels.triton_gpu.depth_backward import depth_backward_kernel
 
     config = part.config("depth_backward", config)
     depth_key, depth_value = part.operands.depth_key, part.operands.depth_value
-    dq = _like(rows.query.shape, dq_dtype) if dq_dtype is not None else _like((1,), jnp.float32)
+    dq = _like(rows.query.shape, dq_dtype)
     old, new, aliases = _running(part, depth_grads, want_depth, first_input=8, first_output=1)
     static = part.operands.depth_length is None and part.options.depth_window is None
     d_query, *d_depth = launch.call(
         depth_backward_kernel,
-        [*rows, depth_key, depth_value, bounds, part.segments[0], *old], [dq, *new],
-        part.slot_grid(config), config, aliases=aliases, **part.depth_constants(bounds),
-        SLOTS=depth_key.shape[0], ALL_SLOTS=static, WANT_QUERY=dq_dtype is not None,
-        WANT_DEPTH=want_depth, ADD=bool(aliases), **part.slot_blocks(config),
-    )  # fmt: skip
-    return (
-        d_query if dq_dtype is not None else None,
-        (d_depth[0], d_depth[1]) if want_depth else None,
+        [*rows, depth_key, depth_value, bounds, part.segments[0], *old],
+        [dq, *new],
+        part.slot_grid(config),
+        config,
+        aliases=aliases,
+        **part.depth_constants(bounds),
+        SLOTS=depth_key.shape[0],
+        ALL_SLOTS=static,
+        WANT_DEPTH=want_depth,
+        ADD=bool(aliases),
+        **part.slot_blocks(config),
     )
+    return d_query, (d_depth[0], d_depth[1]) if want_depth else None
 
 
 def _running(
-    part: Part, depth_grads: Pair | None, want_depth: bool, *, first_input: int, first_output: int
+    part: KernelCall,
+    depth_grads: ArrayPair | None,
+    want_depth: bool,
+    *,
+    first_input: int,
+    first_output: int,
 ) -> tuple[list[jax.Array], list[jax.ShapeDtypeStruct], dict[int, int]]:
     """Inputs, outputs and aliases for the slots' gradients."""
     slots = part.operands.depth_key
     if not want_depth:
-        return [_nothing(slots.dtype)] * 2, [_like((1,), slots.dtype)] * 2, {}
+        return [_placeholder(slots.dtype)] * 2, [_like((1,), slots.dtype)] * 2, {}
     if depth_grads is None:
-        return [_nothing(slots.dtype)] * 2, [_like(slots.shape, slots.dtype)] * 2, {}
+        return [_placeholder(slots.dtype)] * 2, [_like(slots.shape, slots.dtype)] * 2, {}
     aliases = {first_input + i: first_output + i for i in range(2)}
     return list(depth_grads), [_like(x.shape, x.dtype) for x in depth_grads], aliases
 
 
 def chunk_backward(
-    part: Part,
-    rows: Rows,
+    part: KernelCall,
+    rows: QueryRows,
     bounds: jax.Array,
     dq_dtype: Any,
-    depth_grads: Pair | None,
+    depth_grads: ArrayPair | None,
     *,
     want_depth: bool,
-) -> tuple[jax.Array, Pair | None]:
+) -> tuple[jax.Array, ArrayPair | None]:
     """As `depth_backward`, for chunk-visible slots."""
     d_query = chunk_dq(part, rows, bounds, dq_dtype)
     return d_query, chunk_dkv(part, rows, bounds, depth_grads) if want_depth else None
 
 
 def chunk_dq(
-    part: Part, rows: Rows, bounds: jax.Array, dq_dtype: Any, config: TileConfig | None = None
+    part: KernelCall,
+    rows: QueryRows,
+    bounds: jax.Array,
+    dq_dtype: Any,
+    config: TileConfig | None = None,
 ) -> jax.Array:
     from pallas_kernels.triton_gpu.chunk_backward import chunk_dq_kernel
 
     config = part.config("chunk_dq", config)
     depth_key, depth_value = part.operands.depth_key, part.operands.depth_value
     (d_query,) = launch.call(
-        chunk_dq_kernel, [*rows, depth_key, depth_value, bounds, part.segments[0]],
-        [_like(rows.query.shape, dq_dtype)], part.row_grid(config), config,
-        **part.depth_constants(bounds), CHUNK=part.options.depth_chunk,
-        BLOCK_T=part.tokens(config), BLOCK_N=config.keys,
-    )  # fmt: skip
+        chunk_dq_kernel,
+        [*rows, depth_key, depth_value, bounds, part.segments[0]],
+        [_like(rows.query.shape, dq_dtype)],
+        part.row_grid(config),
+        config,
+        **part.depth_constants(bounds),
+        CHUNK=part.options.depth_chunk,
+        BLOCK_T=part.tokens(config),
+        BLOCK_N=config.keys,
+    )
     return d_query
 
 
 def chunk_dkv(
-    part: Part,
-    rows: Rows,
+    part: KernelCall,
+    rows: QueryRows,
     bounds: jax.Array,
-    depth_grads: Pair | None,
+    depth_grads: ArrayPair | None,
     config: TileConfig | None = None,
-) -> Pair:
+) -> ArrayPair:
     from pallas_kernels.triton_gpu.chunk_backward import chunk_dkv_kernel
 
     config = part.config("chunk_dkv", config)
@@ -307,9 +357,17 @@ def chunk_dkv(
     slots, batch, length, kv_heads, _ = depth_key.shape
     old, new, aliases = _running(part, depth_grads, True, first_input=8, first_output=0)
     d_key, d_value = launch.call(
-        chunk_dkv_kernel, [*rows, depth_key, depth_value, bounds, part.segments[0], *old], new,
-        (-(-length // config.keys) * slots, kv_heads, batch), config, aliases=aliases,
-        **part.depth_constants(bounds), SLOTS=slots, CHUNK=part.options.depth_chunk,
-        ADD=bool(aliases), BLOCK_T=part.tokens(config), BLOCK_N=config.keys,
-    )  # fmt: skip
+        chunk_dkv_kernel,
+        [*rows, depth_key, depth_value, bounds, part.segments[0], *old],
+        new,
+        (-(-length // config.keys) * slots, kv_heads, batch),
+        config,
+        aliases=aliases,
+        **part.depth_constants(bounds),
+        SLOTS=slots,
+        CHUNK=part.options.depth_chunk,
+        ADD=bool(aliases),
+        BLOCK_T=part.tokens(config),
+        BLOCK_N=config.keys,
+    )
     return d_key, d_value

@@ -18,14 +18,35 @@ from pallas_kernels.triton_gpu.sequence_backward import dkv_span, dq_span
 
 @triton.jit
 def chunk_dkv_kernel(
-    query, d_out, lse, delta, depth_key, depth_value, bounds, query_segments, old_dk, old_dv,
-    d_depth_key, d_depth_value,
-    Q_LEN: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr, KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP_PAD: tl.constexpr,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    RANGES: tl.constexpr, CHUNK: tl.constexpr, ADD: tl.constexpr, BLOCK_T: tl.constexpr,
+    query,
+    d_out,
+    lse,
+    delta,
+    depth_key,
+    depth_value,
+    bounds,
+    query_segments,
+    old_dk,
+    old_dv,
+    d_depth_key,
+    d_depth_value,
+    Q_LEN: tl.constexpr,
+    BATCH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    RANGES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """Program (slot and key block, key/value head, batch); see `depth_backward_kernel`."""
     slot, block = tl.program_id(0) % SLOTS, tl.program_id(0) // SLOTS
     kv_head, batch = tl.program_id(1), tl.program_id(2)
@@ -47,15 +68,37 @@ def chunk_dkv_kernel(
         dv = tl.zeros([BLOCK_N, WIDTH], tl.float32)
         end = ((first + BLOCK_N - 1) // CHUNK + 1) * CHUNK
         dk, dv = dkv_span(
-            dk, dv, keys, values, token, key_segment, query + base * HEAD_DIM,
-            d_out + base * HEAD_DIM, lse + base, delta + base, segments,
-            first // BLOCK_T, tl.cdiv(tl.minimum(end, Q_LEN), BLOCK_T), 0, 0, Q_LEN, Q_LEN, SCALE,
-            PRECISION, True, CHUNK, HAS_SEGMENTS, True, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, WIDTH,
+            dk,
+            dv,
+            keys,
+            values,
+            token,
+            key_segment,
+            query + base * HEAD_DIM,
+            d_out + base * HEAD_DIM,
+            lse + base,
+            delta + base,
+            segments,
+            first // BLOCK_T,
+            tl.cdiv(tl.minimum(end, Q_LEN), BLOCK_T),
+            0,
+            0,
+            Q_LEN,
+            Q_LEN,
+            SCALE,
+            PRECISION,
+            True,
+            CHUNK,
+            HAS_SEGMENTS,
+            True,
+            KV_HEADS,
+            GROUP,
+            GROUP_PAD,
+            HEAD_DIM,
+            WIDTH,
             BLOCK_T,
-        )  # fmt: skip
-        store_gradient(
-            old_dk, d_depth_key, columns, dk * SCALE, inside, ADD, HEAD_DIM, WIDTH
-        )  # fmt: skip
+        )
+        store_gradient(old_dk, d_depth_key, columns, dk * SCALE, inside, ADD, HEAD_DIM, WIDTH)
         store_gradient(old_dv, d_depth_value, columns, dv, inside, ADD, HEAD_DIM, WIDTH)
     elif not ADD:
         zeros = tl.zeros([BLOCK_N, WIDTH], tl.float32)
@@ -65,13 +108,30 @@ def chunk_dkv_kernel(
 
 @triton.jit
 def chunk_dq_kernel(
-    query, d_out, lse, delta, depth_key, depth_value, bounds, query_segments,
+    query,
+    d_out,
+    lse,
+    delta,
+    depth_key,
+    depth_value,
+    bounds,
+    query_segments,
     d_query,
-    Q_LEN: tl.constexpr, BATCH: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP_PAD: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_SEGMENTS: tl.constexpr, RANGES: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    Q_LEN: tl.constexpr,
+    BATCH: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    RANGES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Program (tile, key/value head, batch); see `chunk_forward_kernel`."""
     tile, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = tile * BLOCK_T
@@ -94,8 +154,30 @@ def chunk_dq_kernel(
         for slot in range(start, stop):
             offset = key_base + tl.cast(slot, tl.int64) * (BATCH * Q_LEN * KV_HEADS * HEAD_DIM)
             dq = dq_span(
-                dq, queries, d_outs, row_lse, row_delta, first + row_t, segment,
-                depth_key + offset, depth_value + offset, segments, begin, end, 0, 0, Q_LEN, SCALE,
-                PRECISION, True, CHUNK, HAS_SEGMENTS, True, KV_HEADS, HEAD_DIM, WIDTH, BLOCK_N,
-            )  # fmt: skip
+                dq,
+                queries,
+                d_outs,
+                row_lse,
+                row_delta,
+                first + row_t,
+                segment,
+                depth_key + offset,
+                depth_value + offset,
+                segments,
+                begin,
+                end,
+                0,
+                0,
+                Q_LEN,
+                SCALE,
+                PRECISION,
+                True,
+                CHUNK,
+                HAS_SEGMENTS,
+                True,
+                KV_HEADS,
+                HEAD_DIM,
+                WIDTH,
+                BLOCK_N,
+            )
     store_matrix(d_query + base * HEAD_DIM, rows, dq * SCALE, inside, HEAD_DIM, WIDTH)

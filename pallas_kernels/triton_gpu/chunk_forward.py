@@ -17,13 +17,28 @@ from pallas_kernels.triton_gpu.sequence_forward import attend_span
 
 @triton.jit
 def chunk_forward_kernel(
-    query, depth_key, depth_value, bounds, query_segments,
-    out, lse,
-    Q_LEN: tl.constexpr, BATCH: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP_PAD: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_SEGMENTS: tl.constexpr, RANGES: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    query,
+    depth_key,
+    depth_value,
+    bounds,
+    query_segments,
+    out,
+    lse,
+    Q_LEN: tl.constexpr,
+    BATCH: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    RANGES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Program (tile, key/value head, batch): slot after slot, the tokens of the tile's chunks."""
     tile, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = tile * BLOCK_T
@@ -45,10 +60,29 @@ def chunk_forward_kernel(
         for slot in range(start, stop):
             offset = key_base + tl.cast(slot, tl.int64) * (BATCH * Q_LEN * KV_HEADS * HEAD_DIM)
             total, maximum, denominator = attend_span(
-                total, maximum, denominator, queries, first + row_t, segment, depth_key + offset,
-                depth_value + offset, segments, begin, end, 0, 0, Q_LEN, SCALE, PRECISION, True,
-                CHUNK, HAS_SEGMENTS, True, KV_HEADS, HEAD_DIM, WIDTH, BLOCK_N,
-            )  # fmt: skip
-    finish_softmax(
-        out, lse, base, rows, inside, total, maximum, denominator, HEAD_DIM, WIDTH
-    )  # fmt: skip
+                total,
+                maximum,
+                denominator,
+                queries,
+                first + row_t,
+                segment,
+                depth_key + offset,
+                depth_value + offset,
+                segments,
+                begin,
+                end,
+                0,
+                0,
+                Q_LEN,
+                SCALE,
+                PRECISION,
+                True,
+                CHUNK,
+                HAS_SEGMENTS,
+                True,
+                KV_HEADS,
+                HEAD_DIM,
+                WIDTH,
+                BLOCK_N,
+            )
+    finish_softmax(out, lse, base, rows, inside, total, maximum, denominator, HEAD_DIM, WIDTH)

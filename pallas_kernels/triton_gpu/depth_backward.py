@@ -28,11 +28,20 @@ def store_gradient(
 
 @triton.jit
 def zero_slots(
-    d_key, d_value, start, stop, first, LENGTH: tl.constexpr, BATCH: tl.constexpr,
-    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
+    d_key,
+    d_value,
+    start,
+    stop,
+    first,
+    LENGTH: tl.constexpr,
+    BATCH: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """The gradients of slots that nobody sees."""
+):
+    """Writes the gradients of invisible slots."""
     zeros = tl.zeros([BLOCK_T * BLOCK_S, WIDTH], tl.float32)
     for slot in range(start, stop, BLOCK_S):
         offset, _, there = slot_columns(
@@ -44,18 +53,41 @@ def zero_slots(
 
 @triton.jit
 def depth_backward_kernel(
-    query, d_out, lse, delta, depth_key, depth_value, bounds, query_segments, old_dk, old_dv,
-    d_query, d_depth_key, d_depth_value,
-    Q_LEN: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr, KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP_PAD: tl.constexpr,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    RANGES: tl.constexpr, ALL_SLOTS: tl.constexpr, WANT_QUERY: tl.constexpr,
-    WANT_DEPTH: tl.constexpr, ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    query,
+    d_out,
+    lse,
+    delta,
+    depth_key,
+    depth_value,
+    bounds,
+    query_segments,
+    old_dk,
+    old_dv,
+    d_query,
+    d_depth_key,
+    d_depth_value,
+    Q_LEN: tl.constexpr,
+    BATCH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    RANGES: tl.constexpr,
+    ALL_SLOTS: tl.constexpr,
+    WANT_DEPTH: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """Program (tile and key/value head, batch): reads each slot once, writes each gradient once.
 
-    ADD: the gradients are added to `old_dk` and `old_dv`, which the outputs alias; else slots that
-    nobody sees get zeros, unless ALL_SLOTS are seen. Missing outputs are not written.
+    ADD: the gradients are added to `old_dk` and `old_dv`, which the outputs alias; else
+    invisible slots get zeros, unless ALL_SLOTS are visible. Without WANT_DEPTH neither is written.
     """
     kv_head, tile = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
     batch = tl.program_id(1)
@@ -91,25 +123,43 @@ def depth_backward_kernel(
             weights = tl.where(mask, weights, 0.0)
             d_weights = tl.dot(d_outs, tl.trans(values), input_precision=PRECISION)
             d_scores = (weights * (d_weights - row_delta[:, None]) * SCALE).to(keys.dtype)
-            if WANT_QUERY:
-                dq = tl.dot(d_scores, keys, dq, input_precision=PRECISION)
+            dq = tl.dot(d_scores, keys, dq, input_precision=PRECISION)
             if WANT_DEPTH:
                 dk = tl.dot(tl.trans(d_scores), queries, input_precision=PRECISION)
                 store_gradient(old_dk, new_dk, offset, dk, there, ADD, HEAD_DIM, WIDTH)
                 weights = weights.to(d_outs.dtype)
                 dv = tl.dot(tl.trans(weights), d_outs, input_precision=PRECISION)
                 store_gradient(old_dv, new_dv, offset, dv, there, ADD, HEAD_DIM, WIDTH)
-    if WANT_QUERY:
-        store_matrix(d_query + base * HEAD_DIM, rows, dq, inside, HEAD_DIM, WIDTH)
+    store_matrix(d_query + base * HEAD_DIM, rows, dq, inside, HEAD_DIM, WIDTH)
     if WANT_DEPTH and not ADD and not ALL_SLOTS:
         begin = 0
         for i in tl.static_range(RANGES):
             zero_slots(
-                new_dk, new_dv, begin, tl.load(bounds + 2 * i), first, Q_LEN, BATCH, KV_HEADS,
-                HEAD_DIM, WIDTH, BLOCK_T, BLOCK_S,
-            )  # fmt: skip
+                new_dk,
+                new_dv,
+                begin,
+                tl.load(bounds + 2 * i),
+                first,
+                Q_LEN,
+                BATCH,
+                KV_HEADS,
+                HEAD_DIM,
+                WIDTH,
+                BLOCK_T,
+                BLOCK_S,
+            )
             begin = tl.load(bounds + 2 * i + 1)
         zero_slots(
-            new_dk, new_dv, begin, SLOTS, first, Q_LEN, BATCH, KV_HEADS, HEAD_DIM, WIDTH, BLOCK_T,
+            new_dk,
+            new_dv,
+            begin,
+            SLOTS,
+            first,
+            Q_LEN,
+            BATCH,
+            KV_HEADS,
+            HEAD_DIM,
+            WIDTH,
+            BLOCK_T,
             BLOCK_S,
-        )  # fmt: skip
+        )

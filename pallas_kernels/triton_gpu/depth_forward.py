@@ -17,9 +17,15 @@ from pallas_kernels.triton_gpu.blocks import (
 
 @triton.jit
 def slot_columns(
-    slot, stop, first, LENGTH: tl.constexpr, BATCH: tl.constexpr, KV_HEADS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    slot,
+    stop,
+    first,
+    LENGTH: tl.constexpr,
+    BATCH: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """BLOCK_S slots times the tile's tokens: offset in rows, token within the tile, mask.
 
     The offset starts at a batch's token `first` of slot 0.
@@ -33,13 +39,27 @@ def slot_columns(
 
 @triton.jit
 def depth_forward_kernel(
-    query, depth_key, depth_value, bounds, query_segments,
-    out, lse,
-    Q_LEN: tl.constexpr, BATCH: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP_PAD: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_SEGMENTS: tl.constexpr, RANGES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    query,
+    depth_key,
+    depth_value,
+    bounds,
+    query_segments,
+    out,
+    lse,
+    Q_LEN: tl.constexpr,
+    BATCH: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    RANGES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """Program (tile and key/value head, batch): neighbours read neighbouring memory.
 
     A dense product of the tile's rows with its (slot, token) columns, of which a row sees those of
@@ -76,6 +96,4 @@ def depth_forward_kernel(
             total, maximum, denominator = attend_block(
                 total, maximum, denominator, scores, values, mask, SCALE, PRECISION
             )
-    finish_softmax(
-        out, lse, base, rows, inside, total, maximum, denominator, HEAD_DIM, WIDTH
-    )  # fmt: skip
+    finish_softmax(out, lse, base, rows, inside, total, maximum, denominator, HEAD_DIM, WIDTH)

@@ -27,7 +27,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def refusal(platform: str) -> str | None:
+def unsupported_reason(platform: str) -> str | None:
     """Why no kernel can run on a platform; None if one can."""
     if platform == "tpu":
         return "Triton kernels need a GPU"
@@ -37,7 +37,7 @@ def refusal(platform: str) -> str | None:
         return "TRITON_INTERPRET is set: the kernels are for the interpreter, on the CPU"
     needed: tuple[str, ...] = ("triton",) if platform == "cpu" else ("triton", "jax-triton", "jax")
     for package in needed:
-        if reason := _version_refusal(package):
+        if reason := _version_unsupported_reason(package):
             return reason
     if platform == "gpu" and re.fullmatch(r"sm_[1-7]\d", tiles.architecture()):
         return f"needs compute capability 8.0 or later, this GPU is {tiles.architecture()}"
@@ -45,7 +45,7 @@ def refusal(platform: str) -> str | None:
 
 
 @functools.cache
-def _version_refusal(package: str) -> str | None:
+def _version_unsupported_reason(package: str) -> str | None:
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -84,19 +84,26 @@ def call(
       constants: the kernel's `tl.constexpr` arguments.
     """
     if platforms.current() == "cpu":
-        host = functools.partial(_interpret, kernel, tuple(outputs), grid, dict(aliases or {}),
-                                 constants)  # fmt: skip
+        host = functools.partial(
+            _interpret, kernel, tuple(outputs), grid, dict(aliases or {}), constants
+        )
         return list(jax.pure_callback(host, tuple(outputs), *inputs, vmap_method="sequential"))
     import jax_triton
 
     name = tiles.architecture()
     results = jax_triton.triton_call(
-        *inputs, kernel=kernel, out_shape=list(outputs), grid=grid, num_warps=config.num_warps,
-        num_stages=config.num_stages, input_output_aliases=dict(aliases or {}),
-        compute_capability=int(name[3:]) if name.startswith("sm_") else None, **constants,
-    )  # fmt: skip
-    # Where a result goes straight into a stacked array (a scan that keeps lse), XLA would fuse a
-    # second copy of the kernel with the update, and run both.
+        *inputs,
+        kernel=kernel,
+        out_shape=list(outputs),
+        grid=grid,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        input_output_aliases=dict(aliases or {}),
+        compute_capability=int(name[3:]) if name.startswith("sm_") else None,
+        **constants,
+    )
+    # Without the barrier, where a result goes straight into a stacked array (a scan that keeps
+    # lse), XLA fuses a second copy of the kernel with the update and runs both.
     return list(jax.lax.optimization_barrier(results))
 
 
@@ -136,10 +143,12 @@ class _HostArray:
 
 
 def _interpret(kernel: Any, outputs: Any, grid: Any, aliases: Any, constants: Any, *inputs: Any):
-    """The kernel's programs one after another; memory that it does not write is garbage."""
+    """Runs the kernel's programs one after another; uninitialized results are NaN."""
     arrays = [np.array(x) for x in inputs]
-    results = [np.frombuffer(b"\xff" * (x.size * x.dtype.itemsize), x.dtype).reshape(x.shape).copy()
-               for x in outputs]  # fmt: skip
+    results = [
+        np.frombuffer(b"\xff" * (x.size * x.dtype.itemsize), x.dtype).reshape(x.shape).copy()
+        for x in outputs
+    ]
     for source, target in aliases.items():
         results[target] = arrays[source]
     with np.errstate(all="ignore"):

@@ -11,22 +11,20 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.operands import (
-    DepthReaders,
     Gradients,
     Operands,
     Options,
-    layers_as_heads,
     num_kv_heads,
     row_delta,
     visible_slots,
 )
 from pallas_kernels.triton_gpu import calls, launch
-from pallas_kernels.triton_gpu.calls import MAX_GROUP, MAX_HEAD_DIM, Part, Rows
+from pallas_kernels.triton_gpu.calls import MAX_GROUP, MAX_HEAD_DIM, KernelCall, QueryRows
 
 
-def refusal(operands: Operands, options: Options, platform: str) -> str | None:
-    """Why this backend cannot do a call; None if it can."""
-    if reason := launch.refusal(platform):
+def unsupported_reason(operands: Operands, options: Options, platform: str) -> str | None:
+    """See `contract.UnsupportedReason`."""
+    if reason := launch.unsupported_reason(platform):
         return reason
     dtype = operands.query.dtype
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -60,13 +58,13 @@ def _positive_scale(operands: Operands, options: Options) -> tuple[Operands, flo
 
 
 def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
-    """o [B, Tq, N, H] in the query's dtype, lse [B, Tq, N] float32. See `reference.forward`."""
+    """See `contract.Forward`."""
     return _one_by_one(functools.partial(_forward, options))(operands)
 
 
 def _forward(options: Options, operands: Operands) -> tuple[jax.Array, jax.Array]:
     operands, scale, _ = _positive_scale(operands, options)
-    part = Part(operands, options, scale)
+    part = KernelCall(operands, options, scale)
     if not part.has_depth:
         return calls.sequence_forward(part, None)
     depth = calls.chunk_forward if options.depth_chunk is not None else calls.depth_forward
@@ -83,30 +81,20 @@ def backward(
     d_out: jax.Array,
     d_lse: jax.Array | None,
     depth_grads: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    depth: bool = True,
 ) -> Gradients:
-    """Gradients of the differentiable operands; see `pallas_kernels` for `depth_grads`."""
-    call = functools.partial(_backward, options, want_depth=True)
+    """See `contract.Backward`."""
+    assert depth or depth_grads is None
+    call = functools.partial(_backward, options, want_depth=depth)
     return _one_by_one(call)(operands, out, lse, d_out, d_lse, depth_grads)
-
-
-def backward_without_depth_grads(
-    operands: Operands,
-    options: Options,
-    out: jax.Array,
-    lse: jax.Array,
-    d_out: jax.Array,
-    d_lse: jax.Array | None,
-) -> Gradients:
-    """As `backward`, but the gradients of the slots are neither computed nor written: None."""
-    call = functools.partial(_backward, options, want_depth=False)
-    return _one_by_one(call)(operands, out, lse, d_out, d_lse, None)
 
 
 def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_depth) -> Gradients:
     delta = row_delta(out, lse, d_out, d_lse)
     operands, scale, sign = _positive_scale(operands, options)
-    part = Part(operands, options, scale)
-    rows = Rows(operands.query, d_out.astype(operands.query.dtype), lse, delta)
+    part = KernelCall(operands, options, scale)
+    rows = QueryRows(operands.query, d_out.astype(operands.query.dtype), lse, delta)
     partial_dq, d_depth = None, depth_grads
     if part.has_depth:
         depth = calls.chunk_backward if options.depth_chunk is not None else calls.depth_backward
@@ -116,7 +104,7 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
             part, rows, _bounds(operands, options), dq_dtype, depth_grads, want_depth=want_depth
         )
     elif operands.depth_key is not None and depth_grads is None:
-        d_depth = operands.depth_key, operands.depth_value  # no slots: nothing in them
+        d_depth = operands.depth_key, operands.depth_value  # no slots: empty arrays
     d_query, d_key, d_value = partial_dq, None, None
     if operands.key is not None:
         d_key, d_value = calls.sequence_dkv(part, rows)
@@ -126,37 +114,6 @@ def _backward(options, operands, out, lse, d_out, d_lse, depth_grads, *, want_de
     if sign != 1:
         d_query = d_query * sign
     return Gradients(d_query, d_key, d_value, *(d_depth if want_depth and d_depth else (None,) * 2))
-
-
-def add_depth_grads(
-    readers: DepthReaders,
-    depth_key: jax.Array,
-    depth_value: jax.Array,
-    depth_grads: tuple[jax.Array, jax.Array],
-    first: Any,
-    stop: Any,
-    *,
-    scale: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Adds what R layers owe to the slots first ... stop - 1. See `xla.add_depth_grads`.
-
-    To the depth kernel, the layers' queries are query heads: a token's slots meet R·G of them, as
-    many layers at a time as a tile of MAX_GROUP rows holds.
-    """
-    kv_heads = depth_key.shape[-2]
-    layers, heads = readers.query.shape[0], readers.query.shape[3]
-    together = max(1, MAX_GROUP // (heads // kv_heads))
-    bounds = jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, stop)])
-    for start in range(0, layers, together):
-        some = (x[start : start + together] for x in readers)
-        rows = Rows(*(layers_as_heads(x, kv_heads) for x in some))
-        operands = Operands(rows.query, None, None, depth_key, depth_value)
-        operands, positive, _ = _positive_scale(operands, Options(scale))
-        part = Part(operands, Options(positive), positive)
-        _, depth_grads = calls.depth_backward(
-            part, rows._replace(query=operands.query), bounds, None, depth_grads, want_depth=True
-        )
-    return depth_grads
 
 
 def _bounds(operands: Operands, options: Options) -> jax.Array:

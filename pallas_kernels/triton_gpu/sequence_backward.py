@@ -23,15 +23,38 @@ from pallas_kernels.triton_gpu.blocks import (
 
 @triton.jit
 def dkv_span(
-    d_key, d_value, keys, values, key_token, key_segment, query, d_out, lse, delta,
-    query_segments, begin, end, gap_begin, gap_end, length, key_len,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, MASKED: tl.constexpr, KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    d_key,
+    d_value,
+    keys,
+    values,
+    key_token,
+    key_segment,
+    query,
+    d_out,
+    lse,
+    delta,
+    query_segments,
+    begin,
+    end,
+    gap_begin,
+    gap_end,
+    length,
+    key_len,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    MASKED: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """Adds what the query tiles begin ... end - 1, without those of the gap, owe to some keys;
-    every row of unMASKED tiles sees all of these.
+):
+    """Adds what the query tiles begin ... end - 1, without those of the gap, contribute to a block
+    of keys. Without MASKED, every row of the tiles sees all of these keys.
 
     `query`, `d_out`, `lse`, `delta` and `query_segments` point at token 0 of a batch's group. Rows
     that do not exist have lse = +inf, so all their weights are 0.
@@ -51,9 +74,8 @@ def dkv_span(
         if MASKED:
             segment = load_segments(query_segments, first + row_t, inside, HAS_SEGMENTS)
             mask = token_mask(
-                first + row_t, key_token, segment, key_segment, key_len, CAUSAL, CHUNK,
-                HAS_SEGMENTS,
-            )  # fmt: skip
+                first + row_t, key_token, segment, key_segment, key_len, CAUSAL, CHUNK, HAS_SEGMENTS
+            )
             weights = tl.where(tl.trans(mask), weights, 0.0)
         d_outs = load_matrix(d_out + base * HEAD_DIM, rows, inside, HEAD_DIM, WIDTH)
         d_value = tl.dot(weights.to(d_outs.dtype), d_outs, d_value, input_precision=PRECISION)
@@ -66,12 +88,32 @@ def dkv_span(
 
 @triton.jit
 def dq_span(
-    d_query, query, d_out, row_lse, row_delta, row_token, row_segment, key, value, key_segments,
-    begin, end, gap_begin, gap_end, key_len,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, MASKED: tl.constexpr, KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    d_query,
+    query,
+    d_out,
+    row_lse,
+    row_delta,
+    row_token,
+    row_segment,
+    key,
+    value,
+    key_segments,
+    begin,
+    end,
+    gap_begin,
+    gap_end,
+    key_len,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    MASKED: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Adds dq / scale of some key blocks to a tile; see `attend_span`."""
     column = tl.arange(0, BLOCK_N)
     for i in range(begin, end - (gap_end - gap_begin)):
@@ -88,9 +130,15 @@ def dq_span(
         if MASKED:
             segment = load_segments(key_segments, first + column, inside, HAS_SEGMENTS)
             mask = token_mask(
-                row_token, first + column, row_segment, segment, key_len, CAUSAL, CHUNK,
+                row_token,
+                first + column,
+                row_segment,
+                segment,
+                key_len,
+                CAUSAL,
+                CHUNK,
                 HAS_SEGMENTS,
-            )  # fmt: skip
+            )
             weights = tl.where(mask, weights, 0.0)
         values = load_matrix(value + base, column * KV_HEADS, inside, HEAD_DIM, WIDTH)
         d_weights = tl.dot(d_out, tl.trans(values), input_precision=PRECISION)
@@ -101,13 +149,31 @@ def dq_span(
 
 @triton.jit
 def sequence_dkv_kernel(
-    query, key, value, d_out, lse, delta, query_segments, key_segments, met_tiles,
-    d_key, d_value,
-    Q_LEN: tl.constexpr, K_LEN: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP_PAD: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    d_out,
+    lse,
+    delta,
+    query_segments,
+    key_segments,
+    met_tiles,
+    d_key,
+    d_value,
+    Q_LEN: tl.constexpr,
+    K_LEN: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Program (key block, key/value head, batch): a group's heads are added up in registers."""
     block, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = block * BLOCK_N
@@ -133,32 +199,108 @@ def sequence_dkv_kernel(
         clear = tl.cdiv(first + BLOCK_N - 1, BLOCK_T)
     met_tiles += batch * tl.num_programs(0) * 4
     begin, end, plain_begin, plain_end = walk(
-        begin, tl.cdiv(Q_LEN, BLOCK_T), clear, tl.cdiv(Q_LEN, BLOCK_T), met_tiles, block,
+        begin,
+        tl.cdiv(Q_LEN, BLOCK_T),
+        clear,
+        tl.cdiv(Q_LEN, BLOCK_T),
+        met_tiles,
+        block,
         HAS_SEGMENTS,
-    )  # fmt: skip
+    )
     dk, dv = dkv_span(
-        dk, dv, keys, values, token, key_segment, query, d_out, lse, delta, segments,
-        begin, end, plain_begin, plain_end, Q_LEN, K_LEN, SCALE, PRECISION, CAUSAL, 0,
-        HAS_SEGMENTS, True, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, WIDTH, BLOCK_T,
-    )  # fmt: skip
+        dk,
+        dv,
+        keys,
+        values,
+        token,
+        key_segment,
+        query,
+        d_out,
+        lse,
+        delta,
+        segments,
+        begin,
+        end,
+        plain_begin,
+        plain_end,
+        Q_LEN,
+        K_LEN,
+        SCALE,
+        PRECISION,
+        CAUSAL,
+        0,
+        HAS_SEGMENTS,
+        True,
+        KV_HEADS,
+        GROUP,
+        GROUP_PAD,
+        HEAD_DIM,
+        WIDTH,
+        BLOCK_T,
+    )
     dk, dv = dkv_span(
-        dk, dv, keys, values, token, key_segment, query, d_out, lse, delta, segments,
-        plain_begin, plain_end, 0, 0, Q_LEN, K_LEN, SCALE, PRECISION, CAUSAL, 0, HAS_SEGMENTS,
-        False, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, WIDTH, BLOCK_T,
-    )  # fmt: skip
+        dk,
+        dv,
+        keys,
+        values,
+        token,
+        key_segment,
+        query,
+        d_out,
+        lse,
+        delta,
+        segments,
+        plain_begin,
+        plain_end,
+        0,
+        0,
+        Q_LEN,
+        K_LEN,
+        SCALE,
+        PRECISION,
+        CAUSAL,
+        0,
+        HAS_SEGMENTS,
+        False,
+        KV_HEADS,
+        GROUP,
+        GROUP_PAD,
+        HEAD_DIM,
+        WIDTH,
+        BLOCK_T,
+    )
     store_matrix(d_key + key_base, columns, dk * SCALE, inside, HEAD_DIM, WIDTH)
     store_matrix(d_value + key_base, columns, dv, inside, HEAD_DIM, WIDTH)
 
 
 @triton.jit
 def sequence_dq_kernel(
-    query, key, value, d_out, lse, delta, query_segments, key_segments, met_blocks, partial_dq,
+    query,
+    key,
+    value,
+    d_out,
+    lse,
+    delta,
+    query_segments,
+    key_segments,
+    met_blocks,
+    partial_dq,
     d_query,
-    Q_LEN: tl.constexpr, K_LEN: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP_PAD: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    HAS_PARTIAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    Q_LEN: tl.constexpr,
+    K_LEN: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    HAS_PARTIAL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Program (tile, key/value head, batch); adds the depth part's dq, if there is one."""
     tile = tl.program_id(0)
     if CAUSAL:
@@ -188,15 +330,59 @@ def sequence_dq_kernel(
     met_blocks += batch * tl.num_programs(0) * 4
     begin, end, plain_begin, plain_end = walk(0, end, 0, clear, met_blocks, tile, HAS_SEGMENTS)
     dq = dq_span(
-        dq, queries, d_outs, row_lse, row_delta, first + row_t, segment, key, value, segments,
-        plain_begin, plain_end, 0, 0, K_LEN, SCALE, PRECISION, CAUSAL, 0, HAS_SEGMENTS, False,
-        KV_HEADS, HEAD_DIM, WIDTH, BLOCK_N,
-    )  # fmt: skip
+        dq,
+        queries,
+        d_outs,
+        row_lse,
+        row_delta,
+        first + row_t,
+        segment,
+        key,
+        value,
+        segments,
+        plain_begin,
+        plain_end,
+        0,
+        0,
+        K_LEN,
+        SCALE,
+        PRECISION,
+        CAUSAL,
+        0,
+        HAS_SEGMENTS,
+        False,
+        KV_HEADS,
+        HEAD_DIM,
+        WIDTH,
+        BLOCK_N,
+    )
     dq = dq_span(
-        dq, queries, d_outs, row_lse, row_delta, first + row_t, segment, key, value, segments,
-        begin, end, plain_begin, plain_end, K_LEN, SCALE, PRECISION, CAUSAL, 0, HAS_SEGMENTS,
-        True, KV_HEADS, HEAD_DIM, WIDTH, BLOCK_N,
-    )  # fmt: skip
+        dq,
+        queries,
+        d_outs,
+        row_lse,
+        row_delta,
+        first + row_t,
+        segment,
+        key,
+        value,
+        segments,
+        begin,
+        end,
+        plain_begin,
+        plain_end,
+        K_LEN,
+        SCALE,
+        PRECISION,
+        CAUSAL,
+        0,
+        HAS_SEGMENTS,
+        True,
+        KV_HEADS,
+        HEAD_DIM,
+        WIDTH,
+        BLOCK_N,
+    )
     dq = dq * SCALE
     if HAS_PARTIAL:
         dq += load_matrix(partial_dq + base * HEAD_DIM, rows, inside, HEAD_DIM, WIDTH)

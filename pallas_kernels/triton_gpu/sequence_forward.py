@@ -20,14 +20,33 @@ from pallas_kernels.triton_gpu.blocks import (
 
 @triton.jit
 def attend_span(
-    total, maximum, denominator, query, row_token, row_segment, key, value, key_segments,
-    begin, end, gap_begin, gap_end, key_len,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, MASKED: tl.constexpr, KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Continues the softmax over the key blocks begin ... end - 1, without those of the gap; the
-    keys of unMASKED blocks exist and are seen by every row.
+    total,
+    maximum,
+    denominator,
+    query,
+    row_token,
+    row_segment,
+    key,
+    value,
+    key_segments,
+    begin,
+    end,
+    gap_begin,
+    gap_end,
+    key_len,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    MASKED: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Continues the softmax over the key blocks begin ... end - 1, without those of the gap.
+    Without MASKED, all keys of the blocks exist and every row sees them.
 
     `key`, `value` and `key_segments` point at token 0 of a batch's key/value head.
     """
@@ -43,9 +62,15 @@ def attend_span(
             inside = first + column < key_len
             segment = load_segments(key_segments, first + column, inside, HAS_SEGMENTS)
             mask = token_mask(
-                row_token, first + column, row_segment, segment, key_len, CAUSAL, CHUNK,
+                row_token,
+                first + column,
+                row_segment,
+                segment,
+                key_len,
+                CAUSAL,
+                CHUNK,
                 HAS_SEGMENTS,
-            )  # fmt: skip
+            )
         keys = load_matrix(key + base, column * KV_HEADS, inside, HEAD_DIM, WIDTH)
         scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
         values = load_matrix(value + base, column * KV_HEADS, inside, HEAD_DIM, WIDTH)
@@ -57,13 +82,31 @@ def attend_span(
 
 @triton.jit
 def sequence_forward_kernel(
-    query, key, value, query_segments, key_segments, met_blocks, partial_out, partial_lse,
-    out, lse,
-    Q_LEN: tl.constexpr, K_LEN: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP_PAD: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    HAS_PARTIAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    query_segments,
+    key_segments,
+    met_blocks,
+    partial_out,
+    partial_lse,
+    out,
+    lse,
+    Q_LEN: tl.constexpr,
+    K_LEN: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    HAS_PARTIAL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Program (tile, key/value head, batch); the causal tiles with the most keys come first."""
     tile = tl.program_id(0)
     if CAUSAL:
@@ -79,9 +122,16 @@ def sequence_forward_kernel(
         query_segments + batch.to(tl.int64) * Q_LEN, first + row_t, inside, HAS_SEGMENTS
     )
     total, maximum, denominator = start_softmax(
-        partial_out, partial_lse, base, rows, inside, HAS_PARTIAL, BLOCK_T * GROUP_PAD, HEAD_DIM,
+        partial_out,
+        partial_lse,
+        base,
+        rows,
+        inside,
+        HAS_PARTIAL,
+        BLOCK_T * GROUP_PAD,
+        HEAD_DIM,
         WIDTH,
-    )  # fmt: skip
+    )
     key_base = (batch.to(tl.int64) * K_LEN * KV_HEADS + kv_head) * HEAD_DIM
     segments = key_segments + batch.to(tl.int64) * K_LEN
     end = tl.cdiv(K_LEN, BLOCK_N)
@@ -92,15 +142,55 @@ def sequence_forward_kernel(
     met_blocks += batch * tl.num_programs(0) * 4
     begin, end, plain_begin, plain_end = walk(0, end, 0, clear, met_blocks, tile, HAS_SEGMENTS)
     total, maximum, denominator = attend_span(
-        total, maximum, denominator, queries, first + row_t, segment, key + key_base,
-        value + key_base, segments, plain_begin, plain_end, 0, 0, K_LEN, SCALE, PRECISION, CAUSAL,
-        0, HAS_SEGMENTS, False, KV_HEADS, HEAD_DIM, WIDTH, BLOCK_N,
-    )  # fmt: skip
+        total,
+        maximum,
+        denominator,
+        queries,
+        first + row_t,
+        segment,
+        key + key_base,
+        value + key_base,
+        segments,
+        plain_begin,
+        plain_end,
+        0,
+        0,
+        K_LEN,
+        SCALE,
+        PRECISION,
+        CAUSAL,
+        0,
+        HAS_SEGMENTS,
+        False,
+        KV_HEADS,
+        HEAD_DIM,
+        WIDTH,
+        BLOCK_N,
+    )
     total, maximum, denominator = attend_span(
-        total, maximum, denominator, queries, first + row_t, segment, key + key_base,
-        value + key_base, segments, begin, end, plain_begin, plain_end, K_LEN, SCALE, PRECISION,
-        CAUSAL, 0, HAS_SEGMENTS, True, KV_HEADS, HEAD_DIM, WIDTH, BLOCK_N,
-    )  # fmt: skip
-    finish_softmax(
-        out, lse, base, rows, inside, total, maximum, denominator, HEAD_DIM, WIDTH
-    )  # fmt: skip
+        total,
+        maximum,
+        denominator,
+        queries,
+        first + row_t,
+        segment,
+        key + key_base,
+        value + key_base,
+        segments,
+        begin,
+        end,
+        plain_begin,
+        plain_end,
+        K_LEN,
+        SCALE,
+        PRECISION,
+        CAUSAL,
+        0,
+        HAS_SEGMENTS,
+        True,
+        KV_HEADS,
+        HEAD_DIM,
+        WIDTH,
+        BLOCK_N,
+    )
+    finish_softmax(out, lse, base, rows, inside, total, maximum, denominator, HEAD_DIM, WIDTH)

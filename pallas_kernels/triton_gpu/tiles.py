@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platforms
-from pallas_kernels.tuned import Table, table_key
+from pallas_kernels.triton_gpu.tuned import Table, table_key
 
 TABLE = Table(Path(__file__).with_name("tuned.json"))
 
@@ -65,7 +65,7 @@ def heuristic(
         rows = 32 if is_wide and kernel == "sequence_dkv" else 64
         config = TileConfig(
             min(config.rows, rows), min(config.keys, 64), min(config.num_warps, 4), 2
-        )  # fmt: skip
+        )
     return dataclasses.replace(config, rows=max(config.rows, padded(group)))
 
 
@@ -75,7 +75,7 @@ def choose(
     """The table's config for the GPU at hand, or the heuristic's."""
     config = heuristic(
         kernel, head_dim=head_dim, group=group, dtype=dtype, architecture=architecture()
-    )  # fmt: skip
+    )
     if platforms.current() != "gpu" or jnp.dtype(dtype).itemsize == 4:
         return config
     for similar in _similar_groups(kernel, group):

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.operands import (
-    DepthReaders,
     Gradients,
+    MaskTokens,
     Operands,
     Options,
-    Tokens,
     depth_tokens,
     key_tokens,
     num_kv_heads,
@@ -28,7 +27,7 @@ from pallas_kernels.operands import (
 from pallas_kernels.xla import tiles
 
 
-class _Rows(NamedTuple):
+class _RowsByHead(NamedTuple):
     """Per query row, heads first."""
 
     query: jax.Array  # [B, K, T, G, H]
@@ -45,38 +44,22 @@ def backward(
     d_out: jax.Array,
     d_lse: jax.Array | None,
     depth_grads: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    depth: bool = True,
 ) -> Gradients:
-    """Gradients of `forward`, from its unified (o, lse) alone.
-
-    With `depth_grads`, a pair [S, B, Td, K, H] in any float dtype, the depth gradients are added
-    into it and returned in its dtype; slots that are not visible keep their value.
-    """
-    if depth_grads is None and operands.depth_key is not None:
+    """See `contract.Backward`; `depth_grads` may have any float dtype."""
+    assert depth or depth_grads is None
+    if depth and depth_grads is None and operands.depth_key is not None:
         depth_grads = jnp.zeros_like(operands.depth_key), jnp.zeros_like(operands.depth_value)
-    return _backward(operands, options, out, lse, d_out, d_lse, depth_grads)
-
-
-def backward_without_depth_grads(
-    operands: Operands,
-    options: Options,
-    out: jax.Array,
-    lse: jax.Array,
-    d_out: jax.Array,
-    d_lse: jax.Array | None,
-) -> Gradients:
-    """`backward` with None for the slots' gradients, which `add_depth_grads` adds later."""
-    return _backward(operands, options, out, lse, d_out, d_lse, None)
-
-
-def _backward(operands: Operands, options: Options, out, lse, d_out, d_lse, depth_grads):
-    """Slots are differentiated where there is a `depth_grads` to add into."""
     kv_heads = num_kv_heads(operands)
     delta = row_delta(out, lse, d_out, d_lse)
     safe_lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
-    rows = _Rows(*(
-        tiles.to_heads_first(x, kv_heads)
-        for x in (operands.query, d_out.astype(operands.query.dtype), safe_lse, delta)
-    ))  # fmt: skip
+    rows = _RowsByHead(
+        *(
+            tiles.to_heads_first(x, kv_heads)
+            for x in (operands.query, d_out.astype(operands.query.dtype), safe_lse, delta)
+        )
+    )
     d_query = jnp.zeros(rows.query.shape, delta.dtype)
     d_key = d_value = None
     d_depth_key, d_depth_value = (None, None) if depth_grads is None else depth_grads
@@ -87,22 +70,29 @@ def _backward(operands: Operands, options: Options, out, lse, d_out, d_lse, dept
         )
     if operands.key is not None:
         d_query, d_key, d_value = tokens_backward(
-            rows, d_query, operands.key, operands.value, query_tokens(operands),
-            key_tokens(operands), scale=options.scale, causal=options.is_causal, chunk=None,
+            rows,
+            d_query,
+            operands.key,
+            operands.value,
+            query_tokens(operands),
+            key_tokens(operands),
+            scale=options.scale,
+            causal=options.is_causal,
+            chunk=None,
             offset_known=operands.query_offset is None,
-        )  # fmt: skip
+        )
         d_key, d_value = d_key.astype(operands.key.dtype), d_value.astype(operands.key.dtype)
     d_query = tiles.to_tokens_first(d_query).astype(operands.query.dtype)
     return Gradients(d_query, d_key, d_value, d_depth_key, d_depth_value)
 
 
 def tokens_backward(
-    rows: _Rows,
+    rows: _RowsByHead,
     d_query: jax.Array,
     key_BxTxKxH: jax.Array,
     value_BxTxKxH: jax.Array,
-    query_side: Tokens,
-    key_side: Tokens,
+    query_side: MaskTokens,
+    key_side: MaskTokens,
     *,
     scale: float,
     causal: bool,
@@ -117,7 +107,7 @@ def tokens_backward(
         return d_query, jnp.zeros(key_BxTxKxH.shape, dtype), jnp.zeros(value_BxTxKxH.shape, dtype)
     config = tiles.choose_config(batch * kv_heads * group, q_len, k_len, chunk)
     q_block, k_block = config.q_block, config.k_block
-    rows = _Rows(*(tiles.pad_axis(x, 2, q_block) for x in rows))
+    rows = _RowsByHead(*(tiles.pad_axis(x, 2, q_block) for x in rows))
     d_query = tiles.pad_axis(d_query, 2, q_block)
     key, value = (
         tiles.pad_axis(jnp.moveaxis(x, 2, 1), 2, k_block) for x in (key_BxTxKxH, value_BxTxKxH)
@@ -128,10 +118,10 @@ def tokens_backward(
     )
 
     def body(i, j, grads):
-        here = _Rows(*(tiles.take_tile(x, 2, i, q_block) for x in rows))
+        here = _RowsByHead(*(tiles.take_tile(x, 2, i, q_block) for x in rows))
         key_tile, value_tile = (tiles.take_tile(x, 2, j, k_block) for x in (key, value))
         key_here = tiles.take_side(sides[1], j, k_block)
-        if key_here.valid is not None:  # as in the forward: unwritten keys may be NaN
+        if key_here.valid is not None:  # as in the forward: uninitialized keys may be NaN
             written = key_here.valid[:, None, :, None]
             key_tile = jnp.where(written, key_tile, 0)
             value_tile = jnp.where(written, value_tile, 0)
@@ -152,7 +142,7 @@ def tokens_backward(
     return d_query[:, :, :q_len], d_key, d_value
 
 
-def _weights(scores, d_weights, rows: _Rows, mask) -> tuple[jax.Array, jax.Array]:
+def _weights(scores, d_weights, rows: _RowsByHead, mask) -> tuple[jax.Array, jax.Array]:
     """p and ds / scale of the keys in the last axis; exactly 0 where masked."""
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
@@ -160,12 +150,12 @@ def _weights(scores, d_weights, rows: _Rows, mask) -> tuple[jax.Array, jax.Array
     return p, p * (d_weights - rows.delta[..., None])
 
 
-def _slots(rows: _Rows, operands: Operands, options: Options, grads):
+def _slots(rows: _RowsByHead, operands: Operands, options: Options, grads):
     """Depth slots of the query's own token; all terms are local to the token.
 
     Tokens first and slot after slot, as `forward._attend_slots`.
     """
-    rows = _Rows(*(jnp.moveaxis(x, 1, 2) for x in rows))
+    rows = _RowsByHead(*(jnp.moveaxis(x, 1, 2) for x in rows))
     valid = query_tokens(operands).valid
     mask = None if valid is None else valid[:, :, None, None, None]
 
@@ -187,17 +177,24 @@ def _slots(rows: _Rows, operands: Operands, options: Options, grads):
     return jnp.moveaxis(grads[0], 2, 1), *grads[1:]
 
 
-def _chunks(rows: _Rows, operands: Operands, options: Options, grads):
+def _chunks(rows: _RowsByHead, operands: Operands, options: Options, grads):
     """Chunk-visible: the gradient of `forward._attend_chunks`, slot after slot."""
     chunk = options.depth_chunk
 
     def body(slot, grads):
         d_query, d_depth_key, d_depth_value = grads
         d_query, d_key, d_value = tokens_backward(
-            rows, d_query, operands.depth_key[slot], operands.depth_value[slot],
-            query_tokens(operands), depth_tokens(operands, chunk), scale=options.scale,
-            causal=True, chunk=chunk, offset_known=operands.query_offset is None,
-        )  # fmt: skip
+            rows,
+            d_query,
+            operands.depth_key[slot],
+            operands.depth_value[slot],
+            query_tokens(operands),
+            depth_tokens(operands, chunk),
+            scale=options.scale,
+            causal=True,
+            chunk=chunk,
+            offset_known=operands.query_offset is None,
+        )
         return (
             d_query,
             _add_slot(d_depth_key, slot, d_key),
@@ -205,47 +202,6 @@ def _chunks(rows: _Rows, operands: Operands, options: Options, grads):
         )
 
     return tiles.for_each_slot(visible_slots(operands, options), body, grads)
-
-
-def add_depth_grads(
-    readers: DepthReaders,
-    depth_key: jax.Array,
-    depth_value: jax.Array,
-    depth_grads: tuple[jax.Array, jax.Array],
-    first: jax.Array,
-    stop: jax.Array,
-    *,
-    scale: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Adds what R layers owe to the slots first ... stop - 1, which all of them read.
-
-    One pass over the running gradient cache in place of R: a slot is read and written once. Other
-    slots keep their bits, and are not read.
-
-    Args:
-      readers: of the R layers.
-      depth_key, depth_value: [S, B, T, K, H].
-      depth_grads: a pair [S, B, T, K, H], in any float dtype.
-      first, stop: int32 scalars, may be traced.
-      scale: of the scores.
-    """
-    kv_heads = depth_key.shape[-2]
-    query, d_out, lse, delta = (
-        x.reshape(*x.shape[:3], kv_heads, x.shape[3] // kv_heads, *x.shape[4:]) for x in readers
-    )
-    blind = jnp.isneginf(lse)
-    lse = jnp.where(blind, 0.0, lse)
-
-    def body(slot, grads):
-        key, value = depth_key[slot], depth_value[slot]  # [B, T, K, H]
-        scores = scale * tiles.dot("rbtkgh,btkh->rbtkg", query, key)
-        p = jnp.where(blind, 0.0, jnp.exp(scores - lse))
-        ds = scale * p * (tiles.dot("rbtkgh,btkh->rbtkg", d_out, value) - delta)
-        d_key = jnp.sum(ds[..., None] * query, axis=(0, 4))
-        d_value = jnp.sum(p[..., None] * d_out, axis=(0, 4))
-        return _add_slot(grads[0], slot, d_key), _add_slot(grads[1], slot, d_value)
-
-    return tiles.for_each_slot([(first, stop)], body, depth_grads)
 
 
 def _add_slot(grads_SxBxTxKxH: jax.Array | None, slot: jax.Array, block: jax.Array):

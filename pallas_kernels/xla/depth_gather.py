@@ -1,7 +1,8 @@
-"""Gradients of a few depth slots, gathered from the layers that read them.
+"""Gradients of a few depth slots, gathered from the layers whose queries read them.
 
-The other way around than `backward`, where a layer adds to all the slots that it read: no running
-gradient is read and written again, but the layers' queries and output gradients are kept.
+In `backward` a layer adds to the running gradients of all the slots that it read, which are read
+and written again by every layer. Gathering keeps the layers' queries and output gradients instead,
+and writes a slot's gradient once.
 """
 
 from typing import Any
@@ -14,8 +15,8 @@ from pallas_kernels.operands import (
     KeptLayers,
     Operands,
     accumulator_dtype,
-    depth_readers,
     num_kv_heads,
+    row_delta,
 )
 from pallas_kernels.xla import tiles
 
@@ -27,17 +28,17 @@ def keep_layer(
     d_out: jax.Array,
     d_lse: jax.Array | None,
 ) -> KeptLayers:
-    """What `gather_depth_grads` needs of one call, without the axis R."""
-    query, d_out, lse, delta = depth_readers(operands, out, lse, d_out, d_lse)
+    """See `contract.KeepLayer`."""
+    delta = row_delta(out, lse, d_out, d_lse)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # e^(s - inf) = 0
     batch, kv_heads = lse.shape[0], num_kv_heads(operands)
     rows = jnp.stack([lse, delta], axis=1).reshape(batch, 2, lse.shape[1], kv_heads, -1)
     rows = jnp.moveaxis(rows, 3, 1).reshape(batch, kv_heads, -1)
-    return KeptLayers(query, d_out, rows)
+    return KeptLayers(operands.query, d_out.astype(operands.query.dtype), rows)
 
 
-def gather_refusal(operands: Operands) -> str | None:
-    """Why gathering would cost more than adding; None if it would not. Here any shape will do."""
+def gather_unsupported_reason(operands: Operands) -> str | None:
+    """See `contract.GatherUnsupportedReason`: any shape will do."""
     return None
 
 
@@ -54,21 +55,7 @@ def gather_depth_grads(
     so_far: tuple[jax.Array, jax.Array] | None = None,
     offset: Any = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of a few slots: what the layers that read them owe, each slot written once.
-
-    Args:
-      kept: of R layers.
-      depth_key, depth_value: [S, B, T, K, H].
-      layers: (start, stop), int32 scalars, may be traced: the layers that read the slots, all of
-        them. Other layers' arrays may hold anything.
-      first, count: of the slots; `first` may be traced.
-      scale: of the scores.
-      dtype: of the results.
-      so_far: a pair [C, B, T, K, H], of which the `count` slots from `offset` on are added.
-
-    Returns:
-      dkd, dvd [count, B, T, K, H], summed in float32.
-    """
+    """See `contract.GatherDepthGrads`."""
     slots = [lax.dynamic_slice_in_dim(x, first, count) for x in (depth_key, depth_value)]
     key, value = slots
     batch, length, kv_heads, head_dim = key.shape[1:]

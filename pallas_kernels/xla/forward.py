@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.operands import (
+    MaskTokens,
     Operands,
     Options,
-    Tokens,
     accumulator_dtype,
     depth_tokens,
     key_tokens,
@@ -19,7 +19,7 @@ from pallas_kernels.operands import (
 from pallas_kernels.xla import tiles
 
 
-class Softmax(NamedTuple):
+class OnlineSoftmax(NamedTuple):
     """Running state of an online softmax: o = total / denominator."""
 
     total: jax.Array  # [B, K, T, G, H], float32 or wider
@@ -27,11 +27,18 @@ class Softmax(NamedTuple):
     denominator: jax.Array  # [B, K, T, G]
 
 
+def unsupported_reason(operands: Operands, options: Options, platform: str) -> str | None:
+    """See `contract.UnsupportedReason`."""
+    if operands.query.dtype.itemsize == 8:
+        return "float64 is for the reference only"
+    return None
+
+
 def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
-    """o [B, Tq, N, H] in the query's dtype, lse [B, Tq, N] float32. See `reference.forward`."""
+    """See `contract.Forward`."""
     query = tiles.to_heads_first(operands.query, num_kv_heads(operands))
     dtype = accumulator_dtype(query.dtype)
-    state = Softmax(
+    state = OnlineSoftmax(
         jnp.zeros(query.shape, dtype),
         jnp.full(query.shape[:-1], -jnp.inf, dtype),
         jnp.zeros(query.shape[:-1], dtype),
@@ -41,10 +48,18 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
         state = attend(state, query, operands, options)
     if operands.key is not None:
         state = attend_tokens(
-            state, query, operands.key, operands.value, query_tokens(operands),
-            key_tokens(operands), scale=options.scale, causal=options.is_causal, chunk=None,
-            offset_known=operands.query_offset is None, kv_length=operands.kv_length,
-        )  # fmt: skip
+            state,
+            query,
+            operands.key,
+            operands.value,
+            query_tokens(operands),
+            key_tokens(operands),
+            scale=options.scale,
+            causal=options.is_causal,
+            chunk=None,
+            offset_known=operands.query_offset is None,
+            kv_length=operands.kv_length,
+        )
     seen = state.denominator > 0
     denominator = jnp.where(seen, state.denominator, 1.0)
     out = state.total / denominator[..., None]
@@ -52,14 +67,14 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     return tiles.to_tokens_first(out.astype(query.dtype)), tiles.to_tokens_first(lse)
 
 
-def _update(state: Softmax, scores: jax.Array, weigh_values) -> Softmax:
+def _update(state: OnlineSoftmax, scores: jax.Array, weigh_values) -> OnlineSoftmax:
     """Adds the keys of scores' last axis; weigh_values maps their weights to weighted sums."""
     maximum = jnp.maximum(state.maximum, scores.max(axis=-1))
     # A row that has seen nothing yet has maximum -inf: subtract 0, not -inf, to get 0, not NaN.
     shift = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
     weights = jnp.exp(scores - shift[..., None])
     decay = jnp.exp(state.maximum - shift)
-    return Softmax(
+    return OnlineSoftmax(
         state.total * decay[..., None] + weigh_values(weights),
         maximum,
         state.denominator * decay + weights.sum(axis=-1),
@@ -67,19 +82,19 @@ def _update(state: Softmax, scores: jax.Array, weigh_values) -> Softmax:
 
 
 def attend_tokens(
-    state: Softmax,
+    state: OnlineSoftmax,
     query: jax.Array,
     key_BxTxKxH: jax.Array,
     value_BxTxKxH: jax.Array,
-    query_side: Tokens,
-    key_side: Tokens,
+    query_side: MaskTokens,
+    key_side: MaskTokens,
     *,
     scale: float,
     causal: bool,
     chunk: int | None,
     offset_known: bool,
     kv_length: jax.Array | None,
-) -> Softmax:
+) -> OnlineSoftmax:
     """Continues the softmax over the tokens of one key set, tile by tile."""
     batch, kv_heads, q_len, group, _ = query.shape
     k_len = key_BxTxKxH.shape[1]
@@ -91,7 +106,7 @@ def attend_tokens(
     key, value = (
         tiles.pad_axis(jnp.moveaxis(x, 2, 1), 2, k_block) for x in (key_BxTxKxH, value_BxTxKxH)
     )
-    state = Softmax(*(tiles.pad_axis(x, 2, q_block) for x in state))
+    state = OnlineSoftmax(*(tiles.pad_axis(x, 2, q_block) for x in state))
     sides = tiles.pad_side(query_side, q_block), tiles.pad_side(key_side, k_block)
     schedule = tiles.tile_schedule(
         q_len, k_len, (q_block, k_block), causal=causal, chunk=chunk, offset_known=offset_known
@@ -102,8 +117,8 @@ def attend_tokens(
         num_q, num_k = query.shape[2] // q_block, key.shape[2] // k_block
         num_pairs = jnp.minimum((kv_length.max() + k_block - 1) // k_block, num_k) * num_q
 
-    def body(i, j, state: Softmax) -> Softmax:
-        here = Softmax(*(tiles.take_tile(x, 2, i, q_block) for x in state))
+    def body(i, j, state: OnlineSoftmax) -> OnlineSoftmax:
+        here = OnlineSoftmax(*(tiles.take_tile(x, 2, i, q_block) for x in state))
         query_tile = tiles.take_tile(query, 2, i, q_block)
         key_tile, value_tile = (tiles.take_tile(x, 2, j, k_block) for x in (key, value))
         key_here = tiles.take_side(sides[1], j, k_block)
@@ -113,32 +128,34 @@ def attend_tokens(
         scores = scale * tiles.dot("bktgh,bksh->bktgs", query_tile, key_tile)
         if mask is not None:
             scores = jnp.where(mask, scores, -jnp.inf)
-        if kv_length is not None:  # unwritten cache rows may be NaN, and 0 * NaN is NaN
+        if kv_length is not None:  # uninitialized keys may be NaN, and 0 * NaN is NaN
             value_tile = jnp.where(key_here.valid[:, None, :, None], value_tile, 0)
         new = _update(
-            here, scores,
+            here,
+            scores,
             lambda p: tiles.dot("bktgs,bksh->bktgh", p.astype(value.dtype), value_tile),
-        )  # fmt: skip
-        return Softmax(*(
-            jax.lax.dynamic_update_slice_in_dim(old, x, i * q_block, 2)
-            for old, x in zip(state, new, strict=True)
-        ))  # fmt: skip
+        )
+        return OnlineSoftmax(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(old, x, i * q_block, 2)
+                for old, x in zip(state, new, strict=True)
+            )
+        )
 
     state = tiles.for_each_pair(schedule, num_pairs, body, state)
-    return Softmax(*(x[:, :, :q_len] for x in state))
+    return OnlineSoftmax(*(x[:, :, :q_len] for x in state))
 
 
-def _attend_slots(state: Softmax, query: jax.Array, operands: Operands, options: Options):
+def _attend_slots(state: OnlineSoftmax, query: jax.Array, operands: Operands, options: Options):
     """Depth slots of the query's own token, slot after slot: read once per key/value head.
 
-    Tokens first, as the slots are: one slot meets the queries in its own layout, while products of
-    a token's G queries with a block of its slots are too small for the matrix units and cost a
-    transposition of the block.
+    Queries are laid out tokens first, as the slots are, so that no slot is transposed. A product of
+    a token's G queries with several of its slots would be too small for matrix units.
     """
     query = jnp.moveaxis(query, 1, 2)
     valid = query_tokens(operands).valid
 
-    def body(slot, state: Softmax) -> Softmax:
+    def body(slot, state: OnlineSoftmax) -> OnlineSoftmax:
         key, value = operands.depth_key[slot], operands.depth_value[slot]  # [B, T, K, H]
         scores = options.scale * tiles.dot("btkgh,btkh->btkg", query, key)
         if valid is not None:
@@ -146,21 +163,29 @@ def _attend_slots(state: Softmax, query: jax.Array, operands: Operands, options:
         value = value[:, :, :, None].astype(scores.dtype)
         return _update(state, scores[..., None], lambda p: p * value)
 
-    state = Softmax(*(jnp.moveaxis(x, 1, 2) for x in state))
+    state = OnlineSoftmax(*(jnp.moveaxis(x, 1, 2) for x in state))
     state = tiles.for_each_slot(visible_slots(operands, options), body, state)
-    return Softmax(*(jnp.moveaxis(x, 2, 1) for x in state))
+    return OnlineSoftmax(*(jnp.moveaxis(x, 2, 1) for x in state))
 
 
-def _attend_chunks(state: Softmax, query: jax.Array, operands: Operands, options: Options):
+def _attend_chunks(state: OnlineSoftmax, query: jax.Array, operands: Operands, options: Options):
     """Chunk-visible: each slot is a key set of tokens, masked to the query's chunk."""
     chunk = options.depth_chunk
 
-    def body(slot, state: Softmax) -> Softmax:
+    def body(slot, state: OnlineSoftmax) -> OnlineSoftmax:
         key, value = operands.depth_key[slot], operands.depth_value[slot]
         return attend_tokens(
-            state, query, key, value, query_tokens(operands), depth_tokens(operands, chunk),
-            scale=options.scale, causal=True, chunk=chunk,
-            offset_known=operands.query_offset is None, kv_length=None,
-        )  # fmt: skip
+            state,
+            query,
+            key,
+            value,
+            query_tokens(operands),
+            depth_tokens(operands, chunk),
+            scale=options.scale,
+            causal=True,
+            chunk=chunk,
+            offset_known=operands.query_offset is None,
+            kv_length=None,
+        )
 
     return tiles.for_each_slot(visible_slots(operands, options), body, state)

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import platforms
-from pallas_kernels.operands import Tokens, accumulator_dtype
+from pallas_kernels.operands import MaskTokens, accumulator_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     return jnp.pad(x, padding) if padding[axis][1] else x
 
 
-def pad_side(tokens: Tokens, block: int) -> Tokens:
+def pad_side(tokens: MaskTokens, block: int) -> MaskTokens:
     """Pads tokens to whole tiles; the padding is invalid."""
     length = tokens.position.shape[1]
     valid = tokens.valid
@@ -74,7 +74,7 @@ def pad_side(tokens: Tokens, block: int) -> Tokens:
         valid = jnp.ones((1, length), bool) if valid is None else valid
         valid = pad_axis(valid, 1, block)
     segment = None if tokens.segment is None else pad_axis(tokens.segment, 1, block)
-    return Tokens(pad_axis(tokens.position, 1, block), segment, valid)
+    return MaskTokens(pad_axis(tokens.position, 1, block), segment, valid)
 
 
 def take_tile(x: jax.Array, axis: int, index: jax.Array | int, block: int) -> jax.Array:
@@ -88,11 +88,13 @@ def add_tile(x: jax.Array, axis: int, index: jax.Array | int, tile: jax.Array) -
     return lax.dynamic_update_slice_in_dim(x, old + tile.astype(x.dtype), start, axis)
 
 
-def take_side(side: Tokens, index: jax.Array | int, block: int) -> Tokens:
-    return Tokens(*(None if x is None else take_tile(x, 1, index, block) for x in side))
+def take_side(side: MaskTokens, index: jax.Array | int, block: int) -> MaskTokens:
+    return MaskTokens(*(None if x is None else take_tile(x, 1, index, block) for x in side))
 
 
-def tile_mask(query: Tokens, key: Tokens, *, causal: bool, chunk: int | None) -> jax.Array | None:
+def tile_mask(
+    query: MaskTokens, key: MaskTokens, *, causal: bool, chunk: int | None
+) -> jax.Array | None:
     """[B or 1, 1, bq, 1, bk]: which keys of a tile its queries see; None: all of them."""
     q_pos, k_pos = query.position[:, :, None], key.position[:, None, :]
     terms = []
@@ -123,7 +125,7 @@ def tile_schedule(
     chunk: int | None,
     offset_known: bool,
 ) -> np.ndarray:
-    """[pairs, 2] int32 (query tile, key tile), key-major; tiles that nobody sees are left out.
+    """[pairs, 2] int32 (query tile, key tile), key-major, without pairs that are masked wholly.
 
     Key-major, so that the first `n` key tiles are a prefix. With a query offset that is only known
     at run time, every pair is kept.

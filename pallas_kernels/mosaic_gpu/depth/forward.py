@@ -1,6 +1,6 @@
 """Attention to the depth slots alone.
 
-The layout is that of `depth_backward`: a tile of tokens with all query heads of one key/value head
+The layout is that of `depth.backward`: a tile of tokens with all query heads of one key/value head
 walks over the visible slots. A second launch over other slots starts from the first one's (o, lse),
 which is exact: o is the sum of e^(z - lse) v, so maximum lse, denominator 1 and total o are a state
 of an online softmax.
@@ -15,25 +15,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.depth_tiles import (
-    Blocks,
+from pallas_kernels.mosaic_gpu.depth.tiles import (
     DepthConfig,
-    Launch,
-    Place,
-    Tile,
+    DepthLaunch,
+    DepthPlace,
+    SlotBlocks,
+    SlotTile,
     clear_slots,
     flat_slots,
     load_slots,
-    plan,
+    plan_launches,
     slot_barriers,
     wait_slots,
 )
-from pallas_kernels.mosaic_gpu.tuned import tuned
 
 _LOG2_E = math.log2(math.e)
 
 
-def smem_bytes(tile: Tile, config: DepthConfig) -> int:
+def smem_bytes(tile: SlotTile, config: DepthConfig) -> int:
     """Shared memory that a block of the kernel asks for."""
     rows = tile.rows * (2 * tile.head_dim + tile.columns) * 2 + 2 * tile.rows * 4
     return rows + 2 * config.stages * tile.columns * tile.head_dim * 2
@@ -64,14 +63,10 @@ def depth_forward(
     lse = jnp.full((batch, length, num_heads), -jnp.inf, jnp.float32)
     if valid is not None:
         lse = jnp.where(valid[:, :, None], lse, jnp.inf)  # +inf marks a query that sees no slot
-    if config is None:
-        config = tuned(
-            "depth_forward", DepthConfig(), head_dim=query.shape[3],
-            group=query.shape[2] // kv_heads, is_causal=True,
-        )  # fmt: skip
+    config = config or DepthConfig()
     parts: dict[tuple[int, int], tuple[jax.Array, ...]] = {}
     whole = (0, num_heads // kv_heads)
-    for launch in plan(whole[1], query.shape, slots, is_prefix, config):
+    for launch in plan_launches(whole[1], query.shape, slots, is_prefix, config):
         take = functools.partial(common.take_heads, kv_heads=kv_heads, part=launch.heads)
         before = [None, take(lse)]
         if whole in parts:  # continue the first launch over other slots
@@ -86,7 +81,7 @@ def depth_forward(
     return common.join_heads(list(outs), kv_heads), common.join_heads(list(lses), kv_heads)
 
 
-def _call(launch: Launch, query, depth_key, depth_value, out, lse, *, scale, config):
+def _call(launch: DepthLaunch, query, depth_key, depth_value, out, lse, *, scale, config):
     """One launch."""
     batch, length, num_heads, head_dim = query.shape
     kv_heads = depth_key.shape[3]
@@ -137,7 +132,7 @@ def _call(launch: Launch, query, depth_key, depth_value, out, lse, *, scale, con
     return tuple(common.unpad_heads(x, kv_heads, group) for x in (new_out, new_lse))
 
 
-class _Softmax(NamedTuple):
+class _DepthSoftmax(NamedTuple):
     """State of 64 rows; scores are in units of log 2."""
 
     total: Any  # [64, H]
@@ -145,7 +140,7 @@ class _Softmax(NamedTuple):
     denominator: Any  # [64]
 
     @classmethod
-    def start(cls, scratch, rows, has_out: bool) -> tuple["_Softmax", Any]:
+    def start(cls, scratch, rows, has_out: bool) -> tuple["_DepthSoftmax", Any]:
         """The state before these slots, and which rows may see them."""
         plgpu = common.mosaic()
         lse = plgpu.load(scratch["lse"].at[rows], layout=plgpu.Layout.WGMMA.reduce(1))
@@ -157,7 +152,7 @@ class _Softmax(NamedTuple):
         seen = valid & (lse > -jnp.inf)
         return cls(total, jnp.where(valid, lse, -jnp.inf), jnp.where(seen, 1.0, 0.0)), valid
 
-    def update(self, scores) -> tuple["_Softmax", Any]:
+    def update(self, scores) -> tuple["_DepthSoftmax", Any]:
         """(the state, still without the values; weights of the new keys)."""
         maximum = jnp.maximum(self.maximum, scores.max(axis=1))
         # A row that has seen nothing has maximum -inf: subtract 0, not -inf, to get 0, not NaN.
@@ -166,7 +161,7 @@ class _Softmax(NamedTuple):
         decay = jnp.exp2(self.maximum - shift)
         total = self.total * lax.broadcast_in_dim(decay, self.total.shape, (0,))
         denominator = self.denominator * decay + weights.sum(axis=1)
-        return _Softmax(total, maximum, denominator), weights
+        return _DepthSoftmax(total, maximum, denominator), weights
 
     def finish(self):
         """(o, lse in units of log 2)."""
@@ -177,13 +172,22 @@ class _Softmax(NamedTuple):
 
 
 def _kernel(
-    slots_ref, q_ref, lse_ref, kd_ref, vd_ref, *refs, tile: Tile, config: DepthConfig,
-    scale: float, has_out: bool, **scratch,
-):  # fmt: skip
+    slots_ref,
+    q_ref,
+    lse_ref,
+    kd_ref,
+    vd_ref,
+    *refs,
+    tile: SlotTile,
+    config: DepthConfig,
+    scale: float,
+    has_out: bool,
+    **scratch,
+):
     """One warpgroup: a token tile of one row and key/value head. refs: ([o before], o, lse)."""
     plgpu = common.mosaic()
-    here = Place.here(lse_ref.shape[2] // tile.rows, tile)
-    blocks = Blocks.of(slots_ref, tile)
+    here = DepthPlace.here(lse_ref.shape[2] // tile.rows, tile)
+    blocks = SlotBlocks.of(slots_ref, tile)
     _load_rows(here, q_ref, lse_ref, refs[0] if has_out else None, scratch)
     clear_slots(scratch, tile, range(config.stages))
     load = functools.partial(load_slots, here, blocks, kd_ref, vd_ref, scratch)
@@ -191,7 +195,7 @@ def _kernel(
         common.when(stage < blocks.count, functools.partial(load, jnp.int32(stage), stage))
     plgpu.barrier_wait(scratch["rows_loaded"].at[0])
     rows = [common.ds(64 * r, 64) for r in range(tile.rows // 64)]
-    states, valid = zip(*(_Softmax.start(scratch, r, has_out) for r in rows), strict=True)
+    states, valid = zip(*(_DepthSoftmax.start(scratch, r, has_out) for r in rows), strict=True)
 
     def body(block, states):
         stage = lax.rem(block, jnp.int32(config.stages))
@@ -219,7 +223,7 @@ def _kernel(
     _store_rows(here, states, refs[-2], refs[-1], scratch)
 
 
-def _load_rows(here: Place, q_ref, lse_ref, out_ref, scratch) -> None:
+def _load_rows(here: DepthPlace, q_ref, lse_ref, out_ref, scratch) -> None:
     plgpu = common.mosaic()
     loaded, tile = scratch["rows_loaded"].at[0], here.tile
     for rows, q in here.queries(q_ref):
@@ -231,7 +235,7 @@ def _load_rows(here: Place, q_ref, lse_ref, out_ref, scratch) -> None:
     plgpu.copy_gmem_to_smem(lse_ref.at[here.row, here.head, rows], scratch["lse"], loaded)
 
 
-def _store_rows(here: Place, states, out_ref, lse_ref, scratch) -> None:
+def _store_rows(here: DepthPlace, states, out_ref, lse_ref, scratch) -> None:
     plgpu = common.mosaic()
     tile = here.tile
     for r, state in enumerate(states):

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.sequence_tiles import Plan, Refs, key_products, same_segment, tile
+from pallas_kernels.mosaic_gpu.sequence_backward.tiles import (
+    KeyPlan,
+    KeyRefs,
+    key_tile,
+    same_segment,
+)
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
     ROWS,
@@ -17,6 +22,7 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     drain,
     i32,
     iota,
+    key_products,
     load_columns,
     rem,
     split_roles,
@@ -25,7 +31,7 @@ from pallas_kernels.mosaic_gpu.wgmma import (
 )
 
 
-def _q_blocks(plan: Plan, refs: Refs, batch, index) -> Walk:
+def _q_blocks(plan: KeyPlan, refs: KeyRefs, batch, index) -> Walk:
     """Query blocks that see a tile of keys."""
     block_q = plan.config.dkv_block_q
     start, plain, stop = i32(0), i32(0), i32(cdiv(plan.q_len, block_q))
@@ -38,10 +44,10 @@ def _q_blocks(plan: Plan, refs: Refs, batch, index) -> Walk:
     return Walk.of(start, stop, plain, stop, bounds)
 
 
-def _dkv_loads(plan: Plan, refs: Refs, scratch) -> None:
+def _dkv_loads(plan: KeyPlan, refs: KeyRefs, scratch) -> None:
     plgpu = common.mosaic()
     config = plan.config
-    batch, kv_head, index = tile(plan)
+    batch, kv_head, index = key_tile(plan)
     for warpgroup in range(config.dkv_warpgroups):
         keys = common.ds((index * config.dkv_warpgroups + warpgroup) * ROWS, ROWS)
         for source, name in ((refs.key, "k_smem"), (refs.value, "v_smem")):
@@ -76,9 +82,8 @@ def _dkv_loads(plan: Plan, refs: Refs, scratch) -> None:
     drain(scratch["free"], steps, config.dkv_stages)
 
 
-def _dkv_mask(plan: Plan, first_key, token, row_segment, segment_ref):
+def _dkv_mask(plan: KeyPlan, first_key, token, row_segment, segment_ref):
     """[keys, queries]: transposed, as the scores are."""
-    common.mosaic()
     shape = (ROWS, plan.config.dkv_block_q)
     mask = None
     if plan.causal:
@@ -90,18 +95,16 @@ def _dkv_mask(plan: Plan, first_key, token, row_segment, segment_ref):
     return mask
 
 
-def _dkv_compute(plan: Plan, refs: Refs, dk_ref, dv_ref, scratch, warpgroup) -> None:
+def _dkv_compute(plan: KeyPlan, refs: KeyRefs, dk_ref, dv_ref, scratch, warpgroup) -> None:
     plgpu = common.mosaic()
     config = plan.config
-    batch, kv_head, index = tile(plan)
+    batch, kv_head, index = key_tile(plan)
     first_key = (index * config.dkv_warpgroups + warpgroup) * ROWS
-    keys, by_row, _by_column = (
-        common.ds(first_key, ROWS), plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-    )  # fmt: skip
+    keys = common.ds(first_key, ROWS)
     row_segment = None
     if plan.segments:
         ids = refs.key_segments.at[batch, keys]
-        row_segment = plgpu.load(ids, layout=by_row, optimized=False)
+        row_segment = plgpu.load(ids, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
     k_ref, v_ref = scratch["k_smem"].at[warpgroup], scratch["v_smem"].at[warpgroup]
     shape = (ROWS, config.dkv_block_q)
     walk = _q_blocks(plan, refs, batch, index)
@@ -144,7 +147,7 @@ def _dkv_compute(plan: Plan, refs: Refs, dk_ref, dv_ref, scratch, warpgroup) -> 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def dkv_kernel(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def dkv_kernel(plan: KeyPlan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     plgpu = common.mosaic()
     config, dim = plan.config, plan.head_dim
     count, stages, block = config.dkv_warpgroups, config.dkv_stages, config.dkv_block_q
@@ -165,7 +168,7 @@ def dkv_kernel(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax
 
     def body(*operands, **scratch):
         *arrays, dk_ref, dv_ref = operands
-        refs = Refs(**dict(zip(inputs, arrays, strict=True)))
+        refs = KeyRefs(**dict(zip(inputs, arrays, strict=True)))
         split_roles(
             count,
             lambda warpgroup: _dkv_compute(plan, refs, dk_ref, dv_ref, scratch, warpgroup),

@@ -35,7 +35,7 @@ class DepthConfig:
     """Order of rows and columns; None: tokens first from 16 query heads on, where it can be."""
 
 
-class Tile(NamedTuple):
+class SlotTile(NamedTuple):
     """Sizes that follow from a call's shape."""
 
     group: int  # query heads of a key/value head, a power of two
@@ -62,7 +62,7 @@ class Tile(NamedTuple):
 
     @property
     def copies(self) -> tuple[int, int]:
-        """How many pieces `Place.queries` and `Place.slots` yield."""
+        """How many pieces `DepthPlace.queries` and `DepthPlace.slots` yield."""
         if self.tokens_first:
             return self.tokens, self.tokens * self.slots // 8
         return self.group, self.slots
@@ -76,31 +76,31 @@ class Tile(NamedTuple):
         return block_ref.reshape(self.columns, self.head_dim) if self.boxes else block_ref
 
 
-def tokens_first_tile(group: int, head_dim: int, config: DepthConfig) -> Tile:
+def tokens_first_tile(group: int, head_dim: int, config: DepthConfig) -> SlotTile:
     """64 rows of the heads of few tokens."""
     tokens = 64 // group
-    return Tile(group, tokens, max(8, config.columns // tokens), head_dim, tokens_first=True)
+    return SlotTile(group, tokens, max(8, config.columns // tokens), head_dim, tokens_first=True)
 
 
-def slots_first_tile(group: int, head_dim: int, config: DepthConfig) -> Tile:
+def slots_first_tile(group: int, head_dim: int, config: DepthConfig) -> SlotTile:
     """64 rows, and never less than 8 tokens: the swizzled layout's unit."""
     tokens = max(8, 64 // group)
     slots = max(1, config.columns // tokens)
     # The interpreter does not read through a reshaped buffer.
-    return Tile(group, tokens, slots, head_dim, boxes=slots > 1 and not platforms.interpreted())
+    return SlotTile(group, tokens, slots, head_dim, boxes=slots > 1 and not platforms.interpreted())
 
 
-class Launch(NamedTuple):
+class DepthLaunch(NamedTuple):
     """One launch of a depth kernel: its tile, its slots and the heads of each group it takes."""
 
-    tile: Tile
+    tile: SlotTile
     slots: Any  # [4] int32
     heads: tuple[int, int]
 
 
-def plan(
+def plan_launches(
     group: int, shape: tuple[int, ...], slots: Any, is_prefix: bool, config: DepthConfig
-) -> list[Launch]:
+) -> list[DepthLaunch]:
     """Launches that together cover a call; each continues where the one before stopped.
 
     With tokens first: the slots up to a multiple of 8, then the rest with slots first. A group
@@ -113,38 +113,41 @@ def plan(
         return _slots_first(group, head_dim, slots, config)
     stop = slots[1]
     aligned = stop // 8 * 8
-    whole = [Launch(tokens_first_tile(padded, head_dim, config), _range(0, aligned), (0, group))]
+    whole = [
+        DepthLaunch(tokens_first_tile(padded, head_dim, config), _range(0, aligned), (0, group))
+    ]
     if isinstance(slots, np.ndarray) and stop == aligned:
         return whole
     return whole + _slots_first(group, head_dim, _range(aligned, stop), config)
 
 
-def _slots_first(group, head_dim, slots, config) -> list[Launch]:
+def _slots_first(group, head_dim, slots, config) -> list[DepthLaunch]:
     limit = 32 if head_dim <= 64 else 16  # a tile's results are kept in registers
     return [
-        Launch(
+        DepthLaunch(
             slots_first_tile(common.next_power_of_two(stop - start), head_dim, config),
-            slots, (start, stop),
+            slots,
+            (start, stop),
         )
         for start, stop in common.split_heads(group, limit)
-    ]  # fmt: skip
+    ]
 
 
 def _range(start: Any, stop: Any) -> jax.Array:
     return jnp.stack([jnp.asarray(x, jnp.int32) for x in (start, stop, stop, stop)])
 
 
-class Place(NamedTuple):
+class DepthPlace(NamedTuple):
     """Where a block of the grid stands."""
 
     row: jax.Array
     head: jax.Array
     tile_index: jax.Array
     num_tiles: int
-    tile: Tile
+    tile: SlotTile
 
     @classmethod
-    def here(cls, num_tiles: int, tile: Tile) -> "Place":
+    def here(cls, num_tiles: int, tile: SlotTile) -> "DepthPlace":
         row, head, index = (lax.axis_index(name) for name in ("row", "head", "tile"))
         return cls(row, head, index, num_tiles, tile)
 
@@ -202,16 +205,16 @@ class Place(NamedTuple):
         return tuple(ref.at[slots, self.flat_tokens, self.heads] for ref in refs)
 
 
-class Blocks(NamedTuple):
+class SlotBlocks(NamedTuple):
     """The visible slots in blocks of `tile.slots`: over the first range, then over the second."""
 
     ranges: tuple[Any, ...]
     first_count: Any
     count: Any
-    tile: Tile
+    tile: SlotTile
 
     @classmethod
-    def of(cls, slots_ref, tile: Tile) -> Self:
+    def of(cls, slots_ref, tile: SlotTile) -> Self:
         start0, stop0, start1, stop1 = (slots_ref[i] for i in range(4))
         size = jnp.int32(tile.slots)
         first = lax.div(stop0 - start0 + (size - 1), size)
@@ -222,7 +225,7 @@ class Blocks(NamedTuple):
         """(first slot of a block, end of its range)."""
         start0, stop0, start1, stop1 = self.ranges
         size = self.tile.slots
-        if self.tile.tokens_first:  # one range; multiples of 8, which copies must be shown
+        if self.tile.tokens_first:  # one range; copies must be known to start at multiples of 8
             return common.multiple_of(block * size, 8), stop0
         in_second = start1 + (block - self.first_count) * size
         is_first = block < self.first_count
@@ -256,9 +259,9 @@ def _log2(n: int) -> int:
     return n.bit_length() - 1
 
 
-def clear_slots(scratch, tile: Tile, stages: Iterable[Any]) -> None:
-    """Zeros in every stage: columns of slots that are not loaded keep what was there, and
-    0 · NaN must not come from it.
+def clear_slots(scratch, tile: SlotTile, stages: Iterable[Any]) -> None:
+    """Writes zeros to every stage: the columns of slots that are not loaded keep what is there,
+    and 0 · NaN is NaN.
     """
     for stage in stages:
         for name in ("kd", "vd"):
@@ -267,8 +270,8 @@ def clear_slots(scratch, tile: Tile, stages: Iterable[Any]) -> None:
     common.mosaic().commit_smem()
 
 
-def load_slots(here: Place, blocks: Blocks, kd_ref, vd_ref, scratch, block, stage) -> None:
-    """Starts the copies of a block's visible slots; for the others the barrier just counts."""
+def load_slots(here: DepthPlace, blocks: SlotBlocks, kd_ref, vd_ref, scratch, block, stage) -> None:
+    """Starts copying a block's visible slots; for the others it arrives at the barrier itself."""
     plgpu = common.mosaic()
     base, stop = blocks.bounds(block)
     buffers = scratch["kd"].at[stage], scratch["vd"].at[stage]
@@ -297,7 +300,7 @@ def load_slots(here: Place, blocks: Blocks, kd_ref, vd_ref, scratch, block, stag
         load_pieces()
 
 
-def wait_slots(blocks: Blocks, scratch, block, stage) -> None:
+def wait_slots(blocks: SlotBlocks, scratch, block, stage) -> None:
     """Waits for what `load_slots` started."""
     plgpu = common.mosaic()
 
@@ -311,7 +314,7 @@ def wait_slots(blocks: Blocks, scratch, block, stage) -> None:
         wait("slots_loaded")
 
 
-def slot_barriers(tile: Tile, stages: int) -> dict[str, Any]:
+def slot_barriers(tile: SlotTile, stages: int) -> dict[str, Any]:
     """Barriers of `load_slots`, by name."""
     barriers = {"slots_loaded": common.barrier(2 * tile.copies[1], stages)}
     if tile.boxes:
@@ -319,7 +322,9 @@ def slot_barriers(tile: Tile, stages: int) -> dict[str, Any]:
     return barriers
 
 
-def store_slots(here: Place, blocks: Blocks, block, refs, scratch, names, *, add: bool) -> None:
+def store_slots(
+    here: DepthPlace, blocks: SlotBlocks, block, refs, scratch, names, *, add: bool
+) -> None:
     """Starts writing a block's `scratch[names]` to the visible slots of `refs`."""
     base, stop = blocks.bounds(block)
 
@@ -343,7 +348,7 @@ def store_slots(here: Place, blocks: Blocks, block, refs, scratch, names, *, add
     common.mosaic().commit_smem_to_gmem_group()
 
 
-def store_zeros(here: Place, blocks: Blocks, num_slots: int, refs, zeros) -> None:
+def store_zeros(here: DepthPlace, blocks: SlotBlocks, num_slots: int, refs, zeros) -> None:
     """Writes `zeros`, a block in shared memory, to the slots that are not visible."""
     tile = here.tile
     if tile.tokens_first:
@@ -373,7 +378,7 @@ def store_zeros(here: Place, blocks: Blocks, num_slots: int, refs, zeros) -> Non
     common.mosaic().commit_smem_to_gmem_group()
 
 
-def flat_slots(x: jax.Array, tile: Tile) -> jax.Array:
+def flat_slots(x: jax.Array, tile: SlotTile) -> jax.Array:
     """[S, B, T, K, H] -> [S, B·T, K·H], which TMA's five dimensions can tile; T in whole tiles."""
     x = common.pad_tokens(x, 2, tile.tokens)
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1)

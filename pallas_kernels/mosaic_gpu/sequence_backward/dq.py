@@ -1,10 +1,9 @@
-"""The kernel for dq, of the sequence and, fused, of the depth slots; it can do the slots' as well.
+"""The kernel for dq of the sequence and, fused, of the depth slots, with the slots' gradients.
 
 Tiles are those of the forward: 64 rows, a KV head's query heads times a few tokens. A thread block
-walks over the slots of its own tokens, then over the keys. Where a tile has all heads of its
-tokens, nobody else has anything to add to the gradients of their slots: they are products of the
-same weights, and neither rows nor slots are read by a second kernel. Of slots that several layers
-add to together later (`Results.deferred`) it does dq alone.
+walks over the slots of its own tokens, then over the keys. Where a tile has all query heads of its
+tokens, no other tile contributes to the gradients of their slots. The kernel then computes these
+gradients from the same weights, and no second kernel reads rows and slots.
 """
 
 import functools
@@ -15,12 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import platforms
-from pallas_kernels.mosaic_gpu import common, depth_warpgroup
-from pallas_kernels.mosaic_gpu.depth_warpgroup import depth_dq, depth_rows
-from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, flat_heads, locate, slot_block, unit
+from pallas_kernels.mosaic_gpu import common
+from pallas_kernels.mosaic_gpu.depth import slot_warpgroup
+from pallas_kernels.mosaic_gpu.depth.slot_warpgroup import depth_dq, depth_rows
 from pallas_kernels.mosaic_gpu.ring import (
-    Block,
-    Refs,
+    RingBlock,
+    RowRefs,
     depth_mask,
     drain_parts,
     either,
@@ -34,7 +33,14 @@ from pallas_kernels.mosaic_gpu.ring import (
     split_unions,
     visit_blocks,
 )
-from pallas_kernels.mosaic_gpu.sequence_tiles import two_products
+from pallas_kernels.mosaic_gpu.row_tiles import (
+    RowPlan,
+    RowTile,
+    flat_heads,
+    locate,
+    slot_block,
+    unit,
+)
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
     ROWS,
@@ -43,27 +49,26 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     rem,
     split_roles,
     spread,
+    two_products,
 )
 
 
-class Results(NamedTuple):
+class DqResults(NamedTuple):
     """What the kernel is to compute besides dq."""
 
     dq_dtype: Any
     slots_dtype: Any = None
     """Of the slots' gradients; None: they are not computed."""
     add: bool = False
-    """Whether they are added to running ones, and other slots left alone."""
-    deferred: bool = False
-    """Whether slots before `Refs.slots[4]` are left alone, too: they wait for other layers."""
+    """Whether they are added to running gradients, which other slots keep."""
 
 
 def dq_kernel(
-    plan: Plan, inputs: dict[str, jax.Array], results: Results, running: tuple = ()
+    plan: RowPlan, inputs: dict[str, jax.Array], results: DqResults, running: tuple = ()
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """(dq [B, Tq, N, H], gradients of the depth keys and values or None).
 
-    inputs: arrays by the names of `Refs`; lse (base 2; +inf: sees nothing) and delta as
+    inputs: arrays by the names of `RowRefs`; lse (base 2; +inf: sees nothing) and delta as
     `rows_by_tile`. running: the gradients to add to, if `results.add`.
     """
     types = scratch(plan, results)
@@ -71,7 +76,7 @@ def dq_kernel(
     inputs = inputs | {name: flat_heads(inputs[name]) for name in ("query", "d_out")}
     if plan.depth_warpgroups:
         depth = ("depth_key", "depth_value")
-        inputs |= {name: depth_warpgroup.flat(plan, inputs[name]) for name in depth}
+        inputs |= {name: slot_warpgroup.flat(plan, inputs[name]) for name in depth}
     outputs = [jax.ShapeDtypeStruct(inputs["query"].shape, results.dq_dtype)]
     slots = ("d_depth_key", "d_depth_value") if results.slots_dtype is not None else ()
     if slots and not results.add:
@@ -83,7 +88,7 @@ def dq_kernel(
 
     def body(*operands, **memory):
         views = dict(zip(names, operands, strict=True))
-        refs = Refs(**views, **split_unions(types, memory)).read_scalars()
+        refs = RowRefs(**views, **split_unions(types, memory)).read_scalars()
         split_roles(
             plan.config.warpgroups,
             lambda warpgroup: _compute(plan, refs, results, warpgroup),
@@ -108,14 +113,14 @@ def dq_kernel(
     return dq, (grads[0].reshape(shape), grads[1].reshape(shape))
 
 
-def _flat(plan: Plan, x: jax.Array) -> jax.Array:
+def _flat(plan: RowPlan, x: jax.Array) -> jax.Array:
     """[S, B, T, K, H] -> [S, B·T, K·H], which TMA's five dimensions can tile; T in whole tiles."""
     x = common.pad_tokens(x, 2, plan.tokens)
     return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4])
 
 
-def scratch(plan: Plan, results: Results) -> dict[str, Any]:
-    """Shared memory and barriers, by the names of `Refs`."""
+def scratch(plan: RowPlan, results: DqResults) -> dict[str, Any]:
+    """Shared memory and barriers, by the names of `RowRefs`."""
     count = plan.config.warpgroups
     rows = row_memory(plan, plan.dtype, count)
     memory = ring_memory(plan) | {
@@ -126,7 +131,7 @@ def scratch(plan: Plan, results: Results) -> dict[str, Any]:
     if _separate_dq(plan, results):
         memory["dq_smem"] = row_memory(plan, jnp.float32, count)
     if plan.depth_warpgroups:
-        memory |= depth_warpgroup.memory(plan)
+        memory |= slot_warpgroup.memory(plan)
     if results.slots_dtype is not None:
         shape: tuple[int, ...] = (plan.depth_keys, plan.head_dim)
         if plan.boxes:
@@ -141,25 +146,25 @@ def scratch(plan: Plan, results: Results) -> dict[str, Any]:
     return memory
 
 
-def _separate_dq(plan: Plan, results: Results) -> bool:
-    """Whether there is memory for float32 rows: dq's, and before them the slots' part of it."""
+def _separate_dq(plan: RowPlan, results: DqResults) -> bool:
+    """Whether float32 rows have memory of their own: dq and, before it, the slots' part of dq."""
     return plan.depth_warpgroups or jnp.dtype(results.dq_dtype).itemsize == 4
 
 
-def shared_memory(plan: Plan, results: Results) -> int:
+def dq_shared_memory(plan: RowPlan, results: DqResults) -> int:
     """Bytes that a thread block needs, barriers rounded up."""
     config, dim = plan.config, plan.head_dim
     rows = 2 * config.warpgroups * ROWS * dim * 2
     ring = 2 * config.stages * plan.stage_keys * dim * 2 + config.stages * config.block_kv * 4
     out = config.warpgroups * ROWS * dim * 4 * _separate_dq(plan, results)
-    slots = depth_warpgroup.shared_memory(plan) if plan.depth_warpgroups else 0
+    slots = slot_warpgroup.shared_memory(plan) if plan.depth_warpgroups else 0
     if results.slots_dtype is not None:
         size = jnp.dtype(results.slots_dtype).itemsize
         slots = 2 * config.warpgroups * plan.depth_keys * (ROWS * 2 + dim * size)
     return rows + ring + out + slots + 2048
 
 
-def _load(plan: Plan, refs: Refs) -> None:
+def _load(plan: RowPlan, refs: RowRefs) -> None:
     tile = locate(plan, refs.slots, refs.ranges, lax.axis_index("block"))
     rows = (
         (refs.query, refs.q_smem, refs.q_smem_boxes),
@@ -171,20 +176,20 @@ def _load(plan: Plan, refs: Refs) -> None:
     drain_parts(plan, refs.v_free, step)
 
 
-class _Worker(NamedTuple):
+class _DqWorker(NamedTuple):
     """A warpgroup's tile."""
 
-    plan: Plan
-    refs: Refs
+    plan: RowPlan
+    refs: RowRefs
     warpgroup: jax.Array
-    tile: Tile
+    tile: RowTile
     token: jax.Array
     row_segment: jax.Array | None
     lse: jax.Array
     delta: jax.Array
 
     @classmethod
-    def of(cls, plan: Plan, refs: Refs, warpgroup: jax.Array) -> "_Worker":
+    def of(cls, plan: RowPlan, refs: RowRefs, warpgroup: jax.Array) -> "_DqWorker":
         plgpu = common.mosaic()
         tile = locate(plan, refs.slots, refs.ranges, lax.axis_index("block"))
         token, _ = unit(plan, tile, warpgroup)
@@ -208,7 +213,7 @@ class _Worker(NamedTuple):
         tokens = common.ds(tile.batch * length + self.token, plan.tokens)
         return tokens, common.ds(tile.kv_head * plan.head_dim, plan.head_dim)
 
-    def weigh(self, block: Block, shape: tuple[int, int], mask: Any) -> tuple[Any, Any]:
+    def weigh(self, block: RingBlock, shape: tuple[int, int], mask: Any) -> tuple[Any, Any]:
         """p and ds of a block; mask() says what is visible, None: everything."""
         plan, refs = self.plan, self.refs
         plgpu = common.mosaic()
@@ -228,9 +233,9 @@ class _Worker(NamedTuple):
         return p, p * (dp - spread(self.delta, shape, 0))
 
 
-def _compute(plan: Plan, refs: Refs, results: Results, warpgroup: jax.Array) -> None:
+def _compute(plan: RowPlan, refs: RowRefs, results: DqResults, warpgroup: jax.Array) -> None:
     plgpu = common.mosaic()
-    worker = _Worker.of(plan, refs, warpgroup)
+    worker = _DqWorker.of(plan, refs, warpgroup)
     plgpu.barrier_wait(refs.q_full.at[0])
     depth = functools.partial(_depth_step, worker, results)
     plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
@@ -244,12 +249,12 @@ def _compute(plan: Plan, refs: Refs, results: Results, warpgroup: jax.Array) -> 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
+def _key_step(worker: _DqWorker, i: jax.Array, carry, *, masked: bool):
     """One sequence block."""
     plgpu = common.mosaic()
     plan, refs = worker.plan, worker.refs
     step, dq = carry
-    block = Block.at(plan, refs, worker.warpgroup, step)
+    block = RingBlock.at(plan, refs, worker.warpgroup, step)
 
     def mask():
         segments = refs.segment_smem
@@ -265,48 +270,36 @@ def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
     return step + 1, dq
 
 
-def _depth_step(worker: _Worker, results: Results, _, i: jax.Array, carry):
+def _depth_step(worker: _DqWorker, results: DqResults, _, i: jax.Array, carry):
     """One depth block: dq, and the gradients of its slots."""
     plgpu = common.mosaic()
     plan, refs = worker.plan, worker.refs
     step, dq = carry
     first, stop = slot_block(plan, refs.slots, worker.tile, i)
-    block = Block.at(plan, refs, worker.warpgroup, step, stop - first)
+    block = RingBlock.at(plan, refs, worker.warpgroup, step, stop - first)
     mask = functools.partial(depth_mask, plan, worker.row_segment, stop - first)
     p, ds = (x.astype(plan.dtype) for x in worker.weigh(block, (ROWS, plan.depth_keys), mask))
-    start = jnp.maximum(first, refs.slots[4]) if results.deferred else first
-
-    def write_weights():
+    if results.slots_dtype is not None:
         weights = refs.weight_smem.at[worker.warpgroup]
         weights[0] = p
         weights[1] = ds
         plgpu.commit_smem()
-
-    def finish_slots():
-        _multiply_slots(worker)
-        _store_slots(worker, results, first, start, stop)
-
-    def where_wanted(do):
-        if results.deferred:
-            common.when(start < jnp.minimum(first + plan.block_slots, stop), do)
-        elif results.slots_dtype is not None:
-            do()
-
-    where_wanted(write_weights)
     dq = accumulate(dq, (ds, block.key))
     plgpu.barrier_arrive(block.key_free)
-    where_wanted(finish_slots)
+    if results.slots_dtype is not None:
+        _multiply_slots(worker)
+        _store_slots(worker, results, first, stop)
     return step + 1, dq
 
 
-def _multiply_slots(worker: _Worker) -> None:
+def _multiply_slots(worker: _DqWorker) -> None:
     """dkd = scale dsᵀ q and dvd = pᵀ do of a block, to shared memory."""
     plgpu = common.mosaic()
     plan, refs = worker.plan, worker.refs
     p, ds = (refs.weight_smem.at[worker.warpgroup, i].transpose((1, 0)) for i in (0, 1))
     q_ref, do_ref = refs.q_smem.at[worker.warpgroup], refs.do_smem.at[worker.warpgroup]
     shape = (plan.depth_keys, plan.head_dim)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last block's are out
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous block's gradients are copied
     products = two_products((ds, q_ref), (p, do_ref), shape, lambda x: x * plan.scale)
     for i, product in enumerate(products):
         target = refs.d_slot_smem.at[worker.warpgroup, i]
@@ -315,8 +308,8 @@ def _multiply_slots(worker: _Worker) -> None:
     plgpu.commit_smem()
 
 
-def _store_slots(worker: _Worker, results: Results, first, start, stop) -> None:
-    """Starts writing a block's gradients, or adding them, to its slots start ... stop - 1."""
+def _store_slots(worker: _DqWorker, results: DqResults, first, stop) -> None:
+    """Starts writing a block's gradients, or adding them, to its slots first ... stop - 1."""
     plan, refs = worker.plan, worker.refs
     tokens, heads = worker.place_of_slots()
     pairs = [
@@ -344,22 +337,21 @@ def _store_slots(worker: _Worker, results: Results, first, start, stop) -> None:
                     where = target.at[slot, tokens, heads]
                     common.store(source.at[rows], where, add=results.add, old=old)
 
-            common.when((first + i >= start) & (first + i < stop), one)
+            common.when(first + i < stop, one)
 
-    # What lies behind the row's last tile belongs to the next row.
-    left = jnp.where(start > first, 0, stop - first)
-    common.when(worker.has_tokens(), lambda: either(plan, left, whole, part))
+    # Tokens behind a row's last tile belong to the next row.
+    common.when(worker.has_tokens(), lambda: either(plan, stop - first, whole, part))
     common.mosaic().commit_smem_to_gmem_group()
 
 
-def _slot_piece(plan: Plan, index: int, slot: Any) -> tuple[Any, Any]:
+def _slot_piece(plan: RowPlan, index: int, slot: Any) -> tuple[Any, Any]:
     """Where a block's `index`-th slot lies in memory, and the slot as its target's index."""
     if plan.boxes:
         return common.ds(index, 1), common.ds(slot, 1)
     return common.ds(index * plan.tokens, plan.tokens), slot
 
 
-def _store_zeros(worker: _Worker) -> None:
+def _store_zeros(worker: _DqWorker) -> None:
     """Zeros to the slots that are not visible."""
     plgpu = common.mosaic()
     plan, refs = worker.plan, worker.refs
@@ -386,14 +378,14 @@ def _store_zeros(worker: _Worker) -> None:
     plgpu.commit_smem_to_gmem_group()
 
 
-def _store_dq(worker: _Worker, dq: jax.Array) -> None:
-    """Over the queries, which nobody reads any more, if the types allow it."""
+def _store_dq(worker: _DqWorker, dq: jax.Array) -> None:
+    """Writes dq, through the queries' memory if dq is 16-bit: their last product is done."""
     plgpu = common.mosaic()
     plan, refs, tile = worker.plan, worker.refs, worker.tile
     memories = refs.dq_smem, refs.dq_smem_boxes
     if jnp.dtype(refs.out.dtype).itemsize < 4:
         memories = refs.q_smem, refs.q_smem_boxes
-        plgpu.commit_smem()  # every warp has finished its products with the queries
+        plgpu.commit_smem()  # every warp's products with the queries are done
     memory, boxes = (None if x is None else x.at[worker.warpgroup] for x in memories)
     memory[...] = (dq * plan.scale).astype(memory.dtype)
     plgpu.commit_smem()

@@ -1,8 +1,7 @@
-"""Tables of tile sizes that were measured, by kernel, head size, heads per key head, and device.
+"""The table of measured tile sizes, by kernel, head size, heads per key head, and architecture.
 
-A table is a JSON file beside its kernels, written by `python -m benchmarks.tune`; what it lacks
-falls back to each kernel's heuristic. A config of tile sizes is a frozen dataclass of ints and
-bools. Nothing is measured while a model trains.
+It is tuned.json, written by `python -m benchmarks.tune --backend triton`; `tiles.heuristic` decides
+what it lacks. A config is a frozen dataclass of ints. Nothing is measured while a model trains.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ Config = TypeVar("Config", bound=Any)
 
 
 def table_key(kernel: str, head_dim: int, group: int, is_causal: bool, device: str) -> str:
-    """For instance "forward H64 G8 causal NVIDIA H200"; Triton's tables say "sm_90"."""
+    """For instance "depth_forward H64 G8 causal sm_90"."""
     return f"{kernel} H{head_dim} G{group} {'causal' if is_causal else 'full'} {device}"
 
 

@@ -1,4 +1,4 @@
-"""The stack's backward with depth gradients for blocks of layers: added up, or gathered."""
+"""The stack's backward with depth gradients gathered, for blocks of layers, or added up."""
 
 import dataclasses
 import functools
@@ -55,32 +55,18 @@ def gradients(**changes):
     return scanned(spec, params, x, tokens, dy)
 
 
-FAST_BLOCKS = (("row4", 2), ("row5", 3), ("every2", 2), ("row4", LAYERS))
 FAST_GATHERING = (
-    ("row4", "full", 2), ("row5", "save_attention", 3), ("row3", "none", 1),
-    ("every2", "full", 2), ("one-layer", "full", 2),
-)  # fmt: skip
+    ("row4", "full", 2),
+    ("row5", "save_attention", 3),
+    ("row3", "none", 1),
+    ("every2", "full", 2),
+    ("one-layer", "full", 2),
+)
 
 
 @functools.cache
 def layer_by_layer(variant):
     return gradients(**CHANGES[variant])
-
-
-@pytest.mark.parametrize(
-    ("variant", "remat", "size"),
-    [
-        *((variant, "full", size) for variant, size in FAST_BLOCKS),
-        *(
-            slow_unless(False, variant, remat, size)
-            for variant, remat, size in covering((2, 3, LAYERS))
-            if remat != "full" or (variant, size) not in FAST_BLOCKS
-        ),
-    ],
-)
-def test_blocks_give_the_gradients_of_layer_by_layer(variant, remat, size):
-    got = gradients(**CHANGES[variant], remat=remat, depth_grad_block=size)
-    assert_trees_close(got, layer_by_layer(variant))
 
 
 @pytest.mark.parametrize(
@@ -112,13 +98,12 @@ def test_nothing_is_gathered_from_before_it_was_written(variant, size, monkeypat
     assert_trees_close(got, gradients(**CHANGES[variant], init_std=0.03))
 
 
-@pytest.mark.parametrize("mode", ["add", "gather"])
-def test_a_block_may_be_longer_than_the_stack(mode):
-    got = gradients(**CHANGES["row4"], depth_grad_mode=mode, depth_grad_block=99)
+def test_a_block_may_be_longer_than_the_stack():
+    got = gradients(**CHANGES["row4"], depth_grad_mode="gather", depth_grad_block=99)
     assert_trees_close(got, layer_by_layer("row4"))
 
 
-@pytest.mark.parametrize(("mode", "size"), [("add", 1), ("add", 2), ("gather", 2)])
+@pytest.mark.parametrize(("mode", "size"), [("add", 1), ("gather", 2)])
 def test_sums_in_bfloat16(mode, size):
     got = gradients(
         **CHANGES["row4"], depth_grad_dtype="bfloat16", depth_grad_mode=mode, depth_grad_block=size
@@ -138,7 +123,7 @@ def test_gathering_in_bfloat16_is_as_exact_as_adding():
 
 
 def test_gathered_sums_in_bfloat16_are_rounded_once():
-    """Which adding does at every layer."""
+    """Adding rounds at every layer."""
     sums = {"depth_grad_dtype": "bfloat16", "num_layers": 12}
     assert 1e-5 < worst_error("gather", **sums) < 0.75 * worst_error("add", **sums)
 
@@ -150,8 +135,9 @@ def worst_error(mode, **changes):
     exact = changes | {"compute_dtype": "float32", "depth_grad_dtype": "float32"}
     errors = jax.tree.map(
         lambda a, b: float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-6)),
-        got[1], gradients(**exact)[1],
-    )  # fmt: skip
+        got[1],
+        gradients(**exact)[1],
+    )
     return max(jax.tree.leaves(errors))
 
 
@@ -175,18 +161,10 @@ def test_memory_grows_linearly_with_depth(remat, mode):
         assert larger <= 2.2 * smaller, sizes
 
 
-def test_a_block_costs_its_layers_readers_and_no_second_cache():
-    """Queries and output gradients of the block's layers, and lse and delta, once."""
-    heads, head_dim = SMALL.num_heads, 8
-    readers = 4 * 256 * heads * (2 * head_dim + 2) * 4  # of one layer, in float32
-    sizes = {n: gradient_temp_bytes(num_layers=64, depth_grad_block=n) for n in (1, 4)}
-    assert sizes[4] - sizes[1] < 2 * 4 * readers, (sizes, readers)
-
-
 def test_gathering_keeps_queries_and_output_gradients_in_place_of_the_cache():
     layers, heads, head_dim = 64, SMALL.num_heads, 8
     changes = {"num_layers": layers, "remat": "save_attention"}  # which has the queries
-    added = gradient_temp_bytes(**changes, depth_grad_block=4)
+    added = gradient_temp_bytes(**changes)
     gathered = gradient_temp_bytes(**changes, depth_grad_mode="gather", depth_grad_block=4)
     slots = dataclasses.replace(SMALL, **changes).depth_slots
     tokens = 4 * 256
@@ -209,41 +187,14 @@ def test_bounded_slots_are_refused():
         ModelConfig(depth_grad_dtype="float16")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"depth_grad_block": 2}, "depth_grad_block=2 does nothing with reference"),
-        (  # and in float32: bfloat16 sums that are rounded once are no bfloat16 running cache
-            {"depth_grad_mode": "gather", "depth_grad_dtype": "bfloat16"},
-            "gather: reference cannot gather; depth gradients are added instead",
-        ),
-    ],
-)
-def test_a_backend_that_can_do_neither_says_so(settings, message):
+def test_a_backend_that_cannot_gather_adds():
+    """In float32: a sum in bfloat16 that is rounded once is no running cache in bfloat16."""
     backends.warn_once.cache_clear()
+    message = "gather: reference cannot gather; depth gradients are added instead"
+    settings = {"depth_grad_mode": "gather", "depth_grad_dtype": "bfloat16", "depth_grad_block": 2}
     with pytest.warns(backends.SlowAttentionWarning, match=message):
         got = gradients(**CHANGES["row4"], attention="reference", **settings)
     assert_trees_close(got, layer_by_layer("row4"))
-
-
-def test_a_backend_that_cannot_gather_defers(monkeypatch):
-    backends.warn_once.cache_clear()
-    xla, blocks = backends.BACKENDS["xla"], []
-
-    def add(readers, *args, **settings):
-        blocks.append(readers.query.shape[0])
-        return xla.deferral.add(readers, *args, **settings)
-
-    spy = dataclasses.replace(
-        xla, deferral=xla.deferral._replace(add=add), gathering=None, name="adds"
-    )
-    monkeypatch.setattr(backends, "BACKENDS", {"adds": spy})
-    changes = CHANGES["row4"] | {"depth_grad_mode": "gather", "depth_grad_block": 2}
-    with pytest.warns(
-        backends.SlowAttentionWarning, match="adds cannot gather; depth gradients are added"
-    ):
-        gradients(**changes, attention="adds")
-    assert set(blocks) == {2}
 
 
 @pytest.mark.parametrize("mode", ["add", "gather"])
@@ -258,38 +209,6 @@ def test_blocks_under_a_mesh(mode):
     assert_trees_close(*map(jax.device_get, (got, expected)))
 
 
-def test_one_pass_over_the_older_slots(monkeypatch):
-    """Every layer's backward adds to its block's slots, then the block to all older ones."""
-    xla, passes = backends.BACKENDS["xla"], []
-
-    def note(what, first, stop):
-        jax.debug.callback(
-            lambda first, stop: passes.append((what, int(first), int(stop))),
-            first, stop, ordered=True,
-        )  # fmt: skip
-
-    def backward(operands, options, out, lse, d_out, d_lse, depth_grads, first):
-        note("alone", first, operands.depth_length)
-        return xla.deferral.backward(operands, options, out, lse, d_out, d_lse, depth_grads, first)
-
-    def add(readers, depth_key, depth_value, depth_grads, first, stop, *, scale):
-        note(readers.query.shape[0], first, stop)
-        return xla.deferral.add(
-            readers, depth_key, depth_value, depth_grads, first, stop, scale=scale
-        )
-
-    spy = dataclasses.replace(xla, deferral=backends.Deferral(backward, add), name="spy")
-    monkeypatch.setattr(backends, "BACKENDS", {"spy": spy})
-    jax.block_until_ready(gradients(**CHANGES["row4"], depth_grad_block=2, attention="spy"))
-    jax.effects_barrier()
-    # Layers 4 and 3 see the 8 and 6 slots of the layers before them; the rest, layer 0, sees none.
-    assert passes == [
-        ("alone", 6, 8), ("alone", 6, 6), (2, 0, 6),
-        ("alone", 2, 4), ("alone", 2, 2), (2, 0, 2),
-        ("alone", 0, 0),
-    ]  # fmt: skip
-
-
 def test_one_pass_over_the_later_layers(monkeypatch):
     """For the slots of a block, then layer by layer over those of the block."""
     xla, passes = backends.BACKENDS["xla"], []
@@ -297,8 +216,10 @@ def test_one_pass_over_the_later_layers(monkeypatch):
     def gather(kept, depth_key, depth_value, layers, first, count, **settings):
         jax.debug.callback(
             lambda start, stop, first: passes.append((count, int(first), int(start), int(stop))),
-            *layers, first, ordered=True,
-        )  # fmt: skip
+            *layers,
+            first,
+            ordered=True,
+        )
         return xla.gathering.gather(kept, depth_key, depth_value, layers, first, count, **settings)
 
     spy = dataclasses.replace(xla, gathering=xla.gathering._replace(gather=gather), name="spy")
@@ -308,7 +229,12 @@ def test_one_pass_over_the_later_layers(monkeypatch):
     jax.effects_barrier()
     # (slots, the first of them, the layers that read them); the last layer writes none.
     assert passes == [
-        (4, 4, 5, 5), (2, 6, 5, 5),
-        (4, 4, 4, 5), (2, 6, 4, 4), (2, 4, 3, 4),
-        (4, 0, 2, 5), (2, 2, 2, 2), (2, 0, 1, 2),
-    ]  # fmt: skip
+        (4, 4, 5, 5),
+        (2, 6, 5, 5),
+        (4, 4, 4, 5),
+        (2, 6, 4, 4),
+        (2, 4, 3, 4),
+        (4, 0, 2, 5),
+        (2, 2, 2, 2),
+        (2, 0, 1, 2),
+    ]

@@ -1,12 +1,13 @@
-"""Warpgroups of their own for the depth slots, one beside each that reads the keys of a sequence.
+"""Warpgroups for the depth slots alone, one beside each compute warpgroup of the dq kernel.
 
-While tensor cores are busy with the keys of a tile, its slots arrive and are worked on: their
-traffic hides under the sequence's products. Products are transposed: rows are 8 slots of 8 tokens,
-columns the query heads of these tokens. So one pair in 8 is of one token, where a product of a
-tile's 64 rows with the slots of all its tokens has one in 64 / heads.
+While the tensor cores work on the keys of a tile, the depth warpgroup loads the tile's slots and
+computes their part of dq: the slots' traffic hides under the sequence's products. Its own products
+are transposed: rows are 8 slots of 8 tokens, columns the query heads of these tokens. One pair in 8
+is of one token then. In a product of a tile's 64 rows with the slots of all its tokens it would be
+one in 64 / heads.
 
-Reading and computing are such a warpgroup's own affair: it starts the copy of a later block when
-it is through with one. What comes out goes through shared memory to the one that has the rows.
+A depth warpgroup starts its own loads: after each block it starts the copy of a later one. It hands
+its part of dq to the compute warpgroup through shared memory.
 """
 
 from typing import Any, NamedTuple
@@ -16,11 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import platforms
-from pallas_kernels.mosaic_gpu import common, depth_tiles
-from pallas_kernels.mosaic_gpu.depth_tiles import Place, load_slots, wait_slots
-from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, locate_rows, unit
-from pallas_kernels.mosaic_gpu.ring import Refs
-from pallas_kernels.mosaic_gpu.sequence_tiles import two_products
+from pallas_kernels.mosaic_gpu import common
+from pallas_kernels.mosaic_gpu.depth import tiles
+from pallas_kernels.mosaic_gpu.depth.tiles import DepthPlace, load_slots, wait_slots
+from pallas_kernels.mosaic_gpu.ring import RowRefs
+from pallas_kernels.mosaic_gpu.row_tiles import RowPlan, RowTile, locate_rows, unit
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
     TOKEN_ALIGNMENT,
@@ -30,13 +31,14 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     iota,
     rem,
     spread,
+    two_products,
 )
 
 _BLOCK = 8  # slots
 _OCTET_BITS = TOKEN_ALIGNMENT.bit_length() - 1
 
 
-class Blocks(depth_tiles.Blocks):
+class OverlappingSlotBlocks(tiles.SlotBlocks):
     """Blocks of 8 slots. A range's last one overlaps the one before: it, too, is one copy."""
 
     def bounds(self, block):
@@ -61,11 +63,11 @@ class Blocks(depth_tiles.Blocks):
         return first | second
 
 
-def memory(plan: Plan) -> dict[str, Any]:
-    """Shared memory and barriers, by the names of `Refs`."""
+def memory(plan: RowPlan) -> dict[str, Any]:
+    """Shared memory and barriers, by the names of `RowRefs`."""
     config, tile = plan.config, _tile(plan)
     stages = config.warpgroups * config.slot_stages
-    barriers = depth_tiles.slot_barriers(tile, stages)
+    barriers = tiles.slot_barriers(tile, stages)
     slots = tile.buffer(plan.dtype, stages)
     weights = (config.warpgroups, _columns(plan), tile.columns)
     return {
@@ -77,77 +79,84 @@ def memory(plan: Plan) -> dict[str, Any]:
     } | ({"box_loaded": barriers["box_loaded"]} if tile.boxes else {})
 
 
-def shared_memory(plan: Plan) -> int:
+def shared_memory(plan: RowPlan) -> int:
     """Bytes of `memory`, without barriers."""
     pairs = _tile(plan).columns
     ring = 2 * plan.config.slot_stages * pairs * plan.head_dim * 2
     return plan.config.warpgroups * (ring + _columns(plan) * pairs * 2)
 
 
-def flat(plan: Plan, x: jax.Array) -> jax.Array:
+def flat(plan: RowPlan, x: jax.Array) -> jax.Array:
     """Depth keys or values as the warpgroup reads them."""
-    return depth_tiles.flat_slots(x, _tile(plan))
+    return tiles.flat_slots(x, _tile(plan))
 
 
-def _columns(plan: Plan) -> int:
+def _columns(plan: RowPlan) -> int:
     return TOKEN_ALIGNMENT * plan.heads
 
 
-def _tile(plan: Plan) -> depth_tiles.Tile:
-    boxes = not platforms.interpreted()  # which does not read through a reshaped buffer
-    return depth_tiles.Tile(1, TOKEN_ALIGNMENT, _BLOCK, plan.head_dim, boxes=boxes)
+def _tile(plan: RowPlan) -> tiles.SlotTile:
+    boxes = not platforms.interpreted()  # the interpreter reads no reshaped buffer
+    return tiles.SlotTile(1, TOKEN_ALIGNMENT, _BLOCK, plan.head_dim, boxes=boxes)
 
 
-class Cursor(NamedTuple):
+class SlotCursor(NamedTuple):
     """Which block of slots of which octet is the next to be loaded."""
 
     octet: jax.Array
     block: jax.Array
 
-    def after(self, blocks: Any) -> "Cursor":
+    def after(self, blocks: Any) -> "SlotCursor":
         block = self.block + 1
         done = block >= blocks
-        return Cursor(jnp.where(done, self.octet + 1, self.octet), jnp.where(done, 0, block))
+        return SlotCursor(jnp.where(done, self.octet + 1, self.octet), jnp.where(done, 0, block))
 
 
-class Reader(NamedTuple):
-    """A warpgroup's ring of slots: the octets of a tile's tokens, the blocks of slots of each."""
+class SlotReader(NamedTuple):
+    """A depth warpgroup's ring: for each octet of a tile's tokens, its blocks of slots."""
 
-    plan: Plan
-    refs: Refs
-    warpgroup: jax.Array  # which has the tile
-    blocks: Blocks
+    plan: RowPlan
+    refs: RowRefs
+    warpgroup: jax.Array  # the compute warpgroup that has the tile
+    blocks: OverlappingSlotBlocks
     memory: dict[str, Any]
 
     @classmethod
-    def of(cls, plan: Plan, refs: Refs, warpgroup: jax.Array) -> "Reader":
+    def of(cls, plan: RowPlan, refs: RowRefs, warpgroup: jax.Array) -> "SlotReader":
         names = {"kd": "slot_keys", "vd": "slot_values"}
         names |= {name: name for name in ("slots_loaded", "box_loaded")}
         views = {name: getattr(refs, view) for name, view in names.items()}
-        reader = cls(plan, refs, warpgroup, Blocks.of(refs.slots, _tile(plan)), views)
+        reader = cls(
+            plan, refs, warpgroup, OverlappingSlotBlocks.of(refs.slots, _tile(plan)), views
+        )
         common.when(reader.blocks.has_part(), reader._clear)
         return reader
 
     def _clear(self) -> None:
         stages = [self._stage(i32(i)) for i in range(self.plan.config.slot_stages)]
-        depth_tiles.clear_slots(self.memory, self.blocks.tile, stages)
+        tiles.clear_slots(self.memory, self.blocks.tile, stages)
 
-    def start(self, tile: Tile) -> Cursor:
+    def start(self, tile: RowTile) -> SlotCursor:
         """The first loads; where to go on."""
-        cursor = Cursor(i32(0), i32(0))
+        cursor = SlotCursor(i32(0), i32(0))
         for step in range(self.plan.config.slot_stages):
             cursor = self.load(tile, cursor, i32(step))
         return cursor
 
-    def load(self, tile: Tile, cursor: Cursor, step: jax.Array) -> Cursor:
+    def load(self, tile: RowTile, cursor: SlotCursor, step: jax.Array) -> SlotCursor:
         """Starts a block's copies into the stage of `step`, if there is one; where to go on."""
 
         def load():
             place = self._place(tile, cursor.octet)
             load_slots(
-                place, self.blocks, self.refs.depth_key, self.refs.depth_value, self.memory,
-                cursor.block, self._stage(step),
-            )  # fmt: skip
+                place,
+                self.blocks,
+                self.refs.depth_key,
+                self.refs.depth_value,
+                self.memory,
+                cursor.block,
+                self._stage(step),
+            )
 
         common.when((cursor.octet < self.plan.octets) & (self.blocks.count > 0), load)
         return cursor.after(self.blocks.count)
@@ -156,12 +165,12 @@ class Reader(NamedTuple):
         stages = self.plan.config.slot_stages
         return self.warpgroup * stages + rem(step, stages)
 
-    def _place(self, tile: Tile, octet: jax.Array) -> Place:
+    def _place(self, tile: RowTile, octet: jax.Array) -> DepthPlace:
         plan = self.plan
         token, _ = unit(plan, tile, self.warpgroup)
         octets = cdiv(plan.q_len, TOKEN_ALIGNMENT)
         index = token // TOKEN_ALIGNMENT + octet
-        return Place(tile.batch, tile.kv_head, index, octets, self.blocks.tile)
+        return DepthPlace(tile.batch, tile.kv_head, index, octets, self.blocks.tile)
 
     def wait(self, block: jax.Array, step: jax.Array) -> tuple[Any, Any]:
         """A block's keys and values."""
@@ -175,7 +184,7 @@ class Reader(NamedTuple):
         return common.ds(octet * columns, columns)
 
     def hand_over(self, octet: jax.Array, columns: jax.Array) -> None:
-        """Puts [H, (head, token)] of an octet to where its rows' warpgroup finds them."""
+        """Writes an octet's part of dq, [H, (head, token)], for the compute warpgroup."""
         _store_transposed(self.refs.dq_smem.at[self.warpgroup, self.rows(octet)], columns)
         common.mosaic().barrier_arrive(self.refs.depth_full.at[self.warpgroup])
 
@@ -190,18 +199,18 @@ def _store_transposed(target: Any, x: jax.Array) -> None:
     target.transpose((1, 0))[...] = turned
 
 
-def depth_rows(refs: Refs, warpgroup: jax.Array) -> jax.Array:
-    """What `Reader.hand_over` put there, of a warpgroup's tile: [64, H] float32."""
+def depth_rows(refs: RowRefs, warpgroup: jax.Array) -> jax.Array:
+    """What `SlotReader.hand_over` wrote for a warpgroup's tile: [64, H] float32."""
     plgpu = common.mosaic()
     plgpu.barrier_wait(refs.depth_full.at[warpgroup])
     rows = refs.dq_smem.at[warpgroup]
     return plgpu.load(rows, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
-def depth_dq(plan: Plan, refs: Refs, warpgroup: jax.Array) -> None:
+def depth_dq(plan: RowPlan, refs: RowRefs, warpgroup: jax.Array) -> None:
     """The slots' part of dq / scale for a warpgroup's tile."""
     plgpu = common.mosaic()
-    reader = Reader.of(plan, refs, warpgroup)
+    reader = SlotReader.of(plan, refs, warpgroup)
     count = reader.blocks.count
     tile = locate_rows(plan, lax.axis_index("block"))
     cursor = reader.start(tile)
@@ -215,10 +224,11 @@ def depth_dq(plan: Plan, refs: Refs, warpgroup: jax.Array) -> None:
         lse, delta = (
             plgpu.load(
                 x.at[tile.batch, tile.kv_head, number, rows],
-                layout=plgpu.Layout.WGMMA.reduce(0), optimized=False,
+                layout=plgpu.Layout.WGMMA.reduce(0),
+                optimized=False,
             )
             for x in (refs.lse, refs.delta)
-        )  # fmt: skip
+        )
         same_token = ((iota(shape, 0) ^ iota(shape, 1)) & (TOKEN_ALIGNMENT - 1)) == 0
         bias = jnp.where(same_token, -spread(lse, shape, 1), -jnp.inf)
         query, d_out = (x.at[warpgroup, rows] for x in (refs.q_smem, refs.do_smem))
@@ -237,7 +247,7 @@ def depth_dq(plan: Plan, refs: Refs, warpgroup: jax.Array) -> None:
             _store_transposed(weights_ref, ds.astype(plan.dtype))
             plgpu.commit_smem()
             total = common.multiply_add(total, key.transpose((1, 0)), weights_ref.transpose((1, 0)))
-            end_reads()  # and on the chip a load waits until every warp of this one has read
+            end_reads()  # on the chip, the load waits until every warp of this warpgroup has read
             return reader.load(tile, cursor, step), step + 1, total
 
         cursor, step = carry

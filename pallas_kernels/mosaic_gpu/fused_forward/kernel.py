@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.forward_tiles import Plan, Tile, locate, rounds, slot_block, unit
 from pallas_kernels.mosaic_gpu.ring import (
-    Block,
-    Refs,
+    RingBlock,
+    RowRefs,
     drain_parts,
     key_mask,
     load_blocks,
@@ -23,6 +22,7 @@ from pallas_kernels.mosaic_gpu.ring import (
     row_segments,
     visit_blocks,
 )
+from pallas_kernels.mosaic_gpu.row_tiles import RowPlan, RowTile, locate, rounds, slot_block, unit
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
     NO_SEGMENT,
@@ -43,8 +43,8 @@ from pallas_kernels.mosaic_gpu.wgmma import (
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
-def scratch(plan: Plan) -> dict[str, Any]:
-    """Shared memory and barriers, by the names of `Refs`."""
+def scratch(plan: RowPlan) -> dict[str, Any]:
+    """Shared memory and barriers, by the names of `RowRefs`."""
     plgpu = common.mosaic()
     config = plan.config
     memory = ring_memory(plan) | {
@@ -61,7 +61,7 @@ def scratch(plan: Plan) -> dict[str, Any]:
 # the warpgroup that loads
 
 
-def load_tiles(plan: Plan, refs: Refs, blocks: int) -> None:
+def load_tiles(plan: RowPlan, refs: RowRefs, blocks: int) -> None:
     """Every load of every tile of this thread block, in the ring's order."""
     plgpu = common.mosaic()
     config = plan.config
@@ -87,13 +87,13 @@ def load_tiles(plan: Plan, refs: Refs, blocks: int) -> None:
 # the warpgroups that attend
 
 
-class _Worker(NamedTuple):
+class _ForwardWorker(NamedTuple):
     """What stays the same over a warpgroup's tile."""
 
-    plan: Plan
-    refs: Refs
+    plan: RowPlan
+    refs: RowRefs
     warpgroup: jax.Array
-    tile: Tile
+    tile: RowTile
     query: Any
     query_boxes: Any
     token: jax.Array  # the tile's first
@@ -109,7 +109,7 @@ class _Worker(NamedTuple):
             common.mosaic().barrier_arrive(self.refs.turn.at[following])
 
 
-def attend_tiles(plan: Plan, refs: Refs, blocks: int, warpgroup: jax.Array) -> None:
+def attend_tiles(plan: RowPlan, refs: RowRefs, blocks: int, warpgroup: jax.Array) -> None:
     """A compute warpgroup: its tile of every thread-block tile."""
     plgpu = common.mosaic()
     count, nth = rounds(plan, blocks)
@@ -122,7 +122,7 @@ def attend_tiles(plan: Plan, refs: Refs, blocks: int, warpgroup: jax.Array) -> N
         query, boxes = (
             None if x is None else x.at[buffer, warpgroup] for x in (refs.q_smem, refs.q_smem_boxes)
         )
-        worker = _Worker(plan, refs, warpgroup, tile, query, boxes, token, row_segment)
+        worker = _ForwardWorker(plan, refs, warpgroup, tile, query, boxes, token, row_segment)
         plgpu.barrier_wait(refs.q_full.at[buffer])
         plain, edge = (functools.partial(_key_step, worker, masked=m) for m in (False, True))
         depth = functools.partial(_depth_step, worker)
@@ -149,38 +149,36 @@ def _empty_state(head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     return common.zeros((ROWS, head_dim)), rows(_LOWEST), rows(0)
 
 
-def _depth_step(worker: _Worker, _, i: jax.Array, carry):
+def _depth_step(worker: _ForwardWorker, _, i: jax.Array, carry):
     plan = worker.plan
     step, state = carry
     first, stop = slot_block(plan, worker.refs.slots, worker.tile, i)
-    block = Block.at(plan, worker.refs, worker.warpgroup, step, stop - first)
+    block = RingBlock.at(plan, worker.refs, worker.warpgroup, step, stop - first)
     mask = functools.partial(_own_token_mask, plan, worker.row_segment, stop - first)
     fold, unfold = (functools.partial(f, plan) for f in (_own_octet, _from_own_octet))
     return step + 1, _attend(worker, block, mask, state, fold, unfold)
 
 
-def _key_step(worker: _Worker, i: jax.Array, carry, *, masked: bool):
+def _key_step(worker: _ForwardWorker, i: jax.Array, carry, *, masked: bool):
     plan, segments = worker.plan, worker.refs.segment_smem
     step, state = carry
     if segments is not None:
         segments = segments.at[rem(step, plan.config.stages)]
     start = worker.tile.kv.nth(i) * plan.config.block_kv
-    mask = functools.partial(
-        key_mask, plan, worker.token, worker.row_segment, start, segments
-    )  # fmt: skip
-    block = Block.at(plan, worker.refs, worker.warpgroup, step)
+    mask = functools.partial(key_mask, plan, worker.token, worker.row_segment, start, segments)
+    block = RingBlock.at(plan, worker.refs, worker.warpgroup, step)
     return step + 1, _attend(worker, block, mask if masked else None, state)
 
 
 def _attend(
-    worker: _Worker,
-    block: Block,
+    worker: _ForwardWorker,
+    block: RingBlock,
     mask: Callable[[], jax.Array] | None,
     state: Any,
     fold: Callable = lambda x: x,
     unfold: Callable = lambda x: x,
 ):
-    """Scores, softmax, weighted values of a block; has the turn before and after.
+    """Scores, softmax and weighted values of a block; the warpgroup has its turn before and after.
 
     fold, unfold: the columns that the softmax looks at, and its weights back in their columns.
     """
@@ -199,7 +197,7 @@ def _attend(
     return acc, row_max, row_sum
 
 
-def _own_octet(plan: Plan, x: jax.Array) -> jax.Array:
+def _own_octet(plan: RowPlan, x: jax.Array) -> jax.Array:
     """[64, (slot, token)] to [64, (slot, token of the octet)], of the octet of each row's token.
 
     The other columns belong to other tokens and would be masked: the softmax skips them.
@@ -208,7 +206,7 @@ def _own_octet(plan: Plan, x: jax.Array) -> jax.Array:
         return x
     pieces = []
     for slot in range(plan.block_slots):
-        octets = [_octet(plan, x, slot * plan.octets + i) for i in range(plan.octets)]
+        octets = [_octet(x, slot * plan.octets + i) for i in range(plan.octets)]
         own = octets[0]
         for i in range(1, plan.octets):
             own = jnp.where(_is_own(plan, i), octets[i], own)
@@ -216,29 +214,31 @@ def _own_octet(plan: Plan, x: jax.Array) -> jax.Array:
     return lax.concatenate(pieces, 1) if len(pieces) > 1 else pieces[0]
 
 
-def _from_own_octet(plan: Plan, x: jax.Array) -> jax.Array:
+def _from_own_octet(plan: RowPlan, x: jax.Array) -> jax.Array:
     """Puts what `_own_octet` took back to its place, with zeros for the other tokens."""
     if plan.octets == 1:
         return x
     zero = jnp.zeros((), x.dtype)
-    slots = [_octet(plan, x, slot) for slot in range(plan.block_slots)]
+    slots = [_octet(x, slot) for slot in range(plan.block_slots)]
     return lax.concatenate(
         [jnp.where(_is_own(plan, i), own, zero) for own in slots for i in range(plan.octets)], 1
     )
 
 
-def _octet(plan: Plan, x: jax.Array, index: int) -> jax.Array:
+def _octet(x: jax.Array, index: int) -> jax.Array:
     start = index * TOKEN_ALIGNMENT
     return lax.slice(x, (0, start), (ROWS, start + TOKEN_ALIGNMENT))
 
 
-def _is_own(plan: Plan, octet: int) -> jax.Array:
+def _is_own(plan: RowPlan, octet: int) -> jax.Array:
     """Whether a row's token is in that octet of the tile."""
     rows = iota((ROWS, TOKEN_ALIGNMENT), 0)
     return div(rows, TOKEN_ALIGNMENT * plan.heads) == octet
 
 
-def _own_token_mask(plan: Plan, row_segment: jax.Array | None, slots_left: jax.Array) -> jax.Array:
+def _own_token_mask(
+    plan: RowPlan, row_segment: jax.Array | None, slots_left: jax.Array
+) -> jax.Array:
     """`depth_mask` of what `_own_octet` returns."""
     shape = (ROWS, plan.block_slots * TOKEN_ALIGNMENT)
     row, column = iota(shape, 0), iota(shape, 1)
@@ -249,7 +249,7 @@ def _own_token_mask(plan: Plan, row_segment: jax.Array | None, slots_left: jax.A
     return mask
 
 
-def _scores(worker: _Worker, block: Block) -> jax.Array:
+def _scores(worker: _ForwardWorker, block: RingBlock) -> jax.Array:
     pl, plgpu = common.pallas(), common.mosaic()
     block.wait_key()
 
@@ -272,8 +272,8 @@ def _softmax(scores: jax.Array, scale: float, state):
     return weights, (acc, new_max, row_sum)
 
 
-def _store(worker: _Worker, state) -> None:
-    """o over the query's buffer, which nobody reads any more; lse as it lies in the tile."""
+def _store(worker: _ForwardWorker, state) -> None:
+    """Writes o, through the query's buffer (its last product is done), and lse, in tile order."""
     plgpu = common.mosaic()
     plan, refs, tile = worker.plan, worker.refs, worker.tile
     acc, row_max, row_sum = state

@@ -20,28 +20,27 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.depth_tiles import (
-    Blocks,
+from pallas_kernels.mosaic_gpu.depth.tiles import (
     DepthConfig,
-    Launch,
-    Place,
-    Tile,
+    DepthLaunch,
+    DepthPlace,
+    SlotBlocks,
+    SlotTile,
     clear_slots,
     flat_slots,
     load_slots,
-    plan,
+    plan_launches,
     slot_barriers,
     store_slots,
     store_zeros,
     unflat_slots,
     wait_slots,
 )
-from pallas_kernels.mosaic_gpu.tuned import tuned
 
 _LOG2_E = math.log2(math.e)
 
 
-def smem_bytes(tile: Tile, config: DepthConfig, grad_dtype: Any) -> int:
+def smem_bytes(tile: SlotTile, config: DepthConfig, grad_dtype: Any) -> int:
     """Shared memory that a block of the kernel asks for."""
     rows = 2 * tile.rows * (tile.head_dim + tile.columns) * 2 + 2 * tile.rows * 4
     slots = 2 * config.stages * tile.columns * tile.head_dim * 2
@@ -63,11 +62,10 @@ def depth_backward(
     scale: float,
     is_prefix: bool = False,
     d_query: jax.Array | None = None,
-    want_query: bool = True,
     depth_grads: tuple[jax.Array, jax.Array] | None = None,
     want_depth: bool = True,
     config: DepthConfig | None = None,
-) -> tuple[jax.Array | None, tuple[jax.Array, jax.Array] | None]:
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """(dq, (dkd, dvd)) of the depth part.
 
     Args:
@@ -78,45 +76,59 @@ def depth_backward(
       slots: [4] int32, two half-open ranges of visible slots; no other slot is touched.
       is_prefix: the first range starts at slot 0 and the second is empty, always.
       d_query: [B, T, N, H], added to dq; None: 0.
-      want_query, want_depth: which of the results to compute; the other is None.
+      want_depth: whether to compute (dkd, dvd); else None stands for them.
       depth_grads: running gradients [S, B, T, K, H], float32 or bfloat16, which are added to and
         returned; None: new ones in the keys' dtype, 0 for invisible slots.
     """
     kv_heads = depth_key.shape[3]
-    if config is None:
-        config = tuned(
-            "depth_backward", DepthConfig(), head_dim=query.shape[3],
-            group=query.shape[2] // kv_heads, is_causal=True,
-        )  # fmt: skip
+    config = config or DepthConfig()
     group = query.shape[2] // kv_heads
-    parts: dict[tuple[int, int], jax.Array | None] = {}
-    for launch in plan(group, query.shape, slots, is_prefix, config):
-        # What one launch computed, the next adds to: of other slots, or of other heads.
+    parts: dict[tuple[int, int], jax.Array] = {}
+    for launch in plan_launches(group, query.shape, slots, is_prefix, config):
+        # Each launch adds to the results of those before: of other slots, or of other heads.
         take = functools.partial(common.take_heads, kv_heads=kv_heads, part=launch.heads)
         so_far = parts.get((0, group), d_query)
         rows = take(query), take(d_out), take(lse), take(delta)
         before = None if so_far is None else take(so_far)
         dq, depth_grads = _call(
-            launch, *rows, depth_key, depth_value, before, depth_grads, scale,
-            want_query=want_query, want_depth=want_depth, config=config,
-        )  # fmt: skip
+            launch,
+            *rows,
+            depth_key,
+            depth_value,
+            before,
+            depth_grads,
+            scale,
+            want_depth=want_depth,
+            config=config,
+        )
         parts[launch.heads] = dq
     if len(parts) > 1:
         parts.pop((0, group), None)
-    return common.join_heads(list(parts.values()), kv_heads) if want_query else None, depth_grads
+    return common.join_heads(list(parts.values()), kv_heads), depth_grads
 
 
 def _call(
-    launch: Launch, query, d_out, lse, delta, depth_key, depth_value, d_query, grads, scale, *,
-    want_query, want_depth, config,
-):  # fmt: skip
+    launch: DepthLaunch,
+    query,
+    d_out,
+    lse,
+    delta,
+    depth_key,
+    depth_value,
+    d_query,
+    grads,
+    scale,
+    *,
+    want_depth,
+    config,
+):
     """One launch."""
     batch, length, num_heads, _ = query.shape
     kv_heads = depth_key.shape[3]
     group = num_heads // kv_heads
     tile = launch.tile
     padded = tile.group
-    # e^(s - inf) = 0: a query that sees nothing, or is padding, weighs nothing.
+    # lse = +inf makes all weights e^(s - lse) of padding, and of a query that sees nothing, 0.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * _LOG2_E)
     rows = [
         common.tile_rows(x, kv_heads, padded, tile.tokens, fill, tokens_first=tile.tokens_first)
@@ -132,29 +144,34 @@ def _call(
     if d_query is not None:
         operands.append(pad(d_query))
     running = [] if grads is None else [jax.new_ref(flat_slots(g, tile)) for g in grads]
-    out_type = [jax.ShapeDtypeStruct(operands[1].shape, query.dtype)] if want_query else []
+    out_type = [jax.ShapeDtypeStruct(operands[1].shape, query.dtype)]
     if want_depth and not running:
         out_type += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
     grad_dtype = (running[0].dtype if running else flat[0].dtype) if want_depth else None
     common.check_smem(smem_bytes(tile, config, grad_dtype), "depth_backward")
     outputs = common.launch(
         functools.partial(
-            _kernel, tile=tile, config=config, scale=scale, has_d_query=d_query is not None,
-            want_query=want_query, want_depth=want_depth, add=bool(running),
+            _kernel,
+            tile=tile,
+            config=config,
+            scale=scale,
+            has_d_query=d_query is not None,
+            want_depth=want_depth,
+            add=bool(running),
         ),
         name="moda_depth_backward",
         grid={"head": kv_heads, "tile": -(-length // tile.tokens), "row": batch},
         out_type=out_type,
         scratch=_scratch(tile, config, query.dtype, grad_dtype),
-    )(*operands, *running)  # fmt: skip
-    dq = common.unpad_heads(outputs[0][:, :length], kv_heads, group) if want_query else None
+    )(*operands, *running)
+    dq = common.unpad_heads(outputs[0][:, :length], kv_heads, group)
     if not want_depth:
         return dq, None
     new = [jax.freeze(ref) for ref in running] or outputs[-2:]
     return dq, tuple(unflat_slots(x, depth_key.shape) for x in new)
 
 
-def _scratch(tile: Tile, config: DepthConfig, dtype: Any, grad_dtype: Any) -> dict[str, Any]:
+def _scratch(tile: SlotTile, config: DepthConfig, dtype: Any, grad_dtype: Any) -> dict[str, Any]:
     smem, barrier = common.smem, common.barrier
     scratch = {
         "q": smem((tile.rows, tile.head_dim), dtype),
@@ -176,25 +193,35 @@ def _scratch(tile: Tile, config: DepthConfig, dtype: Any, grad_dtype: Any) -> di
 
 
 def _kernel(
-    slots_ref, q_ref, do_ref, lse_ref, delta_ref, kd_ref, vd_ref, *refs,
-    tile: Tile, config: DepthConfig, scale: float, has_d_query: bool, want_query: bool,
-    want_depth: bool, add: bool, **scratch,
-):  # fmt: skip
+    slots_ref,
+    q_ref,
+    do_ref,
+    lse_ref,
+    delta_ref,
+    kd_ref,
+    vd_ref,
+    *refs,
+    tile: SlotTile,
+    config: DepthConfig,
+    scale: float,
+    has_d_query: bool,
+    want_depth: bool,
+    add: bool,
+    **scratch,
+):
     """One warpgroup: a token tile of one row and key/value head. `refs`: see `_split_refs`."""
     plgpu = common.mosaic()
-    d_query_ref, grad_refs, dq_ref = _split_refs(
-        refs, has_d_query=has_d_query, want_query=want_query, want_depth=want_depth, add=add
-    )
-    here = Place.here(lse_ref.shape[2] // tile.rows, tile)
-    blocks = Blocks.of(slots_ref, tile)
+    d_query_ref, grad_refs, dq_ref = _split_refs(refs, has_d_query=has_d_query, add=add)
+    here = DepthPlace.here(lse_ref.shape[2] // tile.rows, tile)
+    blocks = SlotBlocks.of(slots_ref, tile)
     _load_rows(here, q_ref, do_ref, lse_ref, delta_ref, scratch)
     load = functools.partial(load_slots, here, blocks, kd_ref, vd_ref, scratch)
     clear_slots(scratch, tile, range(config.stages))
     for stage in range(config.stages):
         common.when(stage < blocks.count, functools.partial(load, jnp.int32(stage), stage))
     plgpu.barrier_wait(scratch["rows_loaded"].at[0])
-    weights = [_RowTile.of(scratch, r) for r in range(tile.rows // 64)]
-    dq = [common.zeros((64, tile.head_dim)) for _ in weights] if want_query else []
+    weights = [_RowBlock.of(scratch, r) for r in range(tile.rows // 64)]
+    dq = [common.zeros((64, tile.head_dim)) for _ in weights]
 
     def body(block, dq):
         stage = lax.rem(block, jnp.int32(config.stages))
@@ -204,11 +231,10 @@ def _kernel(
         for row in weights:
             row.weigh(scratch, kd, vd, seen, scale)
         plgpu.commit_smem()
-        if want_query:
-            dq = [
-                common.multiply_add(total, scratch["ds"].at[row.rows], kd)
-                for total, row in zip(dq, weights, strict=True)
-            ]
+        dq = [
+            common.multiply_add(total, scratch["ds"].at[row.rows], kd)
+            for total, row in zip(dq, weights, strict=True)
+        ]
         if want_depth:
             _multiply_slots(tile, scratch)
             store_slots(here, blocks, block, grad_refs, scratch, ("dkd", "dvd"), add=add)
@@ -219,8 +245,7 @@ def _kernel(
         return dq
 
     dq = lax.fori_loop(0, blocks.count, body, dq)
-    if want_query:
-        _store_query(here, dq, d_query_ref, dq_ref, scratch)
+    _store_query(here, dq, d_query_ref, dq_ref, scratch)
     if want_depth and not add:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         zeros = common.zeros((tile.columns, tile.head_dim)).astype(scratch["dkd"].dtype)
@@ -230,16 +255,16 @@ def _kernel(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _split_refs(refs, *, has_d_query: bool, want_query: bool, want_depth: bool, add: bool):
-    """(d_query or None, (dkd, dvd) or (), dq or None); running gradients come before dq."""
+def _split_refs(refs, *, has_d_query: bool, add: bool):
+    """(d_query or None, (dkd, dvd) or (), dq); running gradients come before dq."""
     rest = list(refs)
     d_query_ref = rest.pop(0) if has_d_query else None
     running = (rest.pop(0), rest.pop(0)) if add else ()
-    dq_ref = rest.pop(0) if want_query else None
+    dq_ref = rest.pop(0)
     return d_query_ref, running or tuple(rest), dq_ref
 
 
-class _RowTile(NamedTuple):
+class _RowBlock(NamedTuple):
     """64 rows (head, token) of the tile."""
 
     start: int
@@ -247,7 +272,7 @@ class _RowTile(NamedTuple):
     delta: jax.Array
 
     @classmethod
-    def of(cls, scratch, index: int) -> "_RowTile":
+    def of(cls, scratch, index: int) -> "_RowBlock":
         plgpu = common.mosaic()
         rows = common.ds(64 * index, 64)
         lse, delta = (
@@ -273,7 +298,7 @@ class _RowTile(NamedTuple):
         scratch["ds"][rows] = ds
 
 
-def _load_rows(here: Place, q_ref, do_ref, lse_ref, delta_ref, scratch) -> None:
+def _load_rows(here: DepthPlace, q_ref, do_ref, lse_ref, delta_ref, scratch) -> None:
     plgpu = common.mosaic()
     loaded, tile = scratch["rows_loaded"].at[0], here.tile
     for rows, q, do in here.queries(q_ref, do_ref):
@@ -284,18 +309,18 @@ def _load_rows(here: Place, q_ref, do_ref, lse_ref, delta_ref, scratch) -> None:
         plgpu.copy_gmem_to_smem(ref.at[here.row, here.head, rows], scratch[name], loaded)
 
 
-def _multiply_slots(tile: Tile, scratch) -> None:
+def _multiply_slots(tile: SlotTile, scratch) -> None:
     """dkd = dsᵀ q and dvd = pᵀ do of a block, to shared memory."""
     plgpu = common.mosaic()
     shape = (tile.columns, tile.head_dim)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last block's tile is out
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous block's gradients are copied
     for name, weights, rows in (("dkd", "ds", "q"), ("dvd", "p", "do")):
         product = common.multiply(scratch[weights].transpose((1, 0)), scratch[rows], shape)
         tile.matrix(scratch[name])[...] = product.astype(scratch[name].dtype)
     plgpu.commit_smem()
 
 
-def _store_query(here: Place, dq, d_query_ref, dq_ref, scratch) -> None:
+def _store_query(here: DepthPlace, dq, d_query_ref, dq_ref, scratch) -> None:
     """dq plus the sequence part's, through the queries' place in shared memory."""
     plgpu = common.mosaic()
     q = scratch["q"]

@@ -3,15 +3,12 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.forward_tiles import ForwardConfig
+from pallas_kernels.mosaic_gpu.row_tiles import ForwardConfig
 from pallas_kernels.mosaic_gpu.wgmma import (
     ROWS,
-    accumulate,
     cdiv,
     divmod_i32,
     heads_together,
@@ -26,27 +23,33 @@ class SequenceBackwardConfig:
 
     dq_block_kv: int = 128  # keys of a ring stage
     dq_stages: int = 2
-    dq_slot_stages: int = 3  # instead, with slots, where it is faster and memory allows it
+    dq_slot_stages: int = 3  # stages with slots, where that is faster and memory allows it
     dq_warpgroups: int = 2
     dkv_block_q: int = 128  # queries of a ring stage
     dkv_stages: int = 2
     dkv_warpgroups: int = 2
     dq_piles: int | None = None  # sorted tiles are dealt from so many piles; None: by the shapes
-    depth_warpgroups: bool = True  # for dq's slots, where their gradients are not wanted, ...
-    depth_block_kv: int = 64  # ... and with them instead of dq_block_kv, dq_stages, dq_piles
-    depth_stages: int = 3
-    depth_piles: int = 2
-    slot_stages: int = 3  # blocks of 8 slots that each such warpgroup has in flight
+    depth_warpgroups: bool = True  # for dq's slots, where their gradients are not wanted
+    depth_block_kv: int = 64  # dq_block_kv with depth warpgroups
+    depth_stages: int = 3  # dq_stages with depth warpgroups
+    depth_piles: int = 2  # dq_piles with depth warpgroups
+    slot_stages: int = 3  # blocks of 8 slots that a depth warpgroup has in flight
     fuse_depth: bool = True  # the slots' gradients in the dq kernel, where a tile has all heads
 
     @property
     def dq_tiles(self) -> ForwardConfig:
         """The dq kernel's tiles, which are those of a forward."""
         return ForwardConfig(
-            block_kv=self.dq_block_kv, stages=self.dq_stages, warpgroups=self.dq_warpgroups,
-            persistent=False, turns=False, depth_parts=1, alternate=False,
-            piles=self.dq_piles or 1, slot_stages=self.slot_stages,
-        )  # fmt: skip
+            block_kv=self.dq_block_kv,
+            stages=self.dq_stages,
+            warpgroups=self.dq_warpgroups,
+            persistent=False,
+            turns=False,
+            depth_parts=1,
+            alternate=False,
+            piles=self.dq_piles or 1,
+            slot_stages=self.slot_stages,
+        )
 
     def shared_memory(self, head_dim: int) -> int:
         """Bytes of shared memory of the dk, dv kernel, barriers rounded up."""
@@ -77,7 +80,7 @@ def sequence_backward_config(head_dim: int) -> SequenceBackwardConfig:
     return SequenceBackwardConfig()
 
 
-class Plan(NamedTuple):
+class KeyPlan(NamedTuple):
     """Static numbers of a call."""
 
     config: SequenceBackwardConfig
@@ -106,7 +109,7 @@ class Plan(NamedTuple):
         return self.dkv_steps * self.config.dkv_warpgroups * ROWS
 
 
-class Refs(NamedTuple):
+class KeyRefs(NamedTuple):
     """The global arrays that the kernels see."""
 
     query: Any
@@ -120,7 +123,7 @@ class Refs(NamedTuple):
     ranges: Any = None
 
 
-def tile(plan: Plan):
+def key_tile(plan: KeyPlan):
     """Batch, KV head and place of this thread block's tile of keys; the first have most work."""
     length = max(plan.q_len * plan.group, plan.kv_len)
     together = heads_together(plan.batch * plan.kv_heads, length, plan.head_dim)
@@ -129,54 +132,5 @@ def tile(plan: Plan):
 
 
 def same_segment(rows, columns, shape):
-    """Which row and column are of one segment; padding among the queries equals nothing."""
+    """Whether row and column are of one segment; a padding query's equals no key's."""
     return spread(rows, shape, 0) == spread(columns, shape, 1)
-
-
-def two_products(first, second, shape: tuple[int, int], use_first):
-    """a @ b twice, issued together; `use_first` runs beside the second product."""
-    pl, plgpu = common.pallas(), common.mosaic()
-
-    def products(first_acc, second_acc):
-        plgpu.wgmma(first_acc, *first)
-        plgpu.wgmma(second_acc, *second)
-        used = use_first(plgpu.wgmma_accumulator_load(first_acc, wait_n=1))
-        return used, plgpu.wgmma_accumulator_load(second_acc, wait_n=0)
-
-    acc = plgpu.ACC(shape, jnp.float32)
-    return pl.run_scoped(products, acc, acc)
-
-
-def key_products(tiles, shape: tuple[int, int], weights, minus_delta, dk, dv):
-    """dk / scale and dv with a block of queries added: four products, two of which run at a time.
-
-    tiles: keys, values, queries and their do, in shared memory. shape: [keys, queries], transposed
-    as the scores are, of which `weights` makes p. The product of do and v starts from -delta,
-    which else would be subtracted from it.
-    """
-    pl, plgpu = common.pallas(), common.mosaic()
-    k_ref, v_ref, q_ref, do_ref = tiles
-    dtype = q_ref.dtype
-    scores = (k_ref, q_ref.transpose((1, 0)))
-    d_weights = (v_ref, do_ref.transpose((1, 0)))
-    if platforms.interpreted():  # which cannot initialise an accumulator
-        p, dp = two_products(scores, d_weights, shape, weights)
-        ds = p * (dp + minus_delta)
-        dv = accumulate(dv, (p.astype(dtype), do_ref))
-        return accumulate(dk, (ds.astype(dtype), q_ref)), dv
-
-    def update(accs):
-        dk_acc, dv_acc, dp_acc = accs
-
-        def products(s_acc):
-            plgpu.wgmma(s_acc, *scores)
-            plgpu.wgmma(dp_acc, *d_weights)
-            p = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
-            plgpu.wgmma(dv_acc, p.astype(dtype), do_ref)
-            ds = p * plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-            plgpu.wgmma(dk_acc, ds.astype(dtype), q_ref)
-
-        pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
-
-    accs = (plgpu.ACC.init(x) for x in (dk, dv, minus_delta))
-    return pl.run_state(update)(tuple(accs))[:2]

@@ -1,4 +1,4 @@
-"""Gradients of a few depth slots, gathered from the layers that read them.
+"""Gradients of a few depth slots, gathered from the layers whose queries read them.
 
 A thread block keeps a few slots of some tokens of one key/value head, and walks over the layers,
 whose queries and output gradients come through a ring: the kernel for dk and dv, with slots for
@@ -22,8 +22,7 @@ from jax import lax
 
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.depth_tiles import Tile
-from pallas_kernels.mosaic_gpu.sequence_tiles import key_products
+from pallas_kernels.mosaic_gpu.depth.tiles import SlotTile
 from pallas_kernels.mosaic_gpu.wgmma import (
     LOG2E,
     ROWS,
@@ -32,11 +31,12 @@ from pallas_kernels.mosaic_gpu.wgmma import (
     divmod_i32,
     i32,
     iota,
+    key_products,
     load_columns,
     rem,
     spread,
 )
-from pallas_kernels.operands import KeptLayers, Operands, depth_readers, num_kv_heads
+from pallas_kernels.operands import KeptLayers, Operands, num_kv_heads, row_delta
 
 COLUMNS = 64
 STAGES = 3
@@ -47,7 +47,7 @@ def _heads(group: int) -> int:
     return math.gcd(group, 2)
 
 
-class Plan(NamedTuple):
+class GatherPlan(NamedTuple):
     """Static numbers of a call."""
 
     batch: int
@@ -67,18 +67,18 @@ class Plan(NamedTuple):
 
     @property
     def layers(self) -> int:
-        """Of a step: the fewest with which a tile has rows for all slots, at most 4."""
+        """Layers of a step: the fewest with which a tile has rows for all slots, at most 4."""
         few = (n for n in (1, 2, 4) if self.num_slots * COLUMNS // (n * self.heads) <= ROWS)
         return next(few, 4)
 
     @property
     def columns(self) -> int:
-        """Of a layer."""
+        """Columns of a layer."""
         return COLUMNS // self.layers
 
     @property
     def tokens(self) -> int:
-        """Of a tile."""
+        """Tokens of a tile."""
         return self.columns // self.heads
 
     @property
@@ -87,19 +87,19 @@ class Plan(NamedTuple):
         return self.group // self.heads
 
     @property
-    def slot_tile(self) -> Tile:
-        """Of the slots that a thread block works on."""
+    def slot_tile(self) -> SlotTile:
+        """The tile of the slots that a thread block works on."""
         slots = ROWS // self.tokens
-        return Tile(1, self.tokens, slots, self.head_dim, boxes=not platforms.interpreted())
+        return SlotTile(1, self.tokens, slots, self.head_dim, boxes=not platforms.interpreted())
 
     @property
     def boxes(self) -> bool:
-        """Whether its slots come in one piece."""
+        """Whether one copy loads all slots of a tile."""
         return self.slot_tile.boxes and self.num_slots % self.slot_tile.slots == 0
 
     @property
     def slot_copies(self) -> int:
-        """Of keys, or of values."""
+        """Copies that load a tile's keys; as many load its values."""
         return 1 if self.boxes else min(self.num_slots, self.slot_tile.slots)
 
     @property
@@ -108,11 +108,11 @@ class Plan(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Of tokens, in a row."""
+        """Token tiles of a row."""
         return cdiv(self.q_len, self.tokens)
 
 
-class _Refs(NamedTuple):
+class _GatherRefs(NamedTuple):
     """Global arrays, shared memory, barriers; what a call lacks is None."""
 
     scalars: Any  # [4]: layers start and stop, first slot, offset in so_far
@@ -141,24 +141,24 @@ class _Refs(NamedTuple):
     slots_full: Any = None
     so_far_full: Any = None
     full: Any = None
-    tail_full: Any = None  # of a last step that lacks layers
+    tail_full: Any = None  # of a last step with fewer layers
 
 
 _OPERANDS = "scalars", "query", "d_out", "rows", "key", "value"
 _SO_FAR = "so_far_key", "so_far_value"
 
 
-class _Place(NamedTuple):
+class _GatherPlace(NamedTuple):
     """What a thread block works on."""
 
-    plan: Plan
+    plan: GatherPlan
     first: jax.Array  # of its slots, among the call's
     head: jax.Array
     row: jax.Array
     tile: jax.Array  # in the row
 
     @classmethod
-    def here(cls, plan: Plan) -> "_Place":
+    def here(cls, plan: GatherPlan) -> "_GatherPlace":
         """Neighbours share what they read: the slots' blocks of a tile, then its heads."""
         rest, block = divmod_i32(lax.axis_index("block"), plan.slot_blocks)
         rest, head = divmod_i32(rest, plan.kv_heads)
@@ -176,8 +176,8 @@ class _Place(NamedTuple):
     def slots(self, start: Any, *arrays: Any) -> Iterator[tuple[Any, ...]]:
         """(whether it is one of the call's, its index in the tile, its piece of each array).
 
-        By slot, or of all slots at once. Past the end the last slot again, as copies are counted;
-        it must not be written twice.
+        By slot, or of all slots at once. Past the end it yields the last slot again, since the
+        barrier counts copies; that slot must not be written twice.
         """
         plan, tile = self.plan, self.plan.slot_tile
         tokens, head = common.ds(self.token, plan.tokens), self.width(self.head)
@@ -199,11 +199,10 @@ def keep_layer(
     d_out: jax.Array,
     d_lse: jax.Array | None,
 ) -> KeptLayers:
-    """What `gather_depth_grads` needs of one call, without the axis R."""
-    query, d_out, lse, delta = depth_readers(operands, out, lse, d_out, d_lse)
+    """See `contract.KeepLayer`."""
+    delta = row_delta(out, lse, d_out, d_lse)
     kv_heads = num_kv_heads(operands)
-    group = query.shape[2] // kv_heads
-    heads = _heads(group)
+    heads = _heads(operands.query.shape[2] // kv_heads)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)  # e^(s - inf) = 0
 
     def order(x: jax.Array, fill: float) -> jax.Array:
@@ -213,7 +212,7 @@ def keep_layer(
         return x.reshape(x.shape[0], kv_heads, -1)
 
     rows = jnp.concatenate([order(lse, jnp.inf), order(-delta, 0)], axis=2)
-    return KeptLayers(query, d_out, rows)
+    return KeptLayers(operands.query, d_out.astype(operands.query.dtype), rows)
 
 
 def gather_depth_grads(
@@ -229,13 +228,21 @@ def gather_depth_grads(
     so_far: tuple[jax.Array, jax.Array] | None = None,
     offset: Any = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `xla.gather_depth_grads`; head sizes 64 and 128."""
+    """See `contract.GatherDepthGrads`; head sizes 64 and 128."""
     _, batch, length, num_heads, head_dim = kept.query.shape
     kv_heads = depth_key.shape[3]
-    plan = Plan(
-        batch, length, kv_heads, num_heads // kv_heads, head_dim, kept.query.dtype, scale, count,
-        jnp.dtype(dtype), None if so_far is None else so_far[0].dtype,
-    )  # fmt: skip
+    plan = GatherPlan(
+        batch,
+        length,
+        kv_heads,
+        num_heads // kv_heads,
+        head_dim,
+        kept.query.dtype,
+        scale,
+        count,
+        jnp.dtype(dtype),
+        None if so_far is None else so_far[0].dtype,
+    )
 
     def flat(x: jax.Array) -> jax.Array:
         """[R, B, T, N, H] -> [R, B·T, N·H]."""
@@ -252,7 +259,7 @@ def gather_depth_grads(
 
     def body(*operands, **memory):
         views = dict(zip(names, operands, strict=True))
-        _kernel(plan, _Refs(**views, **_split_unions(plan, memory)))
+        _kernel(plan, _GatherRefs(**views, **_split_unions(plan, memory)))
 
     results = common.launch(
         body,
@@ -266,8 +273,8 @@ def gather_depth_grads(
     return d_key, d_value
 
 
-def _views(plan: Plan) -> list[dict[str, Any]]:
-    """Shared memory that is used in several shapes, by the names of `_Refs`."""
+def _views(plan: GatherPlan) -> list[dict[str, Any]]:
+    """Shared memory that is used in several shapes, by the names of `_GatherRefs`."""
     ring = common.smem((STAGES, COLUMNS, plan.head_dim), plan.dtype)
     row = common.mosaic().SMEM((STAGES, COLUMNS), jnp.float32)
     views = [{"q_smem": ring}, {"do_smem": ring}, {"lse_smem": row}, {"minus_delta_smem": row}]
@@ -283,8 +290,8 @@ def _views(plan: Plan) -> list[dict[str, Any]]:
     return views
 
 
-def _scratch(plan: Plan) -> dict[str, Any]:
-    """Shared memory and barriers, by the names of `_Refs`; see `_split_unions`."""
+def _scratch(plan: GatherPlan) -> dict[str, Any]:
+    """Shared memory and barriers, by the names of `_GatherRefs`; see `_split_unions`."""
     slots = plan.slot_tile.buffer(plan.dtype)
     barrier = common.barrier
     memory = {"key_smem": slots, "value_smem": slots}
@@ -305,7 +312,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     return memory
 
 
-def _split_unions(plan: Plan, memory: dict[str, Any]) -> dict[str, Any]:
+def _split_unions(plan: GatherPlan, memory: dict[str, Any]) -> dict[str, Any]:
     """The views of one memory under their own names."""
     if plan.slot_tile.boxes:
         for views in _views(plan):
@@ -313,10 +320,10 @@ def _split_unions(plan: Plan, memory: dict[str, Any]) -> dict[str, Any]:
     return memory
 
 
-def _kernel(plan: Plan, refs: _Refs) -> None:
+def _kernel(plan: GatherPlan, refs: _GatherRefs) -> None:
     """One warpgroup: a tile of slots and tokens."""
     plgpu = common.mosaic()
-    here = _Place.here(plan)
+    here = _GatherPlace.here(plan)
     start, stop, first, offset = (refs.scalars[i] for i in range(4))
     whole, rest = divmod_i32(stop - start, plan.layers)
     full = whole * plan.parts
@@ -344,7 +351,7 @@ def _kernel(plan: Plan, refs: _Refs) -> None:
         plgpu.barrier_wait(arrived.at[stage])
 
         def row(memory, otherwise: float) -> jax.Array:
-            """Of every column; layers that lack may have NaN there."""
+            """A number for every column; the columns of missing layers may hold NaN."""
             numbers = spread(load_columns(memory.at[stage]), shape, 1)
             if tail:
                 numbers = jnp.where(iota(shape, 1) < rest * plan.columns, numbers, otherwise)
@@ -369,7 +376,7 @@ def _kernel(plan: Plan, refs: _Refs) -> None:
     _store(here, refs, (dk * plan.scale, dv))
 
 
-def _same_token(plan: Plan) -> jax.Array:
+def _same_token(plan: GatherPlan) -> jax.Array:
     """[rows, columns]: whether both are of one token; all sizes are powers of two."""
     row, column = (iota((ROWS, COLUMNS), axis) for axis in (0, 1))
     tiles = (row // TOKEN_ALIGNMENT) ^ (column // (TOKEN_ALIGNMENT * plan.heads))
@@ -378,7 +385,7 @@ def _same_token(plan: Plan) -> jax.Array:
     ) == 0
 
 
-def _load_slots(here: _Place, refs: _Refs, first, offset) -> None:
+def _load_slots(here: _GatherPlace, refs: _GatherRefs, first, offset) -> None:
     plgpu = common.mosaic()
     for _, index, key, value in here.slots(first, refs.key, refs.value):
         for source, memory in ((key, refs.key_smem), (value, refs.value_smem)):
@@ -391,7 +398,9 @@ def _load_slots(here: _Place, refs: _Refs, first, offset) -> None:
             plgpu.copy_gmem_to_smem(source, memory, refs.so_far_full.at[0])
 
 
-def _load_step(here: _Place, refs: _Refs, start, stop, step, stage, *, boxes: bool) -> None:
+def _load_step(
+    here: _GatherPlace, refs: _GatherRefs, start, stop, step, stage, *, boxes: bool
+) -> None:
     """Some heads of a step's layers: queries, do, lse and delta; boxes: of all layers at once."""
     plgpu = common.mosaic()
     plan = here.plan
@@ -418,14 +427,14 @@ def _load_step(here: _Place, refs: _Refs, start, stop, step, stage, *, boxes: bo
     first = start + group * plan.layers
     layers, all_layers = common.ds(first, plan.layers), common.ds(0, plan.layers)
     if refs.q_boxes is not None:
-        # In one piece even where layers lack: TMA wants 128 bytes, a layer's may be 64.
+        # One copy even in a step with fewer layers: TMA needs 128 bytes, a layer's may be 64.
         copy(refs.rows.at[layers, numbers(0)], refs.lse_boxes.at[stage])
         copy(refs.rows.at[layers, numbers(1)], refs.minus_delta_boxes.at[stage])
     if boxes:
         copy_rows(layers, all_layers)
         return
     for i in range(plan.layers):
-        # Behind the last layer that one again: it is not looked at.
+        # Past the last layer it loads that one again; the columns are masked.
         layer = jnp.minimum(first + i, stop - 1)
         if refs.q_boxes is not None:
             copy_rows(layer, i)
@@ -445,8 +454,8 @@ def _load_step(here: _Place, refs: _Refs, start, stop, step, stage, *, boxes: bo
             copy(refs.d_out.at[where], refs.do_smem.at[stage, rows])
 
 
-def _store(here: _Place, refs: _Refs, grads: tuple[jax.Array, jax.Array]) -> None:
-    """With `so_far` added, through shared memory."""
+def _store(here: _GatherPlace, refs: _GatherRefs, grads: tuple[jax.Array, jax.Array]) -> None:
+    """Adds `so_far` and writes the gradients, through shared memory."""
     plgpu = common.mosaic()
     plan, tile = here.plan, here.plan.slot_tile
     if refs.so_far_smem is not None:

@@ -16,23 +16,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu import common, forward_tiles, sequence_dq
-from pallas_kernels.mosaic_gpu.sequence_dkv import dkv_kernel
-from pallas_kernels.mosaic_gpu.sequence_dq import Results, dq_kernel
-from pallas_kernels.mosaic_gpu.sequence_tiles import (
-    Plan,
+from pallas_kernels.mosaic_gpu import common, row_tiles
+from pallas_kernels.mosaic_gpu.sequence_backward.dkv import dkv_kernel
+from pallas_kernels.mosaic_gpu.sequence_backward.dq import DqResults, dq_kernel, dq_shared_memory
+from pallas_kernels.mosaic_gpu.sequence_backward.tiles import (
+    KeyPlan,
     SequenceBackwardConfig,
     sequence_backward_config,
 )
-from pallas_kernels.mosaic_gpu.tuned import tuned
 from pallas_kernels.mosaic_gpu.wgmma import LOG2E, NO_SEGMENT, cdiv, pad_rows, pad_tokens
 from pallas_kernels.segments import segment_bounds
 
 _SHORT = 32  # blocks of keys
 
 
-class Depth(NamedTuple):
-    """The depth part, for the dq kernel to take along."""
+class DepthPart(NamedTuple):
+    """The depth part, which the dq kernel can compute with the sequence's."""
 
     key: jax.Array  # [S, B, Tq, K, H]
     value: jax.Array
@@ -42,9 +41,6 @@ class Depth(NamedTuple):
     dtype, 0 for slots that are not visible."""
     want_slots: bool = True
     """Whether to compute the slots' gradients, or only their part of dq."""
-    first: Any = None
-    """int32 scalar, with `running` only: of slots before it there is only their part of dq, and
-    their running gradients are left alone."""
 
     @property
     def slots_dtype(self) -> Any:
@@ -53,7 +49,7 @@ class Depth(NamedTuple):
         return self.key.dtype if self.running is None else self.running[0].dtype
 
 
-class Grads(NamedTuple):
+class SequenceGradients(NamedTuple):
     """dq [B, Tq, N, H], dk and dv [B, Tk, K, H], and the slots' [S, B, Tq, K, H] or None."""
 
     query: jax.Array
@@ -62,44 +58,44 @@ class Grads(NamedTuple):
     slots: tuple[jax.Array, jax.Array] | None
 
 
-def backward_config(
-    head_dim: int, group: int, is_causal: bool, config: SequenceBackwardConfig | None = None
-) -> SequenceBackwardConfig:
-    """`config`, or the measured or else the heuristic one."""
-    if config is not None:
-        return config
-    default = sequence_backward_config(head_dim)
-    return tuned("sequence_backward", default, head_dim=head_dim, group=group, is_causal=is_causal)
-
-
 def fuses(
     query: jax.Array,
     key: jax.Array,
-    depth: Depth,
+    depth: DepthPart,
     *,
     is_causal: bool,
     config: SequenceBackwardConfig | None = None,
 ) -> bool:
-    """Whether the dq kernel is to take the depth part along.
+    """Whether the dq kernel computes the depth part, too.
 
-    For the slots' gradients, a tile must have all query heads of its tokens, and memory for them.
+    For the slots' gradients a tile must have all query heads of its tokens, and the shared memory
+    room for these gradients.
     """
-    num_heads, head_dim = query.shape[2:]
-    config = backward_config(head_dim, num_heads // key.shape[2], is_causal, config)
+    config = config or sequence_backward_config(query.shape[-1])
     plan = _query_plan(config, query, key, 1.0, is_causal, True, depth.key.shape[0])
     if not config.fuse_depth or (depth.want_slots and plan.subgroups > 1):
         return False
-    results = Results(query.dtype, depth.slots_dtype)
-    return sequence_dq.shared_memory(plan, results) <= common.SMEM_LIMIT
+    results = DqResults(query.dtype, depth.slots_dtype)
+    return dq_shared_memory(plan, results) <= common.SMEM_LIMIT
 
 
-def _query_plan(config, query, key, scale, is_causal, segments, slots) -> forward_tiles.Plan:
+def _query_plan(config, query, key, scale, is_causal, segments, slots) -> row_tiles.RowPlan:
     batch, q_len, num_heads, head_dim = query.shape
     kv_len, kv_heads = key.shape[1:3]
-    return forward_tiles.Plan(
-        config.dq_tiles, batch, q_len, kv_len, kv_heads, num_heads // kv_heads, head_dim,
-        query.dtype, scale, is_causal, segments, slots,
-    )  # fmt: skip
+    return row_tiles.RowPlan(
+        config.dq_tiles,
+        batch,
+        q_len,
+        kv_len,
+        kv_heads,
+        num_heads // kv_heads,
+        head_dim,
+        query.dtype,
+        scale,
+        is_causal,
+        segments,
+        slots,
+    )
 
 
 def _by_head(x: jax.Array, length: int, fill: float) -> jax.Array:
@@ -120,10 +116,10 @@ def sequence_backward(
     is_causal: bool,
     query_segments: jax.Array | None = None,
     key_segments: jax.Array | None = None,
-    depth: Depth | None = None,
+    depth: DepthPart | None = None,
     dq_dtype: Any = jnp.float32,
     config: SequenceBackwardConfig | None = None,
-) -> Grads:
+) -> SequenceGradients:
     """Gradients of the sequence part of Mixture-of-Depths Attention, and of `depth` if it is given.
 
     Args:
@@ -137,7 +133,7 @@ def sequence_backward(
         query_segments, key_segments: [B, Tq], [B, Tk] int32; 0 is padding.
         depth: the depth part, if `fuses` allows it; None: dq is the sequence's part alone.
         dq_dtype: float32, or the query's.
-        config: tile sizes; None takes the measured or the heuristic ones.
+        config: tile sizes; None takes `sequence_backward_config`'s.
 
     Returns:
         dq in `dq_dtype`, dk and dv in the key's dtype, summed over the heads of a group in a fixed
@@ -146,13 +142,14 @@ def sequence_backward(
     Raises:
         ValueError: the config does not fit the head size or the shared memory.
     """
-    num_heads, head_dim = query.shape[2:]
-    config = backward_config(head_dim, num_heads // key.shape[2], is_causal, config)
-    config.check(head_dim)
-    # A query that sees nothing: e^(z - inf) is 0, where e^(z + inf) would not be.
+    config = config or sequence_backward_config(query.shape[-1])
+    config.check(query.shape[-1])
+    # lse = +inf makes the weights e^(z - lse) of a query that sees nothing 0.
     base2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
-    arrays = {name: pad_tokens(x, 1) for name, x in (
-        ("query", query), ("d_out", d_out), ("key", key), ("value", value))}  # fmt: skip
+    arrays = {
+        name: pad_tokens(x, 1)
+        for name, x in (("query", query), ("d_out", d_out), ("key", key), ("value", value))
+    }
     segments = None
     if query_segments is not None:
         assert key_segments is not None
@@ -164,70 +161,73 @@ def sequence_backward(
     length, kv_len = query.shape[1], key.shape[1]
     if slots is not None:
         slots = slots[0][:, :, :length], slots[1][:, :, :length]
-    return Grads(dq[:, :length], dk[:, :kv_len], dv[:, :kv_len], slots)
+    return SequenceGradients(dq[:, :length], dk[:, :kv_len], dv[:, :kv_len], slots)
 
 
 def _dq(config, plan, arrays, base2, delta, segments, depth, dq_dtype):
-    results = Results(dq_dtype)
+    results = DqResults(dq_dtype)
     if depth is not None:
-        deferred = depth.first is not None
-        results = Results(dq_dtype, depth.slots_dtype, depth.running is not None, deferred)
+        results = DqResults(dq_dtype, depth.slots_dtype, depth.running is not None)
         plan = _with_slots(config, plan, results)
     if config.dq_piles is None and not plan.depth_warpgroups:
         plan = _with_piles(plan, results)
-    common.check_smem(sequence_dq.shared_memory(plan, results), "sequence backward, dq")
+    common.check_smem(dq_shared_memory(plan, results), "sequence backward, dq")
     inputs = dict(arrays)
     inputs |= {name: pad_rows(arrays[name], plan.tokens) for name in ("query", "d_out")}
-    inputs["lse"] = forward_tiles.rows_by_tile(plan, base2, jnp.inf)
-    inputs["delta"] = forward_tiles.rows_by_tile(plan, delta, 0)
+    inputs["lse"] = row_tiles.rows_by_tile(plan, base2, jnp.inf)
+    inputs["delta"] = row_tiles.rows_by_tile(plan, delta, 0)
     if segments is not None:
-        inputs["query_segments"] = forward_tiles.segment_rows(plan, segments[0])
+        inputs["query_segments"] = row_tiles.segment_rows(plan, segments[0])
         inputs["key_segments"] = pad_tokens(segments[1], 1)
-        inputs["ranges"] = forward_tiles.segment_ranges(plan, *segments)
+        inputs["ranges"] = row_tiles.segment_ranges(plan, *segments)
     running: tuple = ()
     if depth is not None:
         inputs["depth_key"], inputs["depth_value"] = (pad_tokens(x, 2) for x in depth[:2])
-        slots = jnp.asarray(depth.slots)
-        inputs["slots"] = slots if depth.first is None else jnp.append(slots, depth.first)
+        inputs["slots"] = jnp.asarray(depth.slots)
         running = tuple(pad_tokens(x, 2) for x in depth.running or ())
     return dq_kernel(plan, inputs, results, running if results.slots_dtype is not None else ())
 
 
-def _with_slots(config, plan, results: Results) -> forward_tiles.Plan:
+def _with_slots(config, plan, results: DqResults) -> row_tiles.RowPlan:
     more = _with_depth_warpgroups(config, plan)
-    gradients = results.slots_dtype is not None  # which these warpgroups do not do
-    fits = sequence_dq.shared_memory(more, results) <= common.SMEM_LIMIT
+    gradients = results.slots_dtype is not None  # depth warpgroups do not compute them
+    fits = dq_shared_memory(more, results) <= common.SMEM_LIMIT
     if config.depth_warpgroups and not gradients and fits and plan.head_dim == 64:
         return more
     return _with_slot_stages(plan, config.dq_slot_stages, results)
 
 
-def _with_depth_warpgroups(config, plan) -> forward_tiles.Plan:
+def _with_depth_warpgroups(config, plan) -> row_tiles.RowPlan:
     tiles = dataclasses.replace(
-        plan.config, warpgroups=2, block_kv=config.depth_block_kv, stages=config.depth_stages,
-        piles=config.depth_piles, depth_warpgroups=True, slot_stages=config.slot_stages,
-    )  # fmt: skip
+        plan.config,
+        warpgroups=2,
+        block_kv=config.depth_block_kv,
+        stages=config.depth_stages,
+        piles=config.depth_piles,
+        depth_warpgroups=True,
+        slot_stages=config.slot_stages,
+    )
     return plan._replace(config=tiles)
 
 
-def _with_slot_stages(plan, stages: int, results: Results) -> forward_tiles.Plan:
-    """With more stages, if they fit and slots are many or without gradients.
+def _with_slot_stages(plan, stages: int, results: DqResults) -> row_tiles.RowPlan:
+    """With more ring stages, if they fit, and if the slots are many or get no gradients.
 
-    Where keys are most of the work, gradients and a third stage are 1% slower (T64K; T16K: 6%
-    faster).
+    With gradients a third stage is 6% faster at T16K and 1% slower at T64K, where keys are most of
+    the work.
     """
     more = plan._replace(config=dataclasses.replace(plan.config, stages=stages))
-    if sequence_dq.shared_memory(more, results) > common.SMEM_LIMIT:
+    if dq_shared_memory(more, results) > common.SMEM_LIMIT:
         return plan
     if results.slots_dtype is None:
         return more
     return more if 10 * cdiv(plan.slots, plan.block_slots) >= _key_blocks(plan) else plan
 
 
-def _with_piles(plan, results: Results) -> forward_tiles.Plan:
-    """With heavy and light tiles at the same time, where rows are short.
+def _with_piles(plan, results: DqResults) -> row_tiles.RowPlan:
+    """With heavy and light tiles running at the same time, where rows are short.
 
-    With slots' gradients, and for long rows, it is slower (B8, T16K).
+    It is slower with slots' gradients (B8), and for long rows (T16K).
     """
     if _key_blocks(plan) > _SHORT or results.slots_dtype is not None:
         return plan
@@ -240,16 +240,25 @@ def _key_blocks(plan) -> float:
     return cdiv(plan.kv_len, plan.config.block_kv) / (2 if plan.causal else 1)
 
 
-def _key_plan(config, query, key, scale, is_causal, segments) -> Plan:
+def _key_plan(config, query, key, scale, is_causal, segments) -> KeyPlan:
     batch, q_len, num_heads, head_dim = query.shape
     kv_len, kv_heads = key.shape[1:3]
-    return Plan(
-        config, batch, q_len, kv_len, kv_heads, num_heads // kv_heads, head_dim, query.dtype,
-        scale, is_causal, segments,
-    )  # fmt: skip
+    return KeyPlan(
+        config,
+        batch,
+        q_len,
+        kv_len,
+        kv_heads,
+        num_heads // kv_heads,
+        head_dim,
+        query.dtype,
+        scale,
+        is_causal,
+        segments,
+    )
 
 
-def _dkv(plan: Plan, arrays, base2, delta, segments):
+def _dkv(plan: KeyPlan, arrays, base2, delta, segments):
     inputs = dict(arrays)
     inputs["lse"] = _by_head(base2, plan.q_rows, jnp.inf)
     inputs["minus_delta"] = _by_head(-delta, plan.q_rows, 0)

@@ -20,18 +20,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.forward_kernel import attend_tiles, load_tiles, scratch
-from pallas_kernels.mosaic_gpu.forward_tiles import (
+from pallas_kernels.mosaic_gpu.fused_forward.kernel import attend_tiles, load_tiles, scratch
+from pallas_kernels.mosaic_gpu.ring import RowRefs, split_unions
+from pallas_kernels.mosaic_gpu.row_tiles import (
     ForwardConfig,
-    Plan,
+    RowPlan,
     flat_heads,
     forward_config,
     rows_by_token,
     segment_ranges,
     segment_rows,
 )
-from pallas_kernels.mosaic_gpu.ring import Refs, split_unions
-from pallas_kernels.mosaic_gpu.tuned import tuned
 from pallas_kernels.mosaic_gpu.wgmma import (
     ROWS,
     pad_rows,
@@ -79,22 +78,28 @@ def attend(
     batch, q_len, num_heads, head_dim = query.shape
     source = depth_key if key is None else key
     assert source is not None
-    if scale <= 0:  # the kernel takes the largest score before it scales
+    if scale <= 0:  # the kernel takes the maximum before it scales: it needs scale > 0
         query, scale = (-query, -scale) if scale < 0 else (jnp.zeros_like(query), 1.0)
     kv_heads = source.shape[-2]
     if config is None:
-        config = tuned(
-            "forward", forward_config(head_dim), head_dim=head_dim, group=num_heads // kv_heads,
-            is_causal=is_causal,
-        )  # fmt: skip
+        config = forward_config(head_dim)
         if query_segments is not None:  # masks of segments and parts together spill registers
             config = dataclasses.replace(config, depth_parts=1, alternate=False)
     config.check(head_dim)
-    plan = Plan(
-        config, batch, q_len, 0 if key is None else key.shape[1], kv_heads, num_heads // kv_heads,
-        head_dim, query.dtype, scale, is_causal, query_segments is not None,
+    plan = RowPlan(
+        config,
+        batch,
+        q_len,
+        0 if key is None else key.shape[1],
+        kv_heads,
+        num_heads // kv_heads,
+        head_dim,
+        query.dtype,
+        scale,
+        is_causal,
+        query_segments is not None,
         0 if depth_key is None else depth_key.shape[0],
-    )  # fmt: skip
+    )
     inputs = {"query": pad_rows(query, plan.tokens)}
     if key is not None and value is not None:
         inputs |= {"key": pad_tokens(key, 1), "value": pad_tokens(value, 1)}
@@ -114,7 +119,7 @@ def attend(
     return out[:, :q_len], rows_by_token(plan, lse)
 
 
-def _run(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _run(plan: RowPlan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     config, types = plan.config, scratch(plan)
     query = inputs["query"]
     inputs = inputs | {"query": flat_heads(query)}
@@ -123,7 +128,7 @@ def _run(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array
     def body(*operands, **memory):
         names = (*inputs, "out", "lse")
         views = dict(zip(names, operands, strict=True))
-        refs = Refs(**views, **split_unions(types, memory)).read_scalars()
+        refs = RowRefs(**views, **split_unions(types, memory)).read_scalars()
         split_roles(
             config.warpgroups,
             lambda warpgroup: attend_tiles(plan, refs, blocks, warpgroup),

@@ -36,11 +36,11 @@ class ForwardConfig:
     warpgroups: int = 3  # compute warpgroups, a tile each
     persistent: bool = True  # one thread block per multiprocessor, looping over tiles
     turns: bool = True  # warpgroups take turns on the tensor cores
-    depth_parts: int = 4  # in so many parts the slots are read, in turn with parts of the keys
+    depth_parts: int = 4  # the slots are read in so many parts, in turn with parts of the keys
     alternate: bool = True  # every second thread block begins with keys
     piles: int = 1  # sorted tiles are dealt from so many piles, so that heavy and light ones mix
-    depth_warpgroups: bool = False  # one for each compute warpgroup's slots
-    slot_stages: int = 3  # blocks of 8 slots that each has in flight
+    depth_warpgroups: bool = False  # one more for the slots of each compute warpgroup
+    slot_stages: int = 3  # blocks of 8 slots that a depth warpgroup has in flight
     slot_boxes: bool = True  # one TMA load for all slots of a depth block, where layouts allow it
 
     @property
@@ -81,7 +81,7 @@ def tile_heads(group: int) -> int:
     return math.gcd(group, 8)
 
 
-class Plan(NamedTuple):
+class RowPlan(NamedTuple):
     """Static numbers of a call."""
 
     config: ForwardConfig
@@ -107,7 +107,7 @@ class Plan(NamedTuple):
 
     @property
     def octets(self) -> int:
-        """Of tokens in a tile. TMA lays down [tokens, heads · H] by 8 rows and a head."""
+        """Octets of tokens in a tile. TMA stores [tokens, heads · H] by 8 tokens of one head."""
         return self.tokens // TOKEN_ALIGNMENT
 
     @property
@@ -131,7 +131,7 @@ class Plan(NamedTuple):
 
     @property
     def ring_slots(self) -> int:
-        """Slots of which blocks go through the ring."""
+        """How many slots' blocks go through the ring."""
         return 0 if self.depth_warpgroups else self.slots
 
     @property
@@ -159,34 +159,34 @@ class Plan(NamedTuple):
 
     @property
     def boxes(self) -> bool:
-        """Whether whole depth blocks come in one piece: [slots, tokens, H] lies like a ring stage.
+        """Whether one copy loads a whole depth block: [slots, tokens, H] has a ring stage's layout.
 
-        The interpreter cannot see one memory as two arrays.
+        The interpreter cannot view one memory as two arrays.
         """
         config = self.config
         fits = self.head_dim == 64 and self.depth_keys * config.warpgroups == self.stage_keys
         return fits and config.slot_boxes and self.ring_slots > 0 and not platforms.interpreted()
 
 
-class Tile(NamedTuple):
+class RowTile(NamedTuple):
     """Where a thread block's tile lies, and which blocks it reads; int32 scalars."""
 
     batch: jax.Array
     kv_head: jax.Array
     place: jax.Array  # among the tiles of its KV head
-    depth_first: jax.Array  # blocks of the first range of slots, of those that go through the ring
-    depth_blocks: jax.Array
+    depth_first: jax.Array  # depth blocks of the first range of slots
+    depth_blocks: jax.Array  # depth blocks of both ranges
     kv: Walk | None  # sequence blocks
 
 
-def unit(plan: Plan, tile: Tile, warpgroup: Any) -> tuple[jax.Array, jax.Array]:
+def unit(plan: RowPlan, tile: RowTile, warpgroup: Any) -> tuple[jax.Array, jax.Array]:
     """First token and first query head of a warpgroup's tile."""
     number = tile.place * plan.config.warpgroups + warpgroup
     tokens, part = divmod_i32(number, plan.subgroups)
     return tokens * plan.tokens, tile.kv_head * plan.group + part * plan.heads
 
 
-def rounds(plan: Plan, blocks: int) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+def rounds(plan: RowPlan, blocks: int) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """How many tiles this thread block computes, and the number of its r-th.
 
     Tiles go from heavy to light; every second round is dealt in reverse, so that no block gets the
@@ -218,17 +218,17 @@ def _dealt(index: jax.Array, count: int, piles: int) -> jax.Array:
     return div(index, piles) + pile * height - jnp.maximum(pile - full, 0)
 
 
-def locate_rows(plan: Plan, number: jax.Array) -> Tile:
+def locate_rows(plan: RowPlan, number: jax.Array) -> RowTile:
     """The `number`-th tile without its blocks; heavy ones come first."""
     head, index = place(number, plan.heads_together, plan.steps_per_head)
     index = _dealt(index, plan.steps_per_head, plan.config.piles)
     if plan.causal:
         index = plan.steps_per_head - 1 - index
     zero = i32(0)
-    return Tile(*divmod_i32(head, plan.kv_heads), index, zero, zero, None)
+    return RowTile(*divmod_i32(head, plan.kv_heads), index, zero, zero, None)
 
 
-def locate(plan: Plan, slots: Any, ranges: Any, number: jax.Array) -> Tile:
+def locate(plan: RowPlan, slots: Any, ranges: Any, number: jax.Array) -> RowTile:
     """The `number`-th tile; `slots` and `ranges` are the kernel's references to those inputs."""
     tile = locate_rows(plan, number)
     if plan.ring_slots:
@@ -241,7 +241,7 @@ def locate(plan: Plan, slots: Any, ranges: Any, number: jax.Array) -> Tile:
     return tile
 
 
-def _kv_blocks(plan: Plan, ranges: Any, tile: Tile) -> Walk:
+def _kv_blocks(plan: RowPlan, ranges: Any, tile: RowTile) -> Walk:
     block_kv = plan.config.block_kv
     to_all = to_any = i32(plan.kv_len)  # keys that every row sees, keys that some row sees
     if plan.causal:
@@ -253,7 +253,9 @@ def _kv_blocks(plan: Plan, ranges: Any, tile: Tile) -> Walk:
     return Walk.of(i32(0), stop, i32(0), div(to_all, block_kv), bounds)
 
 
-def slot_block(plan: Plan, slots: Any, tile: Tile, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+def slot_block(
+    plan: RowPlan, slots: Any, tile: RowTile, block: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """First slot of a depth block, and the end of the range it lies in."""
     second = block >= tile.depth_first
     offset = jnp.where(second, block - tile.depth_first, block) * plan.block_slots
@@ -264,7 +266,7 @@ def slot_block(plan: Plan, slots: Any, tile: Tile, block: jax.Array) -> tuple[ja
 # rows as they lie in tiles: (octet of tokens, head, token of the octet)
 
 
-def row_tokens(plan: Plan, rows: jax.Array) -> jax.Array:
+def row_tokens(plan: RowPlan, rows: jax.Array) -> jax.Array:
     """The token, counted from the tile's first, of every row; all sizes are powers of two."""
     own = rows & (TOKEN_ALIGNMENT - 1)
     if plan.octets == 1:
@@ -278,14 +280,14 @@ def flat_heads(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1)
 
 
-def _token_tiles(plan: Plan, segments: jax.Array) -> jax.Array:
+def _token_tiles(plan: RowPlan, segments: jax.Array) -> jax.Array:
     """[B, token tiles, tokens], of all tiles that the thread blocks have, padding included."""
     tiles = cdiv(plan.steps_per_head * plan.config.warpgroups, plan.subgroups)
     ids = jnp.pad(segments, ((0, 0), (0, tiles * plan.tokens - segments.shape[1])))
     return ids.reshape(plan.batch, tiles, plan.tokens)
 
 
-def segment_rows(plan: Plan, segments: jax.Array) -> jax.Array:
+def segment_rows(plan: RowPlan, segments: jax.Array) -> jax.Array:
     """[B, token tiles, 64]: the segment of every row of a tile, padding made unequal to all."""
     ids = _token_tiles(plan, segments)
     ids = jnp.where(ids == 0, NO_SEGMENT, ids)
@@ -293,14 +295,14 @@ def segment_rows(plan: Plan, segments: jax.Array) -> jax.Array:
     return jnp.tile(ids, (1, 1, 1, plan.heads, 1)).reshape(*ids.shape[:2], ROWS)
 
 
-def segment_ranges(plan: Plan, segments: jax.Array, key_segments: jax.Array) -> jax.Array:
+def segment_ranges(plan: RowPlan, segments: jax.Array, key_segments: jax.Array) -> jax.Array:
     """[B, thread-block tiles, 2]: the blocks of keys that a thread block's tiles may see."""
     units = jnp.arange(plan.steps_per_head * plan.config.warpgroups) // plan.subgroups
     ids = _token_tiles(plan, segments)[:, units].reshape(plan.batch, plan.steps_per_head, -1)
     return segment_bounds(ids, key_segments, plan.config.block_kv)
 
 
-def rows_by_token(plan: Plan, x: jax.Array) -> jax.Array:
+def rows_by_token(plan: RowPlan, x: jax.Array) -> jax.Array:
     """[B, K, units, 64] as the tiles lie to [B, Tq, N]."""
     tiles = cdiv(plan.q_len, plan.tokens)
     x = x[:, :, : tiles * plan.subgroups].reshape(
@@ -310,7 +312,7 @@ def rows_by_token(plan: Plan, x: jax.Array) -> jax.Array:
     return x[:, : plan.q_len]
 
 
-def rows_by_tile(plan: Plan, x: jax.Array, fill: float) -> jax.Array:
+def rows_by_tile(plan: RowPlan, x: jax.Array, fill: float) -> jax.Array:
     """The inverse of `rows_by_token`, for all tiles that the thread blocks have."""
     tiles = cdiv(plan.steps_per_head * plan.config.warpgroups, plan.subgroups)
     missing = tiles * plan.tokens - x.shape[1]

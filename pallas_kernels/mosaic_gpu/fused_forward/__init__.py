@@ -1,0 +1,1 @@
+"""The fused forward: one online softmax over the depth slots and the sequence."""
