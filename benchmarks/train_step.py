@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from moda_jax import explain_attention
-from moda_jax.config import Config, MeshConfig
+from moda_jax.config import Config, ExecutionConfig, MeshConfig
+from moda_jax.model.execution import describe_execution
 from moda_jax.model.flops import count_flops, count_parameters
 from moda_jax.ops.sharding import batch_sharding, make_mesh
 from moda_jax.train.throughput import peak_flops
@@ -55,6 +54,8 @@ class Measurement:
     parameters: int
     attention: str
     """The implementation that the step's attention picked."""
+    execution: str
+    """How the step was computed, and why."""
     step_ms: float
     tokens_per_second: float
     mfu: float | None
@@ -99,16 +100,16 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, help="rows; left out: the largest that fits")
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=8, help="timed ones, after two others")
-    parser.add_argument("--remat", choices=("full", "save_attention", "none"))
+    parser.add_argument("--remat", choices=("full", "save_attention", "save_products"))
     parser.add_argument(
         "--triton-products",
         action="store_true",
         help="let XLA take Triton's matrix products, without which the training loop compiles",
     )
     parser.add_argument("--attention", help="implementation; left out: the fastest")
-    parser.add_argument("--depth-grad-mode", choices=("add", "gather"))
-    parser.add_argument("--depth-grad-block", type=int)
-    parser.add_argument("--depth-grad-dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--slot-gradients", choices=("add", "gather"))
+    parser.add_argument("--slot-gradient-block", type=int)
+    parser.add_argument("--slot-gradient-dtype", choices=("float32", "bfloat16"))
     parser.add_argument(
         "--kernels", type=int, default=0, help="print the N longest of one more step"
     )
@@ -120,13 +121,15 @@ def _arguments() -> argparse.ArgumentParser:
 def adapt(name: str, args: argparse.Namespace) -> Config:
     """The named config on one device, with the command line's settings."""
     config: Config = importlib.import_module(f"configs.{name}").config
-    settings = ("remat", "attention", "depth_grad_mode", "depth_grad_block", "depth_grad_dtype")
-    changes: dict[str, Any] = {key: getattr(args, key) for key in settings}
+    settings = [field.name for field in dataclasses.fields(ExecutionConfig)]
+    changes: dict[str, Any] = {key: getattr(args, key, None) for key in settings}
     changes = {key: value for key, value in changes.items() if value is not None}
-    model = dataclasses.replace(config.model, **changes, **(_SMOKE if args.smoke else {}))
+    model = dataclasses.replace(config.model, **(_SMOKE if args.smoke else {}))
+    execution = dataclasses.replace(config.execution, **changes)
     return dataclasses.replace(
         config,
         model=model,
+        execution=execution,
         mesh=MeshConfig(),
         accumulation_steps=1,
         data=dataclasses.replace(config.data, seq_len=args.seq_len),
@@ -249,7 +252,7 @@ def time_steps(compiled: _Compiled, steps: int, kernels: int = 0) -> Measurement
                 print(kernel_table(config.name, Path(folder), kernels), flush=True)
     if not np.isfinite(loss):
         raise ValueError(f"loss is {loss}: the step computes nonsense, its time means nothing")
-    return _measurement(config, step, statistics.median(seconds[2:]))
+    return _measurement(compiled, statistics.median(seconds[2:]))
 
 
 def kernel_table(name: str, folder: Path, count: int) -> str:
@@ -272,36 +275,27 @@ def kernel_table(name: str, folder: Path, count: int) -> str:
     return "\n".join([f"{name}: kernels take {sum(total.values()) / 1e6:.1f} ms", *lines])
 
 
-def _measurement(config: Config, step: Any, seconds: float) -> Measurement:
+def _measurement(compiled: _Compiled, seconds: float) -> Measurement:
+    config, functions, step = compiled
     model, device = config.model, jax.devices()[0]
+    resolved = functions.execution
+    described = describe_execution(config, resolved)
     rate = config.batch_size * config.data.seq_len / seconds
-    peak = peak_flops(device, model.compute_dtype)
+    peak = peak_flops(device, resolved.execution.compute_dtype)
     flops = count_flops(model, config.data.seq_len).train_per_token
     return Measurement(
         name=config.name,
         batch_size=config.batch_size,
         seq_len=config.data.seq_len,
         parameters=count_parameters(model).total,
-        attention=_attention(config),
+        attention=described["attention"].split()[0],
+        execution=described["execution"],
         step_ms=1e3 * seconds,
         tokens_per_second=rate,
         mfu=None if peak is None else rate * flops / peak,
         compiled_bytes=step_bytes(step),
         peak_bytes=(device.memory_stats() or {}).get("peak_bytes_in_use"),
     )
-
-
-def _attention(config: Config) -> str:
-    model, rows = config.model, (config.batch_size, config.data.seq_len)
-    dtype = jnp.dtype(model.compute_dtype)
-    query = jax.ShapeDtypeStruct((*rows, model.num_heads, model.head_dim), dtype)
-    key = jax.ShapeDtypeStruct((*rows, model.num_kv_heads, model.head_dim), dtype)
-    slots = model.depth_slots
-    depth = jax.ShapeDtypeStruct((slots, *key.shape), dtype) if slots else None
-    segments = jax.ShapeDtypeStruct(rows, jnp.int32)
-    return explain_attention(
-        query, key, key, depth, depth, segment_ids=segments, implementation=model.attention
-    ).name
 
 
 HEADER = (

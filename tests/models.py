@@ -4,7 +4,17 @@ import jax
 import numpy as np
 from flax import nnx
 
-from moda_jax.config import ModelConfig
+from moda_jax.config import (
+    AttentionResidualsConfig,
+    DenseConfig,
+    DepthAttentionConfig,
+    ExecutionConfig,
+    HyperConnectionsConfig,
+    MHCConfig,
+    MoDAConfig,
+    ModelConfig,
+    ResidualConfig,
+)
 from moda_jax.model.transformer import Transformer
 
 SMALL = ModelConfig(
@@ -15,29 +25,47 @@ SMALL = ModelConfig(
     num_kv_heads=2,
     head_dim=6,
     mlp_dim=40,
-    compute_dtype="float32",
 )
 
+FLOAT32 = ExecutionConfig(compute_dtype="float32", remat="full")
+
 VARIANTS = {
-    "residual": {"depth_stream": "residual"},
-    "row3": {"depth_ffn_kv": "none"},
+    "residual": {"depth": ResidualConfig()},
+    "row3": {"depth": MoDAConfig(ffn_kv="none")},
     "row4": {},
-    "row5": {"depth_attention_kv": "project"},
-    "row5-without-ffn": {"depth_attention_kv": "project", "depth_ffn_kv": "none"},
-    "every2": {"depth_write_every": 2},
-    "every3-row5": {"depth_write_every": 3, "depth_attention_kv": "project"},
-    "bounded": {"depth_window": 3, "depth_reserved": 1},
+    "row5": {"depth": MoDAConfig(attention_kv="project")},
+    "row5-without-ffn": {"depth": MoDAConfig(attention_kv="project", ffn_kv="none")},
+    "every2": {"depth": MoDAConfig(write_every=2)},
+    "every3-row5": {"depth": MoDAConfig(write_every=3, attention_kv="project")},
+    "bounded": {"depth": MoDAConfig(window=3, reserved=1)},
     "pre-head-bias": {"norm_placement": "pre", "qk_norm": "head", "use_bias": True},
     "post-none": {"norm_placement": "post", "qk_norm": "none"},
     "tied": {"tie_embeddings": True},
 }
-"""Changes to `SMALL`: every depth stream, norm placement and QK-norm."""
+"""Changes to `SMALL`: every way in which MoDA writes, every norm placement and QK-norm."""
+
+MECHANISMS = {
+    "dense": {"depth": DenseConfig()},
+    "dense-matrix": {"depth": DenseConfig(form="matrix")},
+    "depth-attention": {"depth": DepthAttentionConfig()},
+    "attention-residuals": {"depth": AttentionResidualsConfig()},
+    "attention-residuals-block": {"depth": AttentionResidualsConfig(form="block", num_blocks=3)},
+    "hyper-connections": {"depth": HyperConnectionsConfig(num_streams=2)},
+    "mhc": {"depth": MHCConfig(num_streams=2, sinkhorn_rounds=4)},
+}
+"""Changes to `SMALL`: the other ways of using depth."""
 
 
-def random_model(config: ModelConfig, std: float = 0.2) -> Transformer:
-    """`Transformer(config)` with normal weights drawn by numpy; norm scales around 1."""
+def random_model(
+    config: ModelConfig, execution: ExecutionConfig = FLOAT32, std: float = 0.2
+) -> Transformer:
+    """A `Transformer` with normal weights drawn by numpy; norm scales around 1."""
     rng = np.random.default_rng(0)
-    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+
+    def make():
+        return Transformer(config, rngs=nnx.Rngs(0), execution=execution)
+
+    graph, state = nnx.split(nnx.eval_shape(make))
 
     def draw(path, leaf):
         mean = 1.0 if any(getattr(key, "key", None) == "scale" for key in path) else 0.0
