@@ -1,6 +1,7 @@
 """Mixture-of-Depths Attention (Zhu et al., arXiv 2603.15619) for JAX."""
 
-from moda_jax.config import Config, ModelConfig
+from moda_jax.config import Config, ExecutionConfig, ModelConfig
+from moda_jax.model.custom import depth_stack
 from moda_jax.model.flops import count_flops, count_parameters
 from moda_jax.model.generation import generate
 from moda_jax.model.transformer import Transformer
@@ -14,12 +15,14 @@ __all__ = [
     "AttentionChoice",
     "Config",
     "DepthCache",
+    "ExecutionConfig",
     "ModelConfig",
     "SlowAttentionWarning",
     "TrainedModel",
     "Transformer",
     "count_flops",
     "count_parameters",
+    "depth_stack",
     "explain_attention",
     "generate",
     "load_trained",

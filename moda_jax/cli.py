@@ -1,6 +1,7 @@
 """The command line of `train.py`: a config file, overrides by dotted names, one-line errors."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from moda_jax.config import Config
+from moda_jax.config import DEPTH_CONFIGS, Config
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
 
@@ -23,8 +24,10 @@ _DESCRIPTION = f"""Trains a language model with Mixture-of-Depths Attention.
 
 CONFIG.py is a Python file that defines `config`, a moda_jax.config.Config; it comes first and
 is configs/tiny.py when left out. Every setting below overrides one field of it, and the
-defaults shown are that file's. A run that was stopped resumes when it is started again;
-outputs go to <output-dir>/<name>. {_TRACEBACK_SWITCH}=1 shows the traceback of an error."""
+defaults shown are that file's. --model.depth NAME takes another way of using depth, whose own
+settings are --model.depth.FIELD then: {", ".join(DEPTH_CONFIGS)}.
+A run that was stopped resumes when it is started again; outputs go to <output-dir>/<name>.
+{_TRACEBACK_SWITCH}=1 shows the traceback of an error."""
 
 
 def _quiet_libtpu() -> None:
@@ -71,7 +74,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
     path = DEFAULT_CONFIG
     if overrides and not overrides[0].startswith("-"):
         path = Path(overrides.pop(0))
-    config = load_config(path)
+    config, overrides = _with_mechanism(load_config(path), overrides)
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
@@ -86,6 +89,33 @@ def parse_config(arguments: Sequence[str]) -> Config:
         if stop.code in (0, None):
             raise
         raise ValueError(_unbox(messages.getvalue())) from None
+
+
+def _with_mechanism(config: Config, overrides: Sequence[str]) -> tuple[Config, list[str]]:
+    """Takes `--model.depth NAME` out of the overrides and puts that mechanism's defaults in place.
+
+    NAME says which settings `--model.depth.FIELD` means, so it is looked for first. Raises
+    ValueError for a missing or unknown name.
+    """
+    rest, names = [], []
+    arguments = iter(overrides)
+    for argument in arguments:
+        option, has_value, value = argument.partition("=")
+        if option != "--model.depth":
+            rest.append(argument)
+        else:
+            names.append(value if has_value else next(arguments, ""))
+    if not names:
+        return config, rest
+    name = names[-1].replace("-", "_")
+    if name not in DEPTH_CONFIGS:
+        raise ValueError(
+            f"--model.depth: expected one of {', '.join(DEPTH_CONFIGS)}, got {names[-1]!r}"
+        )
+    if name == config.model.depth.name:  # the file's settings of the same mechanism stay
+        return config, rest
+    model = dataclasses.replace(config.model, depth=DEPTH_CONFIGS[name]())
+    return dataclasses.replace(config, model=model), rest
 
 
 def load_config(path: Path) -> Config:

@@ -93,12 +93,14 @@ class AttentionResidualsConfig(DepthConfig):
     placements: ClassVar[tuple[NormPlacement, ...]] = _BRANCH
     form: Literal["full", "block"] = "full"
     """Entries of the sum: all sublayers' outputs, or sums over blocks of sublayers."""
-    num_blocks: int = 8
-    """Blocks of sublayers in the block form; of no effect in the full form."""
+    num_blocks: int | None = None
+    """Blocks of sublayers in the block form; None: 8, as its source has."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "num_blocks")
+        is_used = self.num_blocks is None or self.form == "block"
+        require(self, "num_blocks", is_used, 'None with form "full", which has no blocks')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,4 +97,6 @@ class ExecutionConfig:
     def __post_init__(self) -> None:
         require_types(self)
         require_positive(self, "slot_gradient_block")
+        block_ok = self.slot_gradients != "add" or self.slot_gradient_block == "auto"
+        require(self, "slot_gradient_block", block_ok, '"auto" with slot_gradients "add"')
         require(self, "attention", bool(self.attention), "auto or an implementation's name")

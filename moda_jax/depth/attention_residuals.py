@@ -98,7 +98,7 @@ class AttentionResiduals(Mechanism[AttentionResidualsConfig]):
     @property
     def _size(self) -> int:
         """Sublayers of a block."""
-        return -(-self._num_sublayers // self.settings.num_blocks)
+        return -(-self._num_sublayers // (self.settings.num_blocks or 8))
 
     @property
     def num_entries(self) -> int:

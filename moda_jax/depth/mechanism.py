@@ -32,8 +32,10 @@ class Step:
 
     layer: jax.Array
     """int32 scalar, 0 … L−1; traced."""
-    rope: tuple[jax.Array, jax.Array]
-    """cos and sin [B, T, 1, H/2]."""
+    positions: jax.Array
+    """[B, T] int32, where the tokens stand in their document."""
+    rope: Any
+    """cos and sin [B, T, 1, H/2]; None where the layers rotate by themselves, if at all."""
     keep: Callable[[jax.Array, str], jax.Array]
     """keep(x, name) is x. Training's forward may save it under that name, unique in a layer, for
     the backward, which then does not compute it again."""

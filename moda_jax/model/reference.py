@@ -7,7 +7,7 @@ vocabulary; sublayer i = 2·layer + (0: attention, 1: FFN), M = 2L of them.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,8 @@ def forward(
         x = params["embedding"][tokens]
         depth = _MECHANISMS[config.depth.name](config, params, x)
         for i in range(config.num_layers):
-            _layer(depth, _Layer(i, config, _at(params["layers"], i), positions, mask))
+            weights, own = _at((params["layers"], params.get("depth_layers")), i)
+            _layer(depth, _Layer(i, config, weights, own, positions, mask))
         x = _rms_norm(depth.finish(), config.norm_eps, params["final_norm"]["scale"])
         head = {"kernel": params["embedding"].T} if config.tie_embeddings else params["head"]
         return _linear(head, x)
@@ -65,7 +66,7 @@ def _layer(depth: "_Residual", layer: "_Layer") -> None:
     source = layer.norm(ATTENTION, x) if placement == "pre" else x
     query = layer.rotated_heads("query_norm", _linear(weights["query"], source))
     key_value = layer.keys_values(weights["key_value"], source)
-    out = _attention(query, key_value, depth.visible_slots(), layer.mask)
+    out = _attention(query, depth.visible_slots(), (*key_value, layer.mask))
     out = _linear(weights["out"], out, num_inputs=2)
     branch = layer.norm(ATTENTION, out) if placement == "reordered" else out
     depth.write(layer, ATTENTION, branch, source, key_value)
@@ -79,9 +80,10 @@ def _layer(depth: "_Residual", layer: "_Layer") -> None:
 
 
 class _Layer(NamedTuple):
-    index: int
+    number: int
     config: ModelConfig
-    weights: Params  # of this layer
+    weights: Params
+    depth_weights: Any  # the mechanism's own of this layer
     positions: jax.Array  # [B, T]
     mask: jax.Array  # [B or 1, T, T]: which tokens a token sees
 
@@ -112,9 +114,10 @@ class _Residual:
     """h ← h + f(h)."""
 
     def __init__(self, config: ModelConfig, params: Params, x: jax.Array) -> None:
-        self.config, self.settings = config, cast(Any, config.depth)
-        self.layer_params, self.shared = params.get("depth_layers"), params.get("depth")
-        self.h, self.history = x, []  # the stream [B, T, D], and entries that later sublayers read
+        self.config, self.shared = config, params.get("depth", {})
+        self.settings: Any = config.depth
+        self.h: Any = x  # the stream [B, T, D]
+        self.history: list[Any] = []  # entries that later sublayers read
         self.start(x)
 
     def start(self, x: jax.Array) -> None:
@@ -138,10 +141,6 @@ class _Residual:
         """What the final norm reads [B, T, D]."""
         return self.h
 
-    def own(self, layer: _Layer, sublayer: int) -> Params:
-        """The mechanism's parameters of a sublayer."""
-        return _at(self.layer_params, (layer.index, sublayer))
-
 
 class _Dense(_Residual):
     """h_l = Σ_{j ≤ l} a_lj X_j, or X_j W_lj: MoDA's eq. 4 and DenseFormer (arXiv 2402.02622)."""
@@ -151,8 +150,8 @@ class _Dense(_Residual):
 
     def read(self, layer, sublayer):
         if sublayer == ATTENTION:
-            row = layer.index * (layer.index + 1) // 2
-            weights = self.shared["weights"][row : row + layer.index + 1]
+            row = layer.number * (layer.number + 1) // 2
+            weights = self.shared["weights"][row : row + layer.number + 1]
             product = jnp.multiply if self.settings.form == "scalar" else jnp.matmul
             self.h = sum(product(x, w) for x, w in zip(self.history, weights, strict=True))
         return self.h
@@ -168,11 +167,10 @@ class _DepthAttention(_Residual):
 
     def read(self, layer, sublayer):
         if sublayer == ATTENTION:
-            own = _at(self.layer_params, layer.index)
-            projections = own["query"], own["key_value"]["key"], own["key_value"]["value"]
-            query, key, value = (_linear(projection, self.h) for projection in projections)
-            self.history.append((key, value))
-            self.h = _attention(query, None, self.history).reshape(self.h.shape)
+            own = layer.depth_weights
+            query = _linear(own["query"], self.h)
+            self.history.append([_linear(own["key_value"][x], self.h) for x in ("key", "value")])
+            self.h = _attention(query, self.history).reshape(self.h.shape)
         return self.h
 
 
@@ -186,8 +184,8 @@ class _MoDA(_Residual):
 
     def write(self, layer, sublayer, branch, source, key_value=None):
         super().write(layer, sublayer, branch, source)
-        writer, skips = divmod(layer.index, self.settings.write_every)
-        if skips or layer.index == self.config.num_layers - 1:  # nobody reads the last layer's
+        writer, skips = divmod(layer.number, self.settings.write_every)
+        if skips or layer.number == self.config.num_layers - 1:  # nobody reads the last layer's
             return
         name = ("attention_kv", "ffn_kv")[sublayer]
         kind = getattr(self.settings, name)
@@ -210,7 +208,7 @@ class _AttentionResiduals(_Residual):
         self.history, self.block = [x], []
 
     def read(self, layer, sublayer):
-        return self.weighted_sum(self.own(layer, sublayer))
+        return self.weighted_sum(_at(layer.depth_weights, sublayer))
 
     def weighted_sum(self, own):
         entries = jnp.stack(self.history + ([sum(self.block)] if self.block else []))
@@ -234,20 +232,25 @@ class _HyperConnections(_Residual):
     def start(self, x):
         self.streams = jnp.stack([x] * self.settings.num_streams, axis=2)  # H [B, T, n, D]
 
-    def connection(self, own, name, gate):
+    def read(self, layer, sublayer):
+        return self.read_streams(self.connection(layer, sublayer, "mix", gate=0))
+
+    def write(self, layer, sublayer, branch, source, key_value=None):
+        out = self.connection(layer, sublayer, "out", gate=1)
+        residual = self.connection(layer, sublayer, "residual", gate=0)
+        self.write_streams(residual.swapaxes(-2, -1), out, branch)
+
+    def connection(self, layer, sublayer, name, gate):
         """a + s · tanh(RMSNorm(H) W): A_m and B [B, T, n], A_r [B, T, n, n]."""
+        own = _at(layer.depth_weights, sublayer)
         normed = _rms_norm(self.streams, self.config.norm_eps, own["scale"])
         return own[f"{name}_bias"] + own["gates"][gate] * jnp.tanh(normed @ own[name])
 
-    def read(self, layer, sublayer):
-        mix = self.connection(self.own(layer, sublayer), "mix", 0)
-        return jnp.einsum("btn,btnd->btd", mix, self.streams)
+    def read_streams(self, weights):
+        return (weights[..., None] * self.streams).sum(axis=2)
 
-    def write(self, layer, sublayer, branch, source, key_value=None):
-        own = self.own(layer, sublayer)
-        out, residual = self.connection(own, "out", 1), self.connection(own, "residual", 0)
-        mixed = jnp.einsum("btij,btid->btjd", residual, self.streams)
-        self.streams = out[..., None] * branch[:, :, None] + mixed
+    def write_streams(self, mixing, weights, branch):
+        self.streams = mixing @ self.streams + weights[..., None] * branch[:, :, None]
 
     def finish(self):
         return self.streams.sum(axis=2)
@@ -256,24 +259,25 @@ class _HyperConnections(_Residual):
 class _MHC(_HyperConnections):
     """h = pre · H;  H ← res H + postᵀ f(h), res doubly stochastic (arXiv 2512.24880)."""
 
-    def logits(self, own, name, gate):
-        """α · x̃W + b with x̃ = RMSNorm(vec H): [B, T, n or n·n]."""
-        vector = self.streams.reshape(*self.streams.shape[:2], -1)
-        product = _rms_norm(vector, self.config.norm_eps) @ own[name]
-        return own["gates"][gate] * product + own[f"{name}_bias"].reshape(-1)
-
     def read(self, layer, sublayer):
-        pre = jax.nn.sigmoid(self.logits(self.own(layer, sublayer), "pre", 0))
-        return jnp.einsum("btn,btnd->btd", pre, self.streams)
+        return self.read_streams(jax.nn.sigmoid(self.logits(layer, sublayer, "pre", gate=0)))
 
     def write(self, layer, sublayer, branch, source, key_value=None):
-        own, n = self.own(layer, sublayer), self.settings.num_streams
-        post = 2 * jax.nn.sigmoid(self.logits(own, "post", 1))
-        residual = jnp.exp(self.logits(own, "residual", 2)).reshape(*branch.shape[:2], n, n)
+        n = self.settings.num_streams
+        post = 2 * jax.nn.sigmoid(self.logits(layer, sublayer, "post", gate=1))
+        residual = jnp.exp(self.logits(layer, sublayer, "residual", gate=2))
+        residual = residual.reshape(*post.shape[:2], n, n)
         for _ in range(self.settings.sinkhorn_rounds):
             residual = residual / residual.sum(axis=-2, keepdims=True)
             residual = residual / residual.sum(axis=-1, keepdims=True)
-        self.streams = residual @ self.streams + post[..., None] * branch[:, :, None]
+        self.write_streams(residual, post, branch)
+
+    def logits(self, layer, sublayer, name, gate):
+        """α · x̃W + b with x̃ = RMSNorm(vec H): [B, T, n or n·n]."""
+        own = _at(layer.depth_weights, sublayer)
+        vector = self.streams.reshape(*self.streams.shape[:2], -1)
+        product = _rms_norm(vector, self.config.norm_eps) @ own[name]
+        return own["gates"][gate] * product + own[f"{name}_bias"].reshape(-1)
 
 
 _MECHANISMS: dict[str, type[_Residual]] = {
@@ -287,13 +291,11 @@ _MECHANISMS: dict[str, type[_Residual]] = {
 }
 
 
-def _attention(
-    query: jax.Array,
-    sequence: KeyValue | None,
-    slots: Sequence[KeyValue],
-    mask: jax.Array | None = None,
-) -> jax.Array:
-    """One softmax over the sequence's keys and the token's own depth keys: o [B, T, N, H]."""
+def _attention(query: jax.Array, slots: Sequence[KeyValue], sequence=None) -> jax.Array:
+    """One softmax over the token's own depth keys and the sequence's: o [B, T, N, H].
+
+    sequence: keys and values [B, T, K, H] and the mask [B, T, T] of what a token sees of them.
+    """
     heads, head_dim = query.shape[2:]
 
     def per_query_head(x):  # query head n reads key/value head n // (N/K)
@@ -301,7 +303,8 @@ def _attention(
 
     scores = [(query * per_query_head(key)).sum(axis=-1, keepdims=True) for key, _ in slots]
     if sequence is not None:
-        key, value = map(per_query_head, sequence)
+        *key_value, mask = sequence
+        key, value = map(per_query_head, key_value)
         score = jnp.einsum("btnh,bjnh->btnj", query, key)
         scores.append(jnp.where(mask[:, :, None], score, -jnp.inf))
     weights = jax.nn.softmax(head_dim**-0.5 * jnp.concatenate(scores, axis=-1), axis=-1)

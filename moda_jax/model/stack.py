@@ -54,8 +54,8 @@ class Program(Protocol):
         ...
 
     @property
-    def rope_theta(self) -> float:
-        """Of the rotary table."""
+    def rope_theta(self) -> float | None:
+        """Of the rotary table; None: the layers rotate by themselves, if at all."""
         ...
 
     @property
@@ -148,7 +148,7 @@ def _forward(spec: StackSpec, params: StackParams, x, tokens: TokenInfo, *, save
             keep(lse, _own_name("lse", key))
             return keep(out, _own_name("attention", key)), history
 
-        step = Step(layer, rope, keep, attend)
+        step = Step(layer, tokens.positions, rope, keep, attend)
         history = History(buffers, params.shared)
         saved = (carry,)
         carry, history = program.layer(_at(params.layers, layer), step, carry, history)
@@ -239,7 +239,9 @@ def _backward(
         layer = num_layers - 1 - n
         weights, (carry, kept) = _at((params.layers, saved), layer)
         strategy_here, entries = strategy.begin(thread.entries, layer)
-        step = Step(layer, rope, _keep_again(kept), _attend_again(spec, tokens, kept))
+        step = Step(
+            layer, tokens.positions, rope, _keep_again(kept), _attend_again(spec, tokens, kept)
+        )
 
         def run(weights, carry, history):
             return program.layer(weights, step, carry, history)
@@ -361,7 +363,7 @@ def _first_call(spec: StackSpec, params, tokens, saved, buffers) -> ShardedAtten
         calls.append(_attention_call(spec, query, key, value, history, depth, tokens))
         return query, history
 
-    step = Step(jnp.int32(0), _rope(spec, tokens), lambda x, _: x, attend)
+    step = Step(jnp.int32(0), tokens.positions, _rope(spec, tokens), lambda x, _: x, attend)
     weights, carry = _at((params.layers, saved[0]), 0)
     spec.program.layer(weights, step, carry, History(buffers, params.shared))
     return calls[0]
@@ -374,7 +376,9 @@ def empty_buffers(program: Program, x: jax.Array, capacity: int) -> tuple[jax.Ar
     return uninitialized_entries(like)
 
 
-def _rope(spec: StackSpec, tokens: TokenInfo) -> tuple[jax.Array, jax.Array]:
+def _rope(spec: StackSpec, tokens: TokenInfo) -> tuple[jax.Array, jax.Array] | None:
+    if spec.program.rope_theta is None:
+        return None
     return rope_table(tokens.positions, spec.program.head_dim, spec.program.rope_theta)
 
 
@@ -421,7 +425,7 @@ def scan_layers(
             results.append(tuple(result))
             return out, history
 
-        step = Step(layer, rope, lambda x, _: x, attend_here)
+        step = Step(layer, tokens.positions, rope, lambda x, _: x, attend_here)
         history = History(buffers, params.shared)
         carry, history = program.layer(weights, step, carry, history)
         ((state, emitted),) = results
