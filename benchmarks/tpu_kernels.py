@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from benchmarks.hlo_cost import Kernel
 from benchmarks.tpu_chips import GRID_STEP_SECONDS, Chip
 from moda_jax.config import Config
-from moda_jax.model.flops import visible_slots
+from moda_jax.depth import make_mechanism
 from moda_jax.ops import attention
 from pallas_kernels import mosaic_tpu, platforms
 from pallas_kernels.mosaic_tpu import common
@@ -167,7 +167,7 @@ class KernelCost(Kernel):
 
 def layer_call(config: Config, slots: int) -> Call:
     """What one device of the config's mesh computes in a layer that sees `slots` slots."""
-    model, mesh = config.model, config.mesh
+    model, mesh, dtype = config.model, config.mesh, config.execution.slot_gradient_dtype
     return Call(
         tokens=config.data.seq_len,
         slots=slots,
@@ -176,7 +176,7 @@ def layer_call(config: Config, slots: int) -> Call:
         head_dim=model.head_dim,
         batch=config.batch_size // (mesh.fsdp * mesh.data * config.accumulation_steps),
         segments=True,
-        grads_dtype=model.running_grad_dtype,
+        grads_dtype="float32" if dtype == "auto" else dtype,
     )
 
 
@@ -185,7 +185,7 @@ def mean_kernels(config: Config, chip: Chip) -> dict[str, KernelCost]:
 
     Empty for another attention implementation than this one.
     """
-    if config.model.attention != "mosaic_tpu":
+    if config.execution.attention != "mosaic_tpu":
         return {}
     found: dict[str, list[tuple[float, Work]]] = {}
     for weight, (name, work) in _launches_of_step(config):
@@ -197,7 +197,7 @@ def _launches_of_step(config: Config) -> Iterator[tuple[float, Launch]]:
     """(how often, kernel) of a step. What a kernel moves is linear in its number of slots, so that
     the mean number stands for all layers.
     """
-    layers, slots = config.model.num_layers, visible_slots(config.model)
+    layers, slots = config.model.num_layers, make_mechanism(config.model).visible_slots()
     mean = sum(slots) / layers
     for count, weight in ((math.floor(mean), 1 - mean % 1), (math.ceil(mean), mean % 1)):
         forward, backward = launches(layer_call(config, count)) if weight else ((), ())

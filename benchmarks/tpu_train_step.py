@@ -5,9 +5,10 @@
 
 Each config of `configs/` is compiled, ahead of time, for a mesh of fsdp x tensor over the slice's
 chips: the real optimizer step (`moda_jax.train.train_step`). NAME/FIELD=VALUE+FIELD=VALUE is NAME
-with other fields of its ModelConfig. Nothing runs: memory is what the compiler assigned, FLOPs and
-bytes are counted in the program that it made (`benchmarks.hlo_cost`), those of the attention
-kernels in their own block schedule. Takes one to two minutes per program.
+with other fields of its ModelConfig or ExecutionConfig, or with depth=MECHANISM. Nothing runs:
+memory is what the compiler assigned, FLOPs and bytes are counted in the program that it made
+(`benchmarks.hlo_cost`), those of the attention kernels in their own block schedule. Takes one to
+two minutes per program.
 """
 
 import argparse
@@ -27,13 +28,14 @@ import jax.numpy as jnp
 from benchmarks import hlo_cost, tpu_chips
 from benchmarks.tpu_chips import Chip
 from benchmarks.tpu_kernels import mean_kernels
-from moda_jax.config import Config, MeshConfig
-from moda_jax.model.flops import count_flops, count_parameters, visible_slots
+from moda_jax.config import DEPTH_CONFIGS, Config, ExecutionConfig, MeshConfig
+from moda_jax.depth import make_mechanism
+from moda_jax.model.flops import count_flops, count_parameters
 from moda_jax.ops.sharding import batch_sharding, make_mesh
 from moda_jax.train.train_step import make_train_functions
 from pallas_kernels import platforms
 
-_VANILLA = "/depth_stream=residual"
+_VANILLA = "/depth=residual"
 CONFIGS = ("olmo2_700m_36", "moda_700m_row4", f"moda_1b5_guess{_VANILLA}", "moda_1b5_guess")
 TOPOLOGIES = ("v5e:4x4", "v5p:4x4x4")
 _SMOKE: dict[str, Any] = {
@@ -124,12 +126,16 @@ def adapt(name: str, chips: int, args: argparse.Namespace) -> Config:
     """The named config on `chips` chips, with the command line's settings."""
     base, _, fields = name.partition("/")
     config: Config = importlib.import_module(f"configs.{base}").config
-    pairs = (field.split("=") for field in fields.split("+") if field)
-    changes: dict[str, Any] = {
-        field: int(value) if value.isdigit() else value for field, value in pairs
-    }
-    changes |= {"attention": args.attention} | (_SMOKE if args.smoke else {})
-    model = dataclasses.replace(config.model, **changes)
+    how: dict[str, Any] = {"attention": args.attention}
+    what: dict[str, Any] = dict(_SMOKE) if args.smoke else {}
+    execution_fields = {field.name for field in dataclasses.fields(ExecutionConfig)}
+    for field, value in (pair.split("=") for pair in fields.split("+") if pair):
+        if field == "depth":
+            what[field] = DEPTH_CONFIGS[value]()
+        else:
+            changes = how if field in execution_fields else what
+            changes[field] = int(value) if value.isdigit() else value
+    model = dataclasses.replace(config.model, **what)
     fsdp, left = divmod(chips, args.data * args.tensor)
     if left:
         raise ValueError(
@@ -138,6 +144,7 @@ def adapt(name: str, chips: int, args: argparse.Namespace) -> Config:
     return dataclasses.replace(
         config,
         model=model,
+        execution=dataclasses.replace(config.execution, **how),
         mesh=MeshConfig(args.data, fsdp, args.tensor),
         accumulation_steps=1,
         batch_size=args.rows * args.data * fsdp,
@@ -148,11 +155,11 @@ def adapt(name: str, chips: int, args: argparse.Namespace) -> Config:
 def compile_step(config: Config, devices: list[jax.Device]) -> Any:
     """The compiled `train_step` of `config` for `devices`, which need not be here."""
     mesh = make_mesh(config.mesh, devices)
-    functions = make_train_functions(config, mesh)
     shape = config.batch_size, config.data.seq_len
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), rows)
     with jax.set_mesh(mesh), platforms.compiling_for("tpu"):
+        functions = make_train_functions(config, mesh)
         train_step: Any = functions.train_step  # of jax.jit
         return train_step.lower(functions.abstract_state, batch).compile()
 
@@ -169,7 +176,7 @@ def measure(name: str, topology: str, args: argparse.Namespace) -> Step:
         args.hlo.mkdir(parents=True, exist_ok=True)
         file = re.sub(r"[^\w-]", "-", f"{name}-{topology}")
         (args.hlo / f"{file}.txt").write_text(text)
-    slots = visible_slots(config.model)
+    slots = make_mechanism(config.model).visible_slots()
     kernels = mean_kernels(config, chip)
     cost = hlo_cost.count(
         text,
@@ -217,7 +224,7 @@ def _step(
         tensor=config.mesh.tensor,
         rows=config.batch_size,
         seq_len=config.data.seq_len,
-        attention=str(config.model.attention),
+        attention=str(config.execution.attention),
         parameters=count_parameters(config.model).total,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,

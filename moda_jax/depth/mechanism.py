@@ -185,6 +185,10 @@ class Mechanism(Generic[Settings]):
         """A few words for the first screen."""
         return "no depth"
 
+    def visible_slots(self) -> list[int]:
+        """Slots that each layer's attention reads beside the sequence."""
+        return [0] * self.config.num_layers
+
     def slot_labels(self) -> list[str]:
         """One name per entry that attention reads, for pictures; empty if it reads none."""
         return []

@@ -65,7 +65,8 @@ def depth_stack(
         positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
     program = _program(before, after, weights, x, positions, num_layers, depth, window, reserved)
     remat = "save_attention" if execution.remat == "auto" else execution.remat
-    execution = dataclasses.replace(execution, compute_dtype=str(x.dtype), remat=remat)
+    dtype: Any = str(x.dtype)
+    execution = dataclasses.replace(execution, compute_dtype=dtype, remat=remat)
     spec = StackSpec(program, execution)
     return run_stack(spec, StackParams(weights, {}), x, TokenInfo(positions, segment_ids))
 

@@ -106,7 +106,10 @@ def saved_bytes_per_token(model: ModelConfig, execution: ExecutionConfig, remat:
 
 def device_memory(device: jax.Device) -> int | None:
     """Bytes that JAX may take on a device; None if it does not say."""
-    return (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # a device that is only compiled for
+        return None
 
 
 def describe_execution(config: Config, resolved: Resolved) -> dict[str, str]:
