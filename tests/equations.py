@@ -1,6 +1,5 @@
-"""Vectors of the independent float64 NumPy model, as configs and parameters of ours."""
+"""Vectors of the independent float64 NumPy model (golden/equations), as models of ours."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +15,40 @@ from moda_jax.model.transformer import Transformer
 FOLDER = Path(__file__).parent / "golden" / "equations"
 CASES = sorted(path.stem for path in FOLDER.glob("*.npz"))
 
+PATHS = {
+    "embedding": "embedding",
+    **{name: f"layers/{name}/kernel" for name in ("query", "out")},
+    **{name: f"layers/key_value/{name}/kernel" for name in ("key", "value")},
+    **{name: f"layers/mlp/{name}/kernel" for name in ("gate", "up", "down")},
+    **{
+        f"{name}_norm": f"layers/{name}_norm/scale" for name in ("attention", "mlp", "query", "key")
+    },
+    "final_norm": "final_norm/scale",
+    "head": "head/kernel",
+    "dense_scalar": "depth/weights",
+    "dense_matrix": "depth/weights",
+    "depth_query": "depth_layers/query/kernel",
+    **{f"depth_{name}": f"depth_layers/key_value/{name}/kernel" for name in ("key", "value")},
+    **{
+        f"moda_{sublayer}_{name}": f"depth/{sublayer}_kv/{name}/kernel"
+        for sublayer in ("attention", "ffn")
+        for name in ("key", "value")
+    },
+    "hc_norm": "depth_layers/scale",
+    **{f"hc_{name}": f"depth_layers/{name}" for name in ("mix", "residual", "out")},
+    "hc_scale": "depth_layers/gates",
+    **{f"mhc_{name}": f"depth_layers/{name}" for name in ("pre", "post", "residual")},
+    "mhc_scale": "depth_layers/gates",
+}
+"""Our parameters by the NumPy model's names; biases and attention residuals: see `to_ours`."""
+
 
 class Case(NamedTuple):
-    """One vector."""
+    """One vector, float64; what stands at padding of the logits means nothing."""
 
     config: ModelConfig
     params: dict[str, np.ndarray]
+    """By the NumPy model's names, in its shapes."""
     tokens: np.ndarray
     segment_ids: np.ndarray
     positions: np.ndarray
@@ -32,117 +59,94 @@ class Case(NamedTuple):
 
 
 def load(name: str) -> Case:
+    """The vector of that file."""
     with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
         data = dict(file)
+
+    def part(prefix):
+        return {k.removeprefix(prefix): v for k, v in data.items() if k.startswith(prefix)}
+
     c = json.loads(str(data["config"]))
-    params = {k.removeprefix("param/"): v for k, v in data.items() if k.startswith("param/")}
-    derivatives = {
-        k.removeprefix("derivative/"): float(v) for k, v in data.items() if k.startswith("derivative")
-    }
     config = ModelConfig(
-        vocab_size=c["V"], num_layers=c["L"], embed_dim=c["D"], num_heads=c["N"],
-        num_kv_heads=c["K"], head_dim=c["H"], mlp_dim=c["F"], norm_placement=c["placement"],
-        qk_norm=c["qk_norm"], norm_eps=c["eps"], rope_theta=c["theta"], use_bias=c["bias"],
-        depth=_depth(c),
+        vocab_size=c["V"],
+        num_layers=c["L"],
+        embed_dim=c["D"],
+        num_heads=c["N"],
+        num_kv_heads=c["K"],
+        head_dim=c["H"],
+        mlp_dim=c["F"],
+        norm_placement=c["placement"],
+        qk_norm=c["qk_norm"],
+        norm_eps=c["eps"],
+        rope_theta=c["theta"],
+        use_bias=c["bias"],
+        depth=DEPTH_CONFIGS[c["mechanism"]](**_depth_settings(c)),
     )
-    rest = (data[k] for k in ("tokens", "segments", "positions", "cotangent", "logits"))
-    return Case(config, params, *rest, derivatives)
+    names = ("tokens", "segments", "positions", "cotangent", "logits")
+    derivatives = {name: float(d) for name, d in part("derivative/").items()}
+    return Case(config, part("param/"), *(data[name] for name in names), derivatives)
 
 
-def _depth(c: dict[str, Any]):
-    name = {"residual": "residual", "dense": "dense", "moda": "moda", "mhc": "mhc"}.get(
-        c["mechanism"], c["mechanism"]
-    )
-    settings: dict[str, Any] = {}
-    if name == "moda":
-        settings = {
-            "attention_kv": "project" if c["row"] == 5 else "reuse",
-            "ffn_kv": "none" if c["row"] == 3 else "project",
-            "write_every": c["every"], "window": c["window"], "reserved": c["reserved"],
-        }
-    elif name in ("dense", "attention_residuals"):
-        settings = {"form": c["form"]}
-        if "num_blocks" in c and c["num_blocks"]:
-            settings["num_blocks"] = c["num_blocks"]
-    elif name in ("hyper_connections", "mhc"):
-        settings = {"num_streams": c["n"]}
-    return DEPTH_CONFIGS[name](**settings)
-
-
-def named_params(model: Transformer) -> dict[str, Any]:
-    """Our parameters' paths by the NumPy model's names, with a shape for each."""
-    config = model.config
-    layers = {
-        "query": "layers/query/kernel", "key": "layers/key_value/key/kernel",
-        "value": "layers/key_value/value/kernel", "out": "layers/out/kernel",
-        "gate": "layers/mlp/gate/kernel", "up": "layers/mlp/up/kernel",
-        "down": "layers/mlp/down/kernel",
+def _depth_settings(c: dict[str, Any]) -> dict[str, Any]:
+    if c["mechanism"] != "moda":
+        names = {"form": "form", "num_blocks": "num_blocks", "n": "num_streams"}
+        return {ours: c[theirs] for theirs, ours in names.items() if theirs in c}
+    return {
+        "attention_kv": "project" if c["row"] == 5 else "reuse",
+        "ffn_kv": "none" if c["row"] == 3 else "project",
+        "write_every": c["every"],
+        "window": c["window"],
+        "reserved": c["reserved"],
     }
-    names = {"embedding": "embedding", "final_norm": "final_norm/scale", "head": "head/kernel"}
-    names |= layers
-    if config.use_bias:
-        names |= {f"{k}_bias": v.replace("kernel", "bias") for k, v in layers.items()}
-        names["head_bias"] = "head/bias"
-    norms = ["attention_norm", "mlp_norm"]
-    norms += ["query_norm", "key_norm"] if config.qk_norm != "none" else []
-    names |= {k: f"layers/{k}/scale" for k in norms}
-    return names
 
 
-_DEPTH = {
-    "dense_scalar": "depth/weights", "dense_matrix": "depth/weights",
-    "depth_query": "depth_layers/query/kernel",
-    "depth_key": "depth_layers/key_value/key/kernel",
-    "depth_value": "depth_layers/key_value/value/kernel",
-    "hc_norm": "depth_layers/scale", "hc_mix": "depth_layers/mix",
-    "hc_residual": "depth_layers/residual", "hc_out": "depth_layers/out",
-    "hc_mix_bias": "depth_layers/mix_bias", "hc_residual_bias": "depth_layers/residual_bias",
-    "hc_out_bias": "depth_layers/out_bias", "hc_scale": "depth_layers/gates",
-    "mhc_pre": "depth_layers/pre", "mhc_post": "depth_layers/post",
-    "mhc_residual": "depth_layers/residual", "mhc_pre_bias": "depth_layers/pre_bias",
-    "mhc_post_bias": "depth_layers/post_bias", "mhc_residual_bias": "depth_layers/residual_bias",
-    "mhc_scale": "depth_layers/gates",
-} | {
-    f"moda_{sub}_{kind}{tail}": f"depth/{sub}_kv/{kind}/{leaf}"
-    for sub in ("attention", "ffn")
-    for kind in ("key", "value")
-    for tail, leaf in (("", "kernel"), ("_bias", "bias"))
-}
-
-
-def to_ours(model: Transformer, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays by our path, in our shapes, from arrays by the NumPy model's names.
-
-    Attention residuals keep the head's weights apart from the layers'.
-    """
-    shapes = dict(_flat(model))
-    names = named_params(model) | _DEPTH
+def to_ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays by our paths from arrays by the NumPy model's names; linear."""
     ours = {}
-    for name, array in params.items():
-        if name in ("residual_query", "residual_norm"):
+    for name, array in arrays.items():
+        if name in ("residual_query", "residual_norm"):  # the last one is the head's
             leaf = {"residual_query": "query", "residual_norm": "scale"}[name]
-            ours[f"depth_layers/{leaf}"] = array[:-1]
-            ours[f"depth/head/{leaf}"] = array[-1]
-        elif array.size:
-            ours[names[name]] = array
-    if set(ours) != set(shapes):
-        raise ValueError(f"parameters: {sorted(set(ours) ^ set(shapes))}")
-    return {path: array.reshape(shapes[path].shape) for path, array in ours.items()}
+            ours |= {f"depth_layers/{leaf}": array[:-1], f"depth/head/{leaf}": array[-1]}
+        elif name.endswith("_bias"):
+            path = PATHS[name.removesuffix("_bias")]
+            is_linear = path.endswith("kernel")
+            ours[path.replace("kernel", "bias") if is_linear else f"{path}_bias"] = array
+        elif array.size:  # layers that write no slots have no projections
+            ours[PATHS[name]] = array
+    return ours
 
 
-def _flat(model: Transformer):
-    state = nnx.to_pure_dict(nnx.state(model))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        yield "/".join(str(key.key) for key in path), leaf
+def path_of(path: tuple[Any, ...]) -> str:
+    """The parameter at a path of JAX's in a module's state or in its pure dict."""
+    return "/".join(str(key.key) for key in path if hasattr(key, "key"))
 
 
-def build(case: Case, execution: ExecutionConfig | None = None, **changes: Any) -> Transformer:
+def build(case: Case, execution: ExecutionConfig, dtype: str = "float32") -> Transformer:
     """Our model with the vector's parameters."""
-    config = dataclasses.replace(case.config, **changes)
-    execution = execution or ExecutionConfig(compute_dtype="float32", remat="full")
-    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), execution=execution))
-    ours = to_ours(abstract, case.params)
-    graph, state = nnx.split(abstract)
 
-    leaves = [jnp.asarray(ours[path], leaf.dtype) for path, leaf in _flat(abstract)]
-    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
+    def make():
+        return Transformer(case.config, rngs=nnx.Rngs(0), execution=execution)
+
+    graph, state = nnx.split(nnx.eval_shape(make))
+    arrays = to_ours(case.params)
+
+    def fill(path, leaf):
+        return jnp.asarray(arrays.pop(path_of(path)).reshape(leaf.shape), dtype)
+
+    state = jax.tree_util.tree_map_with_path(fill, state)
+    if arrays:
+        raise ValueError(f"parameters: expected none that we do not have, got {sorted(arrays)}")
+    return nnx.merge(graph, state)
+
+
+def directional_derivatives(case: Case, gradients: dict[str, Any]) -> dict[str, float]:
+    """What `case.derivatives` are, from gradients like `nnx.to_pure_dict`'s."""
+    ours = {path_of(p): g for p, g in jax.tree_util.tree_leaves_with_path(gradients)}
+    result = {}
+    for name, array in case.params.items():
+        direction = np.cos(1 + np.arange(array.size)).reshape(array.shape)
+        result[name] = sum(
+            float(np.vdot(np.asarray(ours[path], np.float64), part))
+            for path, part in to_ours({name: direction}).items()
+        )
+    return result

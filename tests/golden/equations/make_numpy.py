@@ -1,3 +1,4 @@
+# ruff: noqa: E741 -- l is a layer, as in the papers
 """Writes the test vectors of numpy_model.py, one .npz a case, beside this file.
 
 Each file holds: config (JSON), param/<name> (float32), tokens, segments, positions (int32),
@@ -10,10 +11,20 @@ import json
 import pathlib
 
 import numpy as np
-
 from numpy_model import forward, writers
 
-BASE = dict(V=11, D=16, L=4, N=4, K=2, H=4, F=20, eps=1e-2, theta=50.0, bias=False)
+BASE = {
+    "V": 11,
+    "D": 16,
+    "L": 4,
+    "N": 4,
+    "K": 2,
+    "H": 4,
+    "F": 20,
+    "eps": 1e-2,
+    "theta": 50.0,
+    "bias": False,
+}
 QK_NORM = {"pre": "head", "post": "none", "reordered": "full"}
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0]], np.int32)
 POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 1]], np.int32)
@@ -30,7 +41,7 @@ def cases():
         table[f"{name}_{placement}"] = dict(config, **settings)
 
     def moda(row, **settings):
-        return dict(dict(row=row, every=1, window=None, reserved=0), **settings)
+        return dict({"row": row, "every": 1, "window": None, "reserved": 0}, **settings)
 
     for placement in ("pre", "post", "reordered"):
         add("residual", "residual", placement)
@@ -41,7 +52,7 @@ def cases():
             add(f"moda_row{row}", "moda", placement, **moda(row))
     for placement in ("pre", "reordered"):
         add("attention_residuals_full", "attention_residuals", placement, form="full")
-        block = dict(form="block", num_blocks=3)
+        block = {"form": "block", "num_blocks": 3}
         add("attention_residuals_block", "attention_residuals", placement, **block)
         add("hyper_connections", "hyper_connections", placement, n=4)
         add("mhc", "mhc", placement, n=4)
@@ -149,11 +160,11 @@ def make(config, seed):
     rng = np.random.default_rng(seed)
     stored = draw_parameters(config, rng)
     tokens = rng.integers(0, config["V"], SEGMENTS.shape).astype(np.int32)
-    cotangent = rng.standard_normal(SEGMENTS.shape + (config["V"],)).astype(np.float32)
+    cotangent = rng.standard_normal((*SEGMENTS.shape, config["V"])).astype(np.float32)
     cotangent[SEGMENTS == 0] = 0
     params = {name: array.astype(np.float64) for name, array in stored.items()}
     batch = tokens, SEGMENTS, POSITIONS
-    result = dict(config=np.array(json.dumps(config)), cotangent=cotangent)
+    result = {"config": np.array(json.dumps(config)), "cotangent": cotangent}
     result.update(tokens=tokens, segments=SEGMENTS, positions=POSITIONS)
     result["logits"] = forward(config, params, *batch)
     for name, array in stored.items():

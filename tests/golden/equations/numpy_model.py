@@ -1,3 +1,4 @@
+# ruff: noqa: E741 -- l is a layer, as in the papers
 """The model in plain NumPy.
 
 Written from the papers' equations, independently of moda_jax, to check it.
