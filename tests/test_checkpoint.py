@@ -6,14 +6,17 @@ import subprocess
 import sys
 import textwrap
 
+import chex
 import jax
 import numpy as np
 import pytest
 
-from moda_jax.config import Config, MeshConfig, ModelConfig
+from moda_jax.config import Config, MeshConfig, MoDAConfig, ModelConfig, ResidualConfig, to_json
 from moda_jax.ops.sharding import make_mesh
+from moda_jax.train import checkpoint
 from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.train_step import make_train_functions
+from tests.models import FLOAT32
 
 CONFIG = Config(
     name="saved",
@@ -25,8 +28,8 @@ CONFIG = Config(
         num_kv_heads=2,
         head_dim=8,
         mlp_dim=16,
-        compute_dtype="float32",
     ),
+    execution=FLOAT32,
 )
 DATA = {"identity": {"seq_len": 256}, "grain": {"position": 7}}
 
@@ -61,12 +64,11 @@ def test_round_trip_is_bitwise_and_onto_another_mesh(tmp_path, state):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     restored = checkpoints.restore(abstract, config)
     checkpoints.close()
-    assert jax.tree.structure(restored.state) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, restored.state, state)
+    chex.assert_trees_all_equal(*jax.device_get((restored.state, state)))
     for array, target in zip(*map(jax.tree.leaves, (restored.state, abstract)), strict=True):
         assert array.sharding.is_equivalent_to(target.sharding, array.ndim)
     assert restored.data == DATA
-    assert restored.config["model"] == dataclasses.asdict(CONFIG.model)
+    assert restored.config["model"] == to_json(CONFIG.model)
 
 
 def test_keeps_the_newest_and_the_best(tmp_path, state):
@@ -92,40 +94,70 @@ def test_saved_state_may_be_donated_at_once(tmp_path, functions):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     restored = checkpoints.restore(functions.abstract_state, CONFIG)
     checkpoints.close()
-    jax.tree.map(np.testing.assert_array_equal, restored.state, expected)
+    chex.assert_trees_all_equal(restored.state, expected)
 
 
 def test_another_model_is_one_line_that_names_the_fields(tmp_path, functions, state):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     save(checkpoints, 1, state)
     model = dataclasses.replace(
-        CONFIG.model, num_layers=3, norm_placement="pre", remat="none", depth_grad_block=2
+        CONFIG.model, num_layers=3, norm_placement="pre", depth=ResidualConfig()
     )
-    other = dataclasses.replace(CONFIG, model=model)
+    execution = dataclasses.replace(FLOAT32, remat="save_products", slot_gradients="add")
+    other = dataclasses.replace(CONFIG, model=model, execution=execution)
     with pytest.raises(ValueError, match="checkpoint of another model") as caught:
         checkpoints.restore(functions.abstract_state, other)
     checkpoints.close()
     message = str(caught.value)
     assert "model.num_layers 2 there, 3 here" in message
     assert "model.norm_placement 'reordered' there, 'pre' here" in message
-    for name in ("remat", "depth_grad_block"):  # the same function, computed in another way
+    assert "model.depth.name 'moda' there, 'residual' here" in message
+    for name in ("remat", "slot_gradients"):  # the same function, computed in another way
         assert name not in message
     assert "--name" in message
     assert "\n" not in message
 
 
 def test_a_checkpoint_older_than_a_setting_has_its_default(tmp_path, functions, state, monkeypatch):
-    older = dataclasses.asdict(CONFIG)
-    del older["model"]["depth_window"]
+    older = to_json(CONFIG)
+    del older["model"]["depth"]["window"]
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     with monkeypatch.context() as patch:
-        patch.setattr("moda_jax.train.checkpoint.dataclasses.asdict", lambda _: older)
+        patch.setattr(checkpoint, "to_json", lambda _: older)
         save(checkpoints, 1, state)
     assert checkpoints.restore(functions.abstract_state, CONFIG) is not None
-    bounded = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, depth_window=1))
-    with pytest.raises(ValueError, match="model.depth_window None there, 1 here"):
+    model = dataclasses.replace(CONFIG.model, depth=MoDAConfig(window=1))
+    bounded = dataclasses.replace(CONFIG, model=model)
+    with pytest.raises(ValueError, match="model.depth.window None there, 1 here"):
         checkpoints.restore(functions.abstract_state, bounded)
     checkpoints.close()
+
+
+def test_a_checkpoint_of_an_older_version_says_so(tmp_path, functions, state, monkeypatch):
+    """Mechanisms had no settings of their own then."""
+    older = to_json(CONFIG)
+    older["model"] |= {"depth_stream": "moda", "depth_window": None}
+    del older["model"]["depth"]
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "to_json", lambda _: older)
+        save(checkpoints, 1, state)
+    message = "model.depth: expected .*got None; a checkpoint of an older version cannot be loaded"
+    with pytest.raises(ValueError, match=message):
+        checkpoints.restore(functions.abstract_state, CONFIG)
+    checkpoints.close()
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_trained(tmp_path)
+
+
+def test_a_run_may_go_on_with_another_execution(tmp_path, functions, state):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    save(checkpoints, 1, state)
+    execution = dataclasses.replace(FLOAT32, compute_dtype="bfloat16", remat="save_attention")
+    other = dataclasses.replace(CONFIG, execution=execution)
+    restored = checkpoints.restore(functions.abstract_state, other)
+    checkpoints.close()
+    chex.assert_trees_all_equal(restored.state, state)
 
 
 def test_another_number_of_processes(tmp_path, functions, state, monkeypatch):

@@ -2,15 +2,17 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from moda_jax.config import ModelConfig
-from moda_jax.model.flops import count_flops, count_parameters, visible_slots
-from moda_jax.model.layers import RMSNorm, rope_table, rotate
+from moda_jax.config import MoDAConfig, ModelConfig, ResidualConfig
+from moda_jax.depth import make_mechanism
+from moda_jax.layers import RMSNorm, rope_table, rotate
+from moda_jax.model.flops import count_flops, count_parameters
 from moda_jax.model.transformer import Transformer
 from moda_jax.train import losses
 from moda_jax.train.losses import next_token_loss
@@ -61,11 +63,11 @@ def batch(config, rows=2, length=7):
 @pytest.mark.parametrize(
     ("changes", "millions"),
     [
-        ({"depth_stream": "residual"}, 669.0),
-        ({"depth_stream": "residual", "num_layers": 38}, 700.5),
-        ({"depth_ffn_kv": "none"}, 669.0),
+        ({"depth": ResidualConfig()}, 669.0),
+        ({"depth": ResidualConfig(), "num_layers": 38}, 700.5),
+        ({"depth": MoDAConfig(ffn_kv="none")}, 669.0),
         ({}, 705.7),
-        ({"depth_attention_kv": "project"}, 742.4),
+        ({"depth": MoDAConfig(attention_kv="project")}, 742.4),
     ],
 )
 def test_parameter_counts_of_table_3(changes, millions):
@@ -74,14 +76,19 @@ def test_parameter_counts_of_table_3(changes, millions):
 
 
 @pytest.mark.parametrize(
-    ("layers", "stream", "millions"),
-    [(24, "residual", 71.35), (48, "residual", 123.38), (24, "moda", 73.72), (48, "moda", 128.11)],
+    ("layers", "depth", "millions"),
+    [
+        (24, ResidualConfig(), 71.35),
+        (48, ResidualConfig(), 123.38),
+        (24, MoDAConfig(), 73.72),
+        (48, MoDAConfig(), 128.11),
+    ],
 )
-def test_parameter_counts_of_table_6(layers, stream, millions):
+def test_parameter_counts_of_table_6(layers, depth, millions):
     """The paper counts no final norm, and an FFN projection in the last layer that nobody reads."""
-    config = dataclasses.replace(TABLE_6, num_layers=layers, depth_stream=stream)
+    config = dataclasses.replace(TABLE_6, num_layers=layers, depth=depth)
     count = count_parameters(config)
-    unread = count.depth // config.depth_writers if config.depth_writers else 0
+    unread = count.depth // (layers - 1)
     assert round((count.without_head - count.final_norm + unread) / 1e6, 2) == millions
 
 
@@ -89,10 +96,11 @@ def test_parameter_counts_of_table_6(layers, stream, millions):
     "changes",
     [
         {},
-        {"depth_stream": "residual", "tie_embeddings": True},
-        {"depth_attention_kv": "project", "depth_write_every": 2, "use_bias": True},
-        {"qk_norm": "head", "norm_placement": "pre", "depth_ffn_kv": "none"},
+        {"depth": ResidualConfig(), "tie_embeddings": True},
+        {"depth": MoDAConfig(attention_kv="project", write_every=2), "use_bias": True},
+        {"qk_norm": "head", "norm_placement": "pre", "depth": MoDAConfig(ffn_kv="none")},
         {"qk_norm": "none", "num_layers": 1},
+        *models.MECHANISMS.values(),
     ],
 )
 def test_counts_are_those_of_the_model(changes):
@@ -104,48 +112,43 @@ def test_counts_are_those_of_the_model(changes):
 
 def test_forward_flops_follow_table_3():
     """The paper's convention: square attention, one multiply-add of softmax extra (6 N T²)."""
-    printed = {"residual": 8.01, "none": 8.02, "project": 8.33}
-    for kind, tera in printed.items():
-        changes = {"depth_stream": "residual"} if kind == "residual" else {"depth_ffn_kv": kind}
-        config = dataclasses.replace(TABLE_3, **changes)
+    printed = {ResidualConfig(): 8.01, MoDAConfig(ffn_kv="none"): 8.02, MoDAConfig(): 8.33}
+    for depth, tera in printed.items():
+        config = dataclasses.replace(TABLE_3, depth=depth)
         softmax = 6 * config.num_layers * config.num_heads * 4096**2
         flops = count_flops(config, 4096, causal=False).forward + softmax
         assert abs(flops / 1e12 - tera) < 0.006
 
 
 def test_visible_slots():
-    assert visible_slots(SMALL) == [0, 2, 4]
-    assert visible_slots(dataclasses.replace(SMALL, num_layers=6, depth_write_every=2)) == [
-        0,
-        2,
-        2,
-        4,
-        4,
-        6,
-    ]
-    bounded = dataclasses.replace(SMALL, num_layers=5, depth_window=3, depth_reserved=1)
-    assert visible_slots(bounded) == [0, 2, 4, 4, 4]
+    def visible_slots(num_layers, depth):
+        config = dataclasses.replace(SMALL, num_layers=num_layers, depth=depth)
+        return make_mechanism(config).visible_slots()
+
+    assert visible_slots(3, MoDAConfig()) == [0, 2, 4]
+    assert visible_slots(6, MoDAConfig(write_every=2)) == [0, 2, 2, 4, 4, 6]
+    assert visible_slots(5, MoDAConfig(window=3, reserved=1)) == [0, 2, 4, 4, 4]
 
 
 def test_logits_and_mass_have_their_shapes():
-    config = dataclasses.replace(SMALL, compute_dtype="bfloat16")
-    inputs = batch(config)
+    inputs = batch(SMALL)
     segments = inputs["segment_ids"]
-    model = build(config)
+    model = build(SMALL, dataclasses.replace(models.FLOAT32, compute_dtype="bfloat16"))
     logits = model(inputs["tokens"], segment_ids=segments, positions=inputs["positions"])
-    assert logits.shape == (2, 7, 37)
-    assert logits.dtype == jnp.float32
+    chex.assert_shape(logits, (2, 7, 37))
+    chex.assert_type(logits, jnp.float32)
     mass = model.attention_mass(inputs["tokens"], segment_ids=segments)
-    assert mass.shape == (3, 1 + 4)
+    chex.assert_shape(mass, (3, 1 + 4))
     np.testing.assert_allclose(mass.sum(axis=1), 1.0, atol=0.01)
     assert (np.asarray(mass[0, 1:]) == 0).all()
     assert (np.asarray(mass[2, 1:]) > 0).all()
 
 
 def test_mass_with_bounded_slots_keeps_every_slots_place():
-    config = dataclasses.replace(SMALL, num_layers=5, depth_window=3, depth_reserved=1)
+    depth = MoDAConfig(window=3, reserved=1)
+    config = dataclasses.replace(SMALL, num_layers=5, depth=depth)
     mass = np.asarray(build(config).attention_mass(batch(config)["tokens"]))
-    assert mass.shape == (5, 1 + 8)
+    chex.assert_shape(mass, (5, 1 + 8))
     np.testing.assert_allclose(mass.sum(axis=1), 1.0, atol=1e-5)
     seen = [[], [0, 1], [0, 1, 2, 3], [0, 3, 4, 5], [0, 5, 6, 7]]
     assert [np.flatnonzero(row[1:]).tolist() for row in mass] == seen
@@ -242,7 +245,7 @@ def test_loss_without_targets_is_zero():
     loss = nnx.value_and_grad(lambda m: next_token_loss(m, inputs, z_loss=1e-4)[0])
     value, grads = loss(build(SMALL))
     assert value == 0.0
-    assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
+    chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, grads))
 
 
 def test_loss_never_holds_all_logits():
