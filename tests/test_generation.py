@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from moda_jax.model import generation
-from tests.models import SMALL, VARIANTS, random_model
+from tests.models import MECHANISMS, SMALL, VARIANTS, random_model
 from tests.tolerances import SAME_MODEL
 
 
@@ -22,9 +23,9 @@ def model():
     return build()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *MECHANISMS])
 def test_decode_equals_the_full_forward_at_every_position(variant):
-    model = build(**VARIANTS[variant])
+    model = build(**(VARIANTS | MECHANISMS)[variant])
     tokens = np.random.default_rng(0).integers(0, 37, (3, 12)).astype(np.int32)
     lengths = jnp.array([1, 5, 3], jnp.int32)  # prompts of unequal length
     full = nnx.jit(lambda m, x: m(x))(model, tokens)
@@ -37,11 +38,16 @@ def test_decode_equals_the_full_forward_at_every_position(variant):
         logits, cache = step(model, cache, tokens[rows, cache.length])
 
 
-def test_cache_is_a_plain_transformers(model):
-    plain = dataclasses.replace(SMALL, depth_stream="residual")
-    expected = 2 * SMALL.num_layers * SMALL.num_kv_heads * SMALL.head_dim * 4
-    assert generation.cache_bytes_per_token(SMALL) == expected
-    assert generation.cache_bytes_per_token(plain) == expected
+@pytest.mark.parametrize("variant", ["residual", "row5", *MECHANISMS])
+def test_cache_is_a_plain_transformers(variant):
+    """What layers write for later ones lives for one step and is in no cache."""
+    model = build(**(VARIANTS | MECHANISMS)[variant])
+    tokens, lengths = jnp.zeros((3, 5), jnp.int32), jnp.ones(3, jnp.int32)
+    cache = jax.eval_shape(lambda: generation.prefill(model, tokens, lengths, 8)[1])
+    keys = jax.ShapeDtypeStruct((4, 3, 8, SMALL.num_kv_heads, SMALL.head_dim), jnp.float32)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        cache, generation.KVCache(keys, keys, jax.ShapeDtypeStruct((3,), jnp.int32))
+    )
 
 
 def test_rows_do_not_depend_on_their_neighbours(model):
@@ -69,11 +75,13 @@ def test_stop_tokens_end_a_row(model):
         assert row == whole[:cut]
 
 
-def test_one_compilation_for_all_tokens_and_lengths(model):
+def test_one_trace_for_all_tokens_and_lengths(model, monkeypatch):
+    """Of the decode step, whatever the prompts of one bucket and the number of new tokens."""
     generation._generate.clear_cache()
-    for count in (3, 17, 40):
-        generation.generate(model, [[1, 2], [3]], max_new_tokens=count, temperature=0.7, seed=count)
-    assert generation._generate._cache_size() == 1
+    step = chex.assert_max_traces(generation.decode_step, n=1)
+    monkeypatch.setattr(generation, "decode_step", step)
+    for count, prompts in ((3, [[1, 2], [3]]), (17, [[4], [5]]), (40, [[1] * 60, [2, 3]])):
+        generation.generate(model, prompts, max_new_tokens=count, temperature=0.7, seed=count)
 
 
 def test_seed_decides_the_sample(model):

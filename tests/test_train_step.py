@@ -4,6 +4,7 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +12,13 @@ import pytest
 from flax import nnx
 
 from benchmarks import hlo_cost
-from moda_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
+from moda_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, ResidualConfig
 from moda_jax.ops.sharding import batch_sharding, make_mesh
-from moda_jax.train import losses
+from moda_jax.train import losses, train_step
 from moda_jax.train.losses import next_token_loss
 from moda_jax.train.train_step import compiler_options, make_train_functions
 from tests.compiled_once import compiled_once  # noqa: F401  (a fixture)
+from tests.models import FLOAT32
 from tests.tolerances import REORDERED_STEPS
 
 CONFIG = Config(
@@ -29,8 +31,8 @@ CONFIG = Config(
         num_kv_heads=2,
         head_dim=8,
         mlp_dim=48,
-        compute_dtype="float32",
     ),
+    execution=FLOAT32,
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
     steps=8,
     batch_size=8,
@@ -109,10 +111,21 @@ def test_accumulation_is_the_whole_batch():
 def test_step_without_targets_has_loss_zero_and_no_gradient():
     history, state, _ = run_steps(CONFIG, steps=1, row_lengths=[0] * ROWS)
     np.testing.assert_array_equal(history, [[0.0, 0.0]])
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    chex.assert_tree_all_finite(state.params)
+    chex.assert_tree_all_finite(state.optimizer)
 
 
-def test_metrics_follow_the_schedule_and_compile_once():
+@pytest.fixture
+def traced_once(monkeypatch):
+    """The steps of the functions that are made in the test may be traced once each."""
+    chex.clear_trace_counter()
+    for name in ("_train_step", "_eval_step"):
+        once = chex.assert_max_traces(getattr(train_step, name), n=1)
+        monkeypatch.setattr(train_step, name, once)
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_metrics_follow_the_schedule_and_steps_are_traced_once():
     mesh = make_mesh(MeshConfig())
     functions = make_train_functions(CONFIG, mesh)
     rates = []
@@ -129,7 +142,6 @@ def test_metrics_follow_the_schedule_and_compile_once():
     assert float(metrics["targets"]) == ROWS * SEQ_LEN
     np.testing.assert_allclose(rates[:2], [5e-3, 1e-2], rtol=1e-6)
     assert rates[3] < rates[2] < rates[1]
-    assert functions.train_step._cache_size() == functions.eval_step._cache_size() == 1
 
 
 def test_eval_sums_are_the_training_loss(single_device):
@@ -146,12 +158,12 @@ MESHES = {
 }
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("mesh_name", MESHES)
 def test_mesh_gives_the_losses_of_one_device(mesh_name, single_device):
     config = dataclasses.replace(CONFIG, mesh=MESHES[mesh_name])
-    history, state, functions = run_steps(config)
+    history, state, _ = run_steps(config)
     np.testing.assert_allclose(history, single_device[0], rtol=REORDERED_STEPS)
-    assert functions.train_step._cache_size() == 1
     check_shards(state, config.mesh)
 
 
@@ -188,12 +200,12 @@ def test_initial_state_does_not_depend_on_the_mesh():
         mesh = make_mesh(mesh_config)
         with jax.set_mesh(mesh):
             states.append(make_train_functions(config, mesh).init())
-    jax.tree.map(np.testing.assert_array_equal, *states)
+    chex.assert_trees_all_equal(*jax.device_get(states))
 
 
 def test_the_heads_gradient_crosses_the_links_once(monkeypatch):
     """However many chunks of logits there are; left to the compiler it was once per chunk."""
-    model = dataclasses.replace(CONFIG.model, num_layers=1, depth_stream="residual")
+    model = dataclasses.replace(CONFIG.model, num_layers=1, depth=ResidualConfig())
     config = dataclasses.replace(CONFIG, model=model, mesh=MeshConfig(fsdp=8))
     mesh = make_mesh(config.mesh)
     batch = jax.eval_shape(lambda: make_batch(0))
@@ -204,8 +216,8 @@ def test_the_heads_gradient_crosses_the_links_once(monkeypatch):
         functions = make_train_functions(config, mesh)
         with jax.set_mesh(mesh):
             assert losses.chunk_length(ROWS, SEQ_LEN, vocab) == chunk_tokens
-            train_step: Any = functions.train_step
-            compiled = train_step.lower(functions.abstract_state, batch).compile()
+            step: Any = functions.train_step
+            compiled = step.lower(functions.abstract_state, batch).compile()
         return hlo_cost.count(compiled.as_text()).collective_bytes
 
     head = 4 * CONFIG.model.vocab_size * CONFIG.model.embed_dim

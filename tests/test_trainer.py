@@ -8,12 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
+import chex
 import numpy as np
 import pytest
 
 from moda_jax import generate, load_trained
-from moda_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
+from moda_jax.config import (
+    AttentionResidualsConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    to_json,
+)
 from moda_jax.ops.sharding import make_mesh
 from moda_jax.train import trainer
 from moda_jax.train.checkpoint import Checkpoints
@@ -21,6 +29,7 @@ from moda_jax.train.metrics import METRICS_FILE, read_metrics
 from moda_jax.train.train_step import make_train_functions
 from moda_jax.train.trainer import train
 from tests.compiled_once import compiled_once  # noqa: F401  (a fixture)
+from tests.models import FLOAT32
 from tests.tolerances import REORDERED_RUN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,8 +59,8 @@ def config(corpus, tmp_path):
             num_kv_heads=2,
             head_dim=4,
             mlp_dim=24,
-            compute_dtype="float32",
         ),
+        execution=FLOAT32,
         data=DataConfig(source=str(corpus), seq_len=24, validation_fraction=0.2),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
         output_dir=str(tmp_path / "runs"),
@@ -112,7 +121,7 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(config, capsys):
 
     assert list(second.steps) == [4, 5, 6]
     assert first.steps | second.steps == uninterrupted.steps
-    jax.tree.map(np.testing.assert_array_equal, final_state(config), final_state(whole))
+    chex.assert_trees_all_equal(final_state(config), final_state(whole))
     for name in ("loss", "validation_loss", "final_validation_loss", "depth_attention_mass"):
         assert metrics_of(config, name) == metrics_of(whole, name), name
 
@@ -143,7 +152,7 @@ def test_a_finished_run_leaves_everything(config, capsys):
         "attention_mass.png",
     }
     saved = json.loads((result.directory / "config.json").read_text())
-    assert saved == dataclasses.asdict(config)
+    assert saved == to_json(config)
     assert result.sample == (result.directory / "sample.txt").read_text()[:-1]
     assert result.sample.startswith("def ")
     assert list(metrics_of(config, "loss")) == [1, 2, 3, 4, 5, 6]
@@ -152,6 +161,17 @@ def test_a_finished_run_leaves_everything(config, capsys):
     assert 0 < metrics_of(config, "depth_attention_mass")[6] < 1
     losses = metrics_of(config, "loss")
     assert losses[6] < losses[1] - 0.1  # it learns
+
+
+def test_a_run_of_another_mechanism(config):
+    """Nothing of it is a depth slot that attention reads."""
+    model = dataclasses.replace(config.model, depth=AttentionResidualsConfig())
+    result = train(dataclasses.replace(config, model=model))
+    assert not (result.directory / "attention_mass.png").exists()
+    assert not metrics_of(config, "depth_attention_mass")
+    losses = metrics_of(config, "loss")
+    assert losses[6] < losses[1] - 0.1
+    assert load_trained(result.directory).model.config == model
 
 
 def test_a_reached_run_says_so_and_still_has_its_outputs(config, capsys):
@@ -293,5 +313,5 @@ def test_real_sigterm(config, tmp_path):
         process.stdout.read()
         assert process.wait() == 0
     assert train(config).finished
-    jax.tree.map(np.testing.assert_array_equal, final_state(config), final_state(whole))
+    chex.assert_trees_all_equal(final_state(config), final_state(whole))
     assert metrics_of(config, "loss") == metrics_of(whole, "loss")
