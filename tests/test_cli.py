@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moda_jax import cli
-from moda_jax.config import Config
+from moda_jax.config import Config, DenseConfig, ExecutionConfig, MHCConfig, MoDAConfig
 
 REPOSITORY = Path(cli.DEFAULT_CONFIG).parent.parent
 
@@ -61,16 +61,45 @@ def test_override_by_dotted_name(trained, flag, joined):
 
 def test_config_file_and_overrides_of_every_kind(trained, write_config):
     path = write_config(
-        "from moda_jax.config import Config, ModelConfig\n"
-        "config = Config(name='mine', model=ModelConfig(depth_window=2), steps=7)\n"
+        "from moda_jax.config import Config, MoDAConfig, ModelConfig\n"
+        "model = ModelConfig(depth=MoDAConfig(window=2))\n"
+        "config = Config(name='mine', model=model, steps=7)\n"
     )
-    overrides = ["--model.depth-window", "None", "--optimizer.learning-rate", "1e-4", "--wandb"]
+    overrides = ["--model.depth.window", "None", "--optimizer.learning-rate", "1e-4", "--wandb"]
     assert cli.main([path, *overrides, "--data.source", "a folder"]) == 0
     config = trained[0]
     assert (config.name, config.steps, config.wandb) == ("mine", 7, True)
-    assert config.model.depth_window is None
+    assert config.model.depth == MoDAConfig()
     assert config.optimizer.learning_rate == 1e-4
     assert config.data.source == "a folder"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--model.depth", "dense", "--model.depth.form", "matrix"], DenseConfig(form="matrix")),
+        (["--model.depth.num-streams=2", "--model.depth=mhc"], MHCConfig(num_streams=2)),
+        (
+            ["--model.depth", "moda", "--model.depth.reserved", "1"],
+            MoDAConfig(window=3, reserved=1),
+        ),
+        (["--model.depth.ffn-kv", "none"], MoDAConfig(ffn_kv="none", window=3)),
+    ],
+)
+def test_another_way_of_using_depth(trained, write_config, overrides, expected):
+    """Its settings begin with their defaults; those of the file's own mechanism stay."""
+    path = write_config(
+        "from moda_jax.config import Config, MoDAConfig, ModelConfig\n"
+        "config = Config(name='mine', model=ModelConfig(depth=MoDAConfig(window=3)))\n"
+    )
+    assert cli.main([path, *overrides]) == 0
+    assert trained[0].model.depth == expected
+
+
+def test_execution(trained):
+    overrides = ["--execution.remat", "full", "--execution.slot-gradient-block", "2"]
+    assert cli.main(overrides) == 0
+    assert trained[0].execution == ExecutionConfig(remat="full", slot_gradient_block=2)
 
 
 BAD_ARGUMENTS = {
@@ -79,6 +108,9 @@ BAD_ARGUMENTS = {
     "not a number": (["--steps", "many"], "--steps", "'many'"),
     "not a choice": (["--model.qk-norm", "layer"], "--model.qk-norm", "'full'", "'layer'"),
     "no value": (["--steps"], "--steps", "value"),
+    "no such mechanism": (["--model.depth", "deep"], "--model.depth: expected one of", "'deep'"),
+    "no mechanism": (["--model.depth"], "--model.depth: expected one of", "''"),
+    "another mechanism's": (["--model.depth", "mhc", "--model.depth.window", "2"], "depth.window"),
     "refused by one field": (["--model.num-layers", "0"], "ModelConfig.num_layers", "got 0"),
     "refused by two fields": (
         ["--model.num-heads", "3"],

@@ -1,15 +1,34 @@
 """What a config refuses, whoever builds it: one line that names the field."""
 
 import dataclasses
+import json
 import math
 import typing
 
 import numpy as np
 import pytest
 
-from moda_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
+from moda_jax.config import (
+    DEPTH_CONFIGS,
+    AttentionResidualsConfig,
+    Config,
+    DataConfig,
+    DepthAttentionConfig,
+    ExecutionConfig,
+    HyperConnectionsConfig,
+    MeshConfig,
+    MHCConfig,
+    MoDAConfig,
+    ModelConfig,
+    OptimizerConfig,
+    from_json,
+    to_json,
+)
 
-CLASSES = (ModelConfig, DataConfig, OptimizerConfig, MeshConfig, Config)
+CLASSES = (
+    *(ModelConfig, ExecutionConfig, DataConfig, OptimizerConfig, MeshConfig, Config),
+    *DEPTH_CONFIGS.values(),
+)
 
 
 def build(cls, **changes):
@@ -68,8 +87,11 @@ def test_choices(cls, field):
     [
         (ModelConfig, "head_dim", (7,)),
         (ModelConfig, "num_heads", (3,)),
-        (ModelConfig, "depth_window", (0,)),
-        (ModelConfig, "depth_reserved", (1,)),  # without a window
+        (ModelConfig, "depth", ("moda", {"name": "moda"}, None, MoDAConfig)),
+        (MoDAConfig, "window", (0,)),
+        (MoDAConfig, "reserved", (1,)),  # without a window
+        (ExecutionConfig, "slot_gradient_block", ("all", 0)),
+        (ExecutionConfig, "attention", ("",)),
         (ModelConfig, "rope_theta", (0.0, -1.0)),
         (DataConfig, "validation_fraction", (0.0, 1.0)),
         (DataConfig, "source", ("",)),
@@ -85,6 +107,39 @@ def test_choices(cls, field):
 def test_bad_values(cls, field, values):
     for value in values:
         check_refused(cls, field, value)
+
+
+@pytest.mark.parametrize("cls", [AttentionResidualsConfig, HyperConnectionsConfig, MHCConfig])
+def test_post_norm_is_defined_for_one_stream_only(cls):
+    message = f"^ModelConfig.norm_placement: expected one of .* depth {cls.name}.*, got 'post'$"
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(norm_placement="post", depth=cls())
+
+
+def test_depth_attention_returns_the_width_of_the_stream():
+    message = r"^ModelConfig.embed_dim: expected num_heads \* head_dim = 128 .*, got 96$"
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(embed_dim=96, depth=DepthAttentionConfig())
+
+
+def test_blocks_are_of_gathering():
+    message = "^ExecutionConfig.slot_gradient_block: expected .auto. .*, got 2$"
+    with pytest.raises(ValueError, match=message):
+        ExecutionConfig(slot_gradients="add", slot_gradient_block=2)
+
+
+@pytest.mark.parametrize("cls", DEPTH_CONFIGS.values(), ids=DEPTH_CONFIGS)
+def test_a_model_goes_through_json_and_back(cls):
+    config = ModelConfig(num_layers=3, depth=cls())
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+    assert to_json(config)["depth"]["name"] == cls.name
+
+
+@pytest.mark.parametrize("depth", [None, {}, {"name": "deep"}, "moda"])
+def test_json_of_an_older_version(depth):
+    with pytest.raises(ValueError, match="model.depth: expected .* of an older version") as caught:
+        from_json({"num_layers": 3, "depth": depth})
+    assert repr(depth) in str(caught.value)
 
 
 def test_a_misspelled_field_is_an_error():

@@ -2,14 +2,19 @@
 
 import ast
 import dataclasses
-from pathlib import Path
+import re
 
 import pytest
 
 from moda_jax.cli import DEFAULT_CONFIG, load_config
-from moda_jax.config import ModelConfig
+from moda_jax.config import DEPTH_CONFIGS, MoDAConfig, ModelConfig, ResidualConfig
+from moda_jax.model.flops import count_parameters
 
-CONFIGS = sorted(DEFAULT_CONFIG.parent.glob("*.py"))
+FOLDER = DEFAULT_CONFIG.parent
+CONFIGS = {
+    "_".join(path.relative_to(FOLDER).with_suffix("").parts): path
+    for path in sorted(FOLDER.rglob("*.py"))
+}
 
 # Table 3 prints millions with one digit; Table 6 with two, and counts the MoDA rows' last FFN
 # projection (2 D K H weights, 2 K H biases: 98 560), but not the final norm (384).
@@ -20,12 +25,19 @@ TABLE_3 = {
     "moda_700m_row4": 705.7,
     "moda_700m_row5": 742.4,
 }
+PLAIN, DEPTH_KV, FFN_KV = ResidualConfig(), MoDAConfig(ffn_kv="none"), MoDAConfig()
 TABLE_6 = {
-    "small_24_vanilla": 71.35,
-    "small_48_vanilla": 123.38,
-    "small_24_moda": 73.72,
-    "small_48_moda": 128.11,
+    1: (48, "pre", PLAIN, 123.38),
+    2: (48, "post", PLAIN, 123.38),
+    3: (48, "pre", DEPTH_KV, 123.38),
+    4: (48, "post", DEPTH_KV, 123.38),
+    5: (48, "pre", FFN_KV, 128.11),
+    6: (48, "post", FFN_KV, 128.11),
+    7: (24, "post", PLAIN, 71.35),
+    8: (24, "post", DEPTH_KV, 71.35),
+    9: (24, "post", FFN_KV, 73.72),
 }
+TINY = [name for name in CONFIGS if name.startswith("tiny_")]
 
 
 def count(model: ModelConfig) -> int:
@@ -36,30 +48,42 @@ def count(model: ModelConfig) -> int:
     layer = 2 * width * q_dim + 2 * width * kv_dim + 3 * width * model.mlp_dim + 2 * width
     layer += model.use_bias * (q_dim + 2 * kv_dim + width + 2 * model.mlp_dim + width)
     layer += {"none": 0, "full": q_dim + kv_dim, "head": 2 * model.head_dim}[model.qk_norm]
-    projections = (model.depth_ffn_kv == "project") + (model.depth_attention_kv == "project")
+    depth, projections = model.depth, 0
+    if isinstance(depth, MoDAConfig):
+        assert depth.write_every == 1
+        projections = (depth.ffn_kv == "project") + (depth.attention_kv == "project")
     return (
         model.num_layers * layer
-        + model.depth_writers * projections * kv_projection
+        + (model.num_layers - 1) * projections * kv_projection
         + model.vocab_size * width
         + width
     )
 
 
 def config_of(name: str):
-    return load_config(DEFAULT_CONFIG.parent / f"{name}.py")
+    return load_config(CONFIGS[name])
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_loads_and_is_named_as_its_file(path: Path):
-    assert load_config(path).name == path.stem
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loads_and_is_named_as_its_file(name: str):
+    assert config_of(name).name == name
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_docstring_gives_command_cost_and_score(path: Path):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_docstring_gives_command_cost_and_score(name: str):
+    path = CONFIGS[name]
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
     for label in ("Command:", "Cost:", "Expected:"):
         assert docstring.count(label) == 1, f"{path.name}: {label} missing"
-    assert path.name in docstring or path == DEFAULT_CONFIG
+    assert str(path.relative_to(FOLDER)) in docstring or path == DEFAULT_CONFIG
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_docstring_gives_the_right_number_of_parameters(name: str):
+    docstring = ast.get_docstring(ast.parse(CONFIGS[name].read_text())) or ""
+    total = count_parameters(config_of(name).model).total
+    for number in re.findall(r"([\d,]{9,}) parameters against", docstring):
+        assert int(number.replace(",", "")) == total
 
 
 @pytest.mark.parametrize(("name", "millions"), TABLE_3.items())
@@ -69,29 +93,40 @@ def test_table_3_sizes(name: str, millions: float):
     assert config.steps * config.batch_size * config.data.seq_len == pytest.approx(400e9, rel=1e-4)
 
 
-@pytest.mark.parametrize(("name", "millions"), TABLE_6.items())
-def test_table_6_sizes(name: str, millions: float):
-    model = config_of(name).model
-    last_projection = 98_560 if model.depth_stream == "moda" else 0
+@pytest.mark.parametrize("row", TABLE_6)
+def test_table_6_sizes(row: int):
+    layers, placement, depth, millions = TABLE_6[row]
+    model = config_of(f"table6_row{row}").model
+    assert (model.num_layers, model.norm_placement, model.depth) == (layers, placement, depth)
+    last_projection = 98_560 if depth == FFN_KV else 0
     assert round((count(model) - 384 + last_projection) / 1e6, 2) == millions
 
 
+@pytest.mark.parametrize("row", TABLE_6)
+def test_rows_of_table_6_differ_in_what_the_table_says_only(row: int):
+    config, base = config_of(f"table6_row{row}"), config_of("table6_row7")
+    layers, placement, depth, _ = TABLE_6[row]
+    model = dataclasses.replace(
+        base.model, num_layers=layers, norm_placement=placement, depth=depth
+    )
+    assert config == dataclasses.replace(base, name=config.name, model=model)
+
+
 def test_guess_is_called_one():
-    path = DEFAULT_CONFIG.parent / "moda_1b5_guess.py"
+    path = CONFIGS["moda_1b5_guess"]
     assert "GUESS" in path.read_text().splitlines()[0]
     assert count(load_config(path).model) == pytest.approx(1.5e9, rel=0.02)
 
 
-def test_tiny_pair_differs_in_the_depth_stream_only_and_is_equally_large():
-    moda, vanilla = config_of("tiny"), config_of("tiny_vanilla")
-    assert (moda.model.depth_stream, vanilla.model.depth_stream) == ("moda", "residual")
-    assert count(vanilla.model) == pytest.approx(count(moda.model), rel=0.01)
-    same_model = dataclasses.replace(vanilla.model, depth_stream="moda", mlp_dim=moda.model.mlp_dim)
-    assert dataclasses.replace(vanilla, name=moda.name, model=same_model) == moda
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_ones_differ_in_how_depth_is_used_only_and_are_equally_large(name: str):
+    config, tiny = config_of(name), config_of("tiny")
+    assert count_parameters(config.model).total == pytest.approx(
+        count_parameters(tiny.model).total, rel=0.01
+    )
+    model = dataclasses.replace(config.model, depth=tiny.model.depth, mlp_dim=tiny.model.mlp_dim)
+    assert dataclasses.replace(config, name=tiny.name, model=model) == tiny
 
 
-@pytest.mark.parametrize("size", [24, 48])
-def test_small_pairs_differ_in_the_depth_stream_only(size: int):
-    moda, vanilla = config_of(f"small_{size}_moda"), config_of(f"small_{size}_vanilla")
-    same = dataclasses.replace(vanilla.model, depth_stream="moda")
-    assert dataclasses.replace(vanilla, name=moda.name, model=same) == moda
+def test_every_mechanism_has_a_tiny_config():
+    assert {config_of(name).model.depth.name for name in TINY} == set(DEPTH_CONFIGS)

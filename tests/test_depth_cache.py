@@ -1,5 +1,6 @@
 """DepthCache: append, visible range, eviction; what attention sees of each kind."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,7 +152,7 @@ def test_several_slots_at_once(kind):
         one = one.append(*slot(i)).append(*slot(i + 1))
         pair = (jnp.stack(both) for both in zip(slot(i), slot(i + 1), strict=True))
         two = two.append(*pair)
-    jax.tree.map(np.testing.assert_array_equal, one, two)
+    chex.assert_trees_all_equal(one, two)
     if not kind:
         with pytest.raises(ValueError, match="got 2 more after 6"):
             two.append(*(jnp.stack([x, x]) for x in slot(0)))

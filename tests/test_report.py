@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from moda_jax.config import ModelConfig
+from moda_jax.config import DEPTH_CONFIGS, MoDAConfig, ModelConfig
+from moda_jax.depth import make_mechanism
 from moda_jax.train import report
 
 
@@ -41,17 +42,20 @@ def test_plot_loss_without_records(tmp_path):
     assert is_png(tmp_path / "loss.png")
 
 
+def slot_labels(num_layers, depth):
+    return make_mechanism(ModelConfig(num_layers=num_layers, depth=depth)).slot_labels()
+
+
 def test_slot_labels():
-    assert report.slot_labels(ModelConfig(num_layers=3)) == ["0a", "0f", "1a", "1f"]
-    every_second = ModelConfig(num_layers=5, depth_ffn_kv="none", depth_write_every=2)
-    assert report.slot_labels(every_second) == ["0", "2"]
-    assert report.slot_labels(ModelConfig(depth_stream="residual")) == []
+    assert slot_labels(3, MoDAConfig()) == ["0a", "0f", "1a", "1f"]
+    assert slot_labels(5, MoDAConfig(ffn_kv="none", write_every=2)) == ["0", "2"]
+    for name, cls in DEPTH_CONFIGS.items():
+        assert bool(slot_labels(3, cls())) == (name == "moda")
 
 
 def test_plot_attention_mass_leaves_unseen_slots_blank(tmp_path, figures):
-    config = ModelConfig(num_layers=3)
     mass = np.array([[1, 0, 0, 0, 0], [0.5, 0.2, 0.3, 0, 0], [0.4, 0.1, 0.1, 0.2, 0.2]])
-    report.plot_attention_mass(mass, config, tmp_path / "mass.png")
+    report.plot_attention_mass(mass, slot_labels(3, MoDAConfig()), tmp_path / "mass.png")
     assert is_png(tmp_path / "mass.png")
     sequence, depth = (figures[0].axes[i].images[0].get_array() for i in (0, 1))
     np.testing.assert_array_equal(sequence, mass[:, :1])
@@ -59,12 +63,11 @@ def test_plot_attention_mass_leaves_unseen_slots_blank(tmp_path, figures):
 
 
 def test_plot_attention_mass_without_depth(tmp_path, figures):
-    config = ModelConfig(num_layers=2, depth_stream="residual")
-    report.plot_attention_mass(np.ones((2, 1)), config, tmp_path / "mass.png")
+    report.plot_attention_mass(np.ones((2, 1)), [], tmp_path / "mass.png")
     assert len(figures[0].axes[0].images) == 1
 
 
 def test_deep_models_get_a_picture_of_bounded_size(tmp_path, figures):
-    config = ModelConfig(num_layers=48)
-    report.plot_attention_mass(np.full((48, 95), 1 / 95), config, tmp_path / "mass.png")
+    labels = slot_labels(48, MoDAConfig())
+    report.plot_attention_mass(np.full((48, 95), 1 / 95), labels, tmp_path / "mass.png")
     assert max(figures[0].get_size_inches()) < 20
