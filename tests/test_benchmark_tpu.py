@@ -20,8 +20,8 @@ from benchmarks import (
 )
 from benchmarks.tpu_kernels import Call
 from moda_jax import moda_attention
-from moda_jax.config import Config, MeshConfig, ModelConfig
-from moda_jax.model.flops import visible_slots
+from moda_jax.config import Config, ExecutionConfig, MeshConfig, MoDAConfig, ModelConfig
+from moda_jax.depth import make_mechanism
 from moda_jax.ops.sharding import make_mesh
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_tpu import schedule
@@ -52,7 +52,7 @@ def test_visited_blocks_are_those_of_the_mask(forward, backward):
     tpu_kernels.launches.cache_clear()
     with schedule.override(**sizes, q_span=1536):
         found = works(CALL)
-        tiles = schedule.choose_tiles(schedule.Shape(2, 1300, 1300, 2, 2, 64, 2))
+        tiles = schedule.choose_tiles(schedule.CallShape(2, 1300, 1300, 2, 2, 64, 2))
     tpu_kernels.launches.cache_clear()
     backward = tiles.q_grad_block, tiles.k_grad_block
     for name, blocks in (("forward", forward), ("backward", backward)):
@@ -126,16 +126,17 @@ def test_the_mean_kernel_is_the_mean_over_layers():
         num_heads=4,
         num_kv_heads=2,
         head_dim=64,
-        attention="mosaic_tpu",
-        depth_ffn_kv="none",
+        depth=MoDAConfig(ffn_kv="none"),
     )
-    config = Config("four", model, mesh=MeshConfig(fsdp=2, tensor=2), batch_size=2)
-    slots = visible_slots(model)
+    execution = ExecutionConfig(attention="mosaic_tpu")
+    mesh = MeshConfig(fsdp=2, tensor=2)
+    config = Config("four", model, execution, mesh=mesh, batch_size=2)
+    slots = make_mechanism(model).visible_slots()
     assert slots == [0, 1, 2, 3]  # the mean is no number of slots
     mean = tpu_kernels.mean_kernels(config, V5E)["moda_depth_backward"]
     layers = [works(tpu_kernels.layer_call(config, n))["moda_depth_backward"] for n in slots[1:3]]
     assert mean.hbm_bytes == np.mean([x.bytes_read + x.bytes_written for x in layers])
-    xla = dataclasses.replace(config, model=dataclasses.replace(model, attention="xla"))
+    xla = dataclasses.replace(config, execution=ExecutionConfig(attention="xla"))
     assert tpu_kernels.mean_kernels(xla, V5E) == {}
 
 
@@ -211,7 +212,7 @@ def test_programs_that_fail_are_named(libtpu, capsys):
 def test_train_step_smoke_run(libtpu, tmp_path):
     output = tmp_path / "steps"
     arguments = ["--smoke", "--topologies", "v5e:2x2", "--rows", "2", "--seq-len", "1024"]
-    configs = "moda_700m_row4/depth_grad_mode=add+depth_grad_block=1,olmo2_700m_36"
+    configs = "moda_700m_row4/slot_gradients=add,olmo2_700m_36"
     arguments += ["--configs", configs, "--hlo", str(tmp_path / "hlo")]
     assert tpu_train_step.main([*arguments, "--output", str(output)]) == 0
     moda, vanilla = json.loads(output.with_suffix(".json").read_text())["steps"]
@@ -248,7 +249,7 @@ def test_counts_agree_with_the_compilers_own(libtpu):
     )
     devices = tpu_chips.devices("v5e:2x2")
     compiled = tpu_train_step.compile_step(
-        tpu_train_step.adapt("moda_700m_row4/depth_grad_mode=add", len(devices), args), devices
+        tpu_train_step.adapt("moda_700m_row4/slot_gradients=add", len(devices), args), devices
     )
     ours = hlo_cost.count(compiled.as_text(), loops=False).flops
     assert ours == pytest.approx(compiled.cost_analysis()["flops"], rel=0.15)

@@ -14,11 +14,11 @@ SMOKE = ["--smoke", "--seq-len", "16", "--steps", "1"]
 
 def test_smoke_run_writes_both_files(tmp_path, capsys):
     output = tmp_path / "deep" / "result"
-    arguments = [*SMOKE, "--batch-size", "2", "--remat", "full", "--depth-grad-block", "2"]
+    arguments = [*SMOKE, "--batch-size", "2", "--remat", "full", "--slot-gradients", "add"]
     assert train_step.main([*arguments, "--output", str(output)]) == 0
     record = json.loads(output.with_suffix(".json").read_text())
     assert [result["name"] for result in record["results"]] == list(train_step.CONFIGS)
-    assert "--depth-grad-block 2" in record["command"]
+    assert "--slot-gradients add" in record["command"]
     for result in record["results"]:
         assert result["tokens_per_second"] == pytest.approx(2 * 16 / result["step_ms"] * 1e3)
         assert result["attention"] == "xla"

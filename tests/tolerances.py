@@ -55,3 +55,11 @@ EQUATIONS_DERIVATIVE = 1e-7
 # The scanned model in float32.
 EQUATIONS_FLOAT32 = 2e-5
 EQUATIONS_FLOAT32_DERIVATIVE = 1e-3
+
+# The scanned stack in float32 against the reference in float64, logits and gradients of every
+# mechanism, each array relative to its largest entry: three layers' rounding.
+MECHANISM = 2e-5
+
+# Losses of three steps on a mesh against those on one device: sums in another order, and Adam, as
+# REORDERED_STEPS.
+MECHANISM_STEPS = 5e-5
