@@ -52,7 +52,7 @@ def test_visited_blocks_are_those_of_the_mask(forward, backward):
     tpu_kernels.launches.cache_clear()
     with schedule.override(**sizes, q_span=1536):
         found = works(CALL)
-        tiles = schedule.choose_tiles(schedule.Shape(2, 1300, 1300, 2, 2, 64, 2))
+        tiles = schedule.choose_tiles(schedule.CallShape(2, 1300, 1300, 2, 2, 64, 2))
     tpu_kernels.launches.cache_clear()
     backward = tiles.q_grad_block, tiles.k_grad_block
     for name, blocks in (("forward", forward), ("backward", backward)):
