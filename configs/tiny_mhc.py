@@ -3,8 +3,9 @@
 Same data, same recipe; F 360 instead of 384: 1,781,808 parameters against 1,773,184.
 
 Command:  python train.py configs/tiny_mhc.py
-Cost:     COST
-Expected: EXPECTED
+Cost:     755 tokens/s on one core of a server's CPU (measured, median of three runs side by
+          side): 9 minutes there, compilation excluded
+Expected: not measured: its runs were cut off at step 190 of 200 (training loss 1.94 to 2.25)
 """
 
 import dataclasses

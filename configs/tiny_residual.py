@@ -4,8 +4,9 @@ What the FFN's key/value projections cost in MoDA goes into a wider FFN here (F 
 1,781,376 parameters against 1,773,184.
 
 Command:  python train.py configs/tiny_residual.py
-Cost:     COST
-Expected: EXPECTED
+Cost:     1,717 tokens/s on one core of a server's CPU (measured, median of three runs side by
+          side): 4 minutes there, compilation excluded
+Expected: final validation loss 2.20 to 2.30 nats a byte (an earlier version, seeds 0, 1, 2)
 """
 
 import dataclasses

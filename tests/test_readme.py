@@ -10,11 +10,13 @@ README = Path(__file__).parent.parent / "README.md"
 
 @pytest.mark.slow
 def test_library_example():
-    example, loading = re.findall(
+    example, loading, custom = re.findall(
         r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL
     )
     compile(loading, str(README), "exec")  # needs a finished run: test_trainer.py has one
     assert len(example.splitlines()) <= 20
+    assert len(custom.splitlines()) <= 20
+    exec(compile(custom, str(README), "exec"), {})
     names: dict = {}
     exec(compile(example, str(README), "exec"), names)
     assert names["out"].shape == (2, 16, 4, 32)
