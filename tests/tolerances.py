@@ -13,8 +13,9 @@ RELATIVE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2.5e-3}
 # lse is float32 whatever the inputs are: products of 16-bit numbers are exact in float32.
 LSE_RELATIVE = 2e-5
 
-# A whole stack in float32 against an unrolled one with plain autodiff, per leaf, relative to its
-# largest entry: the operator's rounding, carried through four layers; 4.2e-6 measured.
+# A whole stack's gradients in float32, computed in another order (gathered or added, on a mesh), per
+# leaf, relative to its largest entry: the operator's rounding, carried through four layers; 4.2e-6
+# measured.
 STACK = 5e-5
 
 # The same gradients in bfloat16 against float32, norm of the difference over the norm: 8 bits of
@@ -38,8 +39,8 @@ REORDERED_STEPS = 5e-5
 # As REORDERED_STEPS after six steps with a larger learning rate.
 REORDERED_RUN = 1e-4
 
-# A running gradient cache in bfloat16 (`depth_grad_dtype`) against one in float32, per parameter,
-# norm of the difference over the norm: each of a slot's up to 2L additions rounds the sum to 8
+# Running slot gradients in bfloat16 (`slot_gradient_dtype`) against float32, per parameter, norm of
+# the difference over the norm: each of a slot's up to 2L additions rounds the sum to 8
 # bits (2^-9 = 2e-3), in either direction; 2.0e-3 measured with 5 layers.
 RUNNING_BFLOAT16 = 6e-3
 
