@@ -14,7 +14,7 @@ from attention_cases import CASES, smaller
 from attention_suite import AttentionSuite
 
 from moda_jax import explain_attention
-from moda_jax.config import Config, MeshConfig, ModelConfig
+from moda_jax.config import Config, ExecutionConfig, MeshConfig, ModelConfig
 from moda_jax.ops.attention import check
 from moda_jax.ops.sharding import batch_sharding, make_mesh
 from moda_jax.train.train_step import make_train_functions
@@ -104,7 +104,7 @@ def test_other_chips_are_not_supported(pretend):
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("mode", "block"), [("add", 1), ("gather", 1), ("gather", 2)])
+@pytest.mark.parametrize(("mode", "block"), [("add", "auto"), ("gather", 1), ("gather", 2)])
 def test_sharded_train_step_lowers_for_gpus(mode, block):
     """fsdp x tensor: the kernels are there, and add into the gradient cache in place, or gather."""
     if jax.device_count() < 4:
@@ -117,11 +117,17 @@ def test_sharded_train_step_lowers_for_gpus(mode, block):
         num_kv_heads=2,
         head_dim=64,
         mlp_dim=256,
-        attention="mosaic_gpu",
-        depth_grad_mode=mode,
-        depth_grad_block=block,
     )
-    config = Config(name="sharded", model=model, mesh=MeshConfig(fsdp=2, tensor=2), batch_size=4)
+    execution = ExecutionConfig(
+        attention="mosaic_gpu", slot_gradients=mode, slot_gradient_block=block
+    )
+    config = Config(
+        name="sharded",
+        model=model,
+        execution=execution,
+        mesh=MeshConfig(fsdp=2, tensor=2),
+        batch_size=4,
+    )
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), platforms.compiling_for("gpu"):
         functions = make_train_functions(config, mesh)

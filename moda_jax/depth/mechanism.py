@@ -64,8 +64,6 @@ class Output(NamedTuple):
     key: jax.Array | None = None
     """[B, T, K, H], attention's own key after QK-norm and RoPE, and its value."""
     value: jax.Array | None = None
-    attention: jax.Array | None = None
-    """[B, T, N, H], what attention returned."""
 
 
 class GatherLayout(NamedTuple):

@@ -38,16 +38,17 @@ class MoDA(Mechanism[MoDAConfig]):
         return DepthView(visible, settings.window, settings.reserved, own_slot)
 
     def write(self, step, weights, sublayer, layer, carry, history, output: Output):
-        history = self._append(step, sublayer, layer, history, output)
-        return super().write(step, weights, sublayer, layer, carry, history, output)
+        carry, history = super().write(step, weights, sublayer, layer, carry, history, output)
+        return self._append(step, sublayer, layer, carry, history, output)
 
     def _append(
-        self, step: Step, sublayer: int, layer: Any, history: History, output: Output
-    ) -> History:
+        self, step: Step, sublayer: int, layer: Any, x: jax.Array, history: History, output: Output
+    ) -> tuple[jax.Array, History]:
+        """Writes the sublayer's keys and values; x [B, T, D] is the stream after it."""
         settings = self.settings
         kind = settings.attention_kv if sublayer == ATTENTION else settings.ffn_kv
         if not self.num_entries or kind == "none":
-            return history
+            return x, history
         if kind == "reuse":
             assert output.key is not None
             assert output.value is not None
@@ -58,9 +59,10 @@ class MoDA(Mechanism[MoDAConfig]):
         if self._is_ring(history):
             length = self._slots_before(step.layer) + sublayer
             cache = self._ring(history, length).append(*entry, where=self._writes(step.layer))
-            return dataclasses.replace(history, buffers=(cache.key, cache.value))
-        # Attention has read the history before its own key and value go there.
-        return history.append(entry, self._slot(step), offset=sublayer, after=output.attention)
+            return x, dataclasses.replace(history, buffers=(cache.key, cache.value))
+        # Attention has read the history by the time that x is there.
+        history, x = history.append_after(entry, self._slot(step), x, offset=sublayer)
+        return x, history
 
     def _is_ring(self, history: History) -> bool:
         """Whether slots turn in a buffer of reserved + window: inference with bounded slots."""

@@ -102,7 +102,7 @@ class _Layers:
         result = self.after(weights, x, out)
         y, ffn = result if isinstance(result, tuple) else (result, None)
         if self.per_layer:
-            history = history.append((key, value), slot, after=out)
+            history, y = history.append_after((key, value), slot, y)
         if self.per_layer == 2:
             history = history.append(ffn, slot, offset=1)
         return y, history

@@ -62,7 +62,7 @@ class Layer(nnx.Module):
             view = depth.depth_view(step, history)
             out, history = step.attend(query, key, value, history, depth=view)
             branch = self._branch(self.out(out), self.attention_norm, step.keep, "out")
-            output = Output(branch, source, key, value, attention=out)
+            output = Output(branch, source, key, value)
             carry, history = depth.write(step, weights, ATTENTION, self, carry, history, output)
         with jax.named_scope("ffn"):
             x, carry, history = depth.read(step, weights, FFN, carry, history)

@@ -231,7 +231,7 @@ def choose(
         reason = unsupported or (
             "asked for" if execution.slot_gradients == "gather" else "few query heads a KV head"
         )
-        if adds and execution.slot_gradients == "gather":
+        if adds and call is not None and execution.slot_gradients == "gather":
             backends.warn_once(f"slot_gradients=gather: {reason}; they are added instead")
     if adds:
         fell_back = execution.slot_gradients == "gather"

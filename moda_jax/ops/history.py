@@ -75,29 +75,28 @@ class History:
         """Whether this is a layer's second pass, over the final history."""
         return self.thread is not None
 
-    def append(
-        self,
-        entry: Entry,
-        slot: jax.Array,
-        *,
-        offset: int = 0,
-        after: jax.Array | None = None,
-    ) -> "History":
-        """The history with the entry in slot + offset.
+    def append(self, entry: Entry, slot: jax.Array, *, offset: int = 0) -> "History":
+        """The history with the entry in slot + offset; the entry depends on the last read."""
+        return self.append_after(entry, slot, None, offset=offset)[0]
 
-        after: a result of the last read, where the entry does not depend on that. The barrier makes
-        the write wait for it: a write that could come first would make XLA keep a copy of the whole
-        buffer. It also keeps the computation of the entry out of the copy, which that made three
-        times as long.
+    def append_after(
+        self, entry: Entry, slot: jax.Array, after: Any, *, offset: int = 0
+    ) -> tuple["History", Any]:
+        """`append` for an entry that could be written before the last read; and `after`.
+
+        after: a result of the last read. The barrier makes the write wait for it, if the caller
+        goes on with the `after` that is returned: without, XLA keeps a copy of the whole buffer.
+        The barrier also keeps the computation of the entry out of the copy to its slot, which took
+        three times as long with it.
         """
         if self.thread is not None:
-            return self._with(_append(self.strategy, entry, slot, offset, self.thread))
-        buffers, entry, _ = lax.optimization_barrier((self.buffers, entry, after))
+            return self._with(_append(self.strategy, entry, slot, offset, self.thread)), after
+        buffers, entry, after = lax.optimization_barrier((self.buffers, entry, after))
         written = tuple(
             lax.dynamic_update_index_in_dim(buffer, x.astype(buffer.dtype), slot + offset, 0)
             for buffer, x in zip(buffers, entry, strict=True)
         )
-        return dataclasses.replace(self, buffers=written)
+        return dataclasses.replace(self, buffers=written), after
 
     def recall(self, entry: Entry, slot: jax.Array) -> Entry:
         """The entry; in a replay as it stands in the history, with the gradient of `entry`."""
