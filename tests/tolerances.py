@@ -13,9 +13,9 @@ RELATIVE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2.5e-3}
 # lse is float32 whatever the inputs are: products of 16-bit numbers are exact in float32.
 LSE_RELATIVE = 2e-5
 
-# A whole stack's gradients in float32, computed in another order (gathered or added, on a mesh), per
-# leaf, relative to its largest entry: the operator's rounding, carried through four layers; 4.2e-6
-# measured.
+# A whole stack's gradients in float32, computed in another order (gathered or added, on a mesh),
+# per leaf, relative to its largest entry: the operator's rounding, carried through four layers;
+# 4.2e-6 measured.
 STACK = 5e-5
 
 # The same gradients in bfloat16 against float32, norm of the difference over the norm: 8 bits of
