@@ -8,7 +8,7 @@ of its token share a position, so that the rotations cancel.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,16 @@ from moda_jax.depth.mechanism import ATTENTION, DepthView, GatherLayout, Mechani
 from moda_jax.layers import KVProjection, stacked
 from moda_jax.ops.depth_cache import DepthCache
 from moda_jax.ops.history import Entry, History
+
+
+class WithEntries(NamedTuple):
+    """The carry inside of a layer."""
+
+    x: jax.Array
+    """[B, T, D], the residual stream."""
+    entries: list[Entry]
+    """What attention writes. It goes to the history at the layer's end, with the FFN's entry: a
+    barrier in the middle of a layer would keep XLA from fusing across it (1% of a step)."""
 
 
 class MoDA(Mechanism[MoDAConfig]):
@@ -37,31 +47,45 @@ class MoDA(Mechanism[MoDAConfig]):
         visible = self._slots_before(step.layer)
         return DepthView(visible, settings.window, settings.reserved, own_slot)
 
-    def write(self, step, weights, sublayer, layer, carry, history, output: Output):
-        carry, history = super().write(step, weights, sublayer, layer, carry, history, output)
-        return self._append(step, sublayer, layer, carry, history, output)
+    def read(self, step, weights, sublayer, carry, history):
+        return (carry if sublayer == ATTENTION else carry.x), carry, history
 
-    def _append(
-        self, step: Step, sublayer: int, layer: Any, x: jax.Array, history: History, output: Output
-    ) -> tuple[jax.Array, History]:
-        """Writes the sublayer's keys and values; x [B, T, D] is the stream after it."""
+    def write(self, step, weights, sublayer, layer, carry, history, output: Output):
+        entries, history = self._entries(step, sublayer, layer, history, output)
+        if sublayer == ATTENTION:
+            return WithEntries(layer.join(carry, output.branch, sublayer), entries), history
+        x = layer.join(carry.x, output.branch, sublayer)
+        return self._append(step, history, carry.entries + entries, x)
+
+    def _entries(
+        self, step: Step, sublayer: int, layer: Any, history: History, output: Output
+    ) -> tuple[list[Entry], History]:
+        """The key and value that a sublayer writes: one entry, or none."""
         settings = self.settings
         kind = settings.attention_kv if sublayer == ATTENTION else settings.ffn_kv
         if not self.num_entries or kind == "none":
-            return x, history
-        if kind == "reuse":
-            assert output.key is not None
-            assert output.value is not None
-            entry: Entry = (output.key, output.value)
-        else:
+            return [], history
+        if kind == "project":
             name = ("attention_kv", "ffn_kv")[sublayer]
             entry, history = self._project(step, name, layer, history, output.source)
+            return [entry], history
+        assert output.key is not None
+        assert output.value is not None
+        return [(output.key, output.value)], history
+
+    def _append(
+        self, step: Step, history: History, entries: list[Entry], x: jax.Array
+    ) -> tuple[jax.Array, History]:
+        """Writes what the layer has to write; x [B, T, D] is the stream after it."""
+        if not entries:
+            return x, history
         if self._is_ring(history):
-            length = self._slots_before(step.layer) + sublayer
-            cache = self._ring(history, length).append(*entry, where=self._writes(step.layer))
+            cache = self._ring(history, self._slots_before(step.layer))
+            for entry in entries:
+                cache = cache.append(*entry, where=self._writes(step.layer))
             return x, dataclasses.replace(history, buffers=(cache.key, cache.value))
         # Attention has read the history by the time that x is there.
-        history, x = history.append_after(entry, self._slot(step), x, offset=sublayer)
+        history, x = history.append_after(entries, self._slot(step), x)
         return x, history
 
     def _is_ring(self, history: History) -> bool:

@@ -102,9 +102,8 @@ class _Layers:
         result = self.after(weights, x, out)
         y, ffn = result if isinstance(result, tuple) else (result, None)
         if self.per_layer:
-            history, y = history.append_after((key, value), slot, y)
-        if self.per_layer == 2:
-            history = history.append(ffn, slot, offset=1)
+            entries = [(key, value), *([ffn] if self.per_layer == 2 else [])]
+            history, y = history.append_after(entries, slot, y)
         return y, history
 
     def finish(self, x: jax.Array, history: History) -> tuple[jax.Array, History]:

@@ -6,6 +6,7 @@ depth. Symbols: B batch, T tokens, D width, N query and K key/value heads of siz
 vocabulary; sublayer i = 2·layer + (0: attention, 1: FFN), M = 2L of them.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -211,10 +212,11 @@ class _AttentionResiduals(_Residual):
         return self.weighted_sum(_at(layer.depth_weights, sublayer))
 
     def weighted_sum(self, own):
-        entries = jnp.stack(self.history + ([sum(self.block)] if self.block else []))
-        normed = _rms_norm(entries, self.config.norm_eps, own["scale"])
-        alpha = jax.nn.softmax(normed @ own["query"], axis=0)
-        return (alpha[..., None] * entries).sum(axis=0)
+        entries = self.history + ([sum(self.block)] if self.block else [])
+        normed = [_rms_norm(v, self.config.norm_eps, own["scale"]) for v in entries]
+        scores = [v @ own["query"] for v in normed]
+        lse = functools.reduce(jnp.logaddexp, scores)
+        return sum(jnp.exp(z - lse)[..., None] * v for z, v in zip(scores, entries, strict=True))
 
     def write(self, layer, sublayer, branch, source, key_value=None):
         self.block.append(branch)

@@ -13,7 +13,7 @@ the entry's final gradient out of them, since every later layer has been replaye
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -75,28 +75,32 @@ class History:
         """Whether this is a layer's second pass, over the final history."""
         return self.thread is not None
 
-    def append(self, entry: Entry, slot: jax.Array, *, offset: int = 0) -> "History":
-        """The history with the entry in slot + offset; the entry depends on the last read."""
-        return self.append_after(entry, slot, None, offset=offset)[0]
+    def append(self, entry: Entry, slot: jax.Array) -> "History":
+        """The history with the entry in a slot; the entry depends on the last read."""
+        return self.append_after([entry], slot, None)[0]
 
     def append_after(
-        self, entry: Entry, slot: jax.Array, after: Any, *, offset: int = 0
+        self, entries: Sequence[Entry], slot: jax.Array, after: Any
     ) -> tuple["History", Any]:
-        """`append` for an entry that could be written before the last read; and `after`.
+        """Entries in slot, slot + 1, …, that could be written before the last read; and `after`.
 
-        after: a result of the last read. The barrier makes the write wait for it, if the caller
+        after: a result of the last read. The barrier makes the writes wait for it, if the caller
         goes on with the `after` that is returned: without, XLA keeps a copy of the whole buffer.
-        The barrier also keeps the computation of the entry out of the copy to its slot, which took
+        The barrier also keeps the computation of an entry out of the copy to its slot, which took
         three times as long with it.
         """
         if self.thread is not None:
-            return self._with(_append(self.strategy, entry, slot, offset, self.thread)), after
-        buffers, entry, after = lax.optimization_barrier((self.buffers, entry, after))
-        written = tuple(
-            lax.dynamic_update_index_in_dim(buffer, x.astype(buffer.dtype), slot + offset, 0)
-            for buffer, x in zip(buffers, entry, strict=True)
-        )
-        return dataclasses.replace(self, buffers=written), after
+            thread = self.thread
+            for offset, entry in enumerate(entries):
+                thread = _append(self.strategy, entry, slot, offset, thread)
+            return self._with(thread), after
+        buffers, entries, after = lax.optimization_barrier((self.buffers, list(entries), after))
+        for offset, entry in enumerate(entries):
+            buffers = tuple(
+                lax.dynamic_update_index_in_dim(buffer, x.astype(buffer.dtype), slot + offset, 0)
+                for buffer, x in zip(buffers, entry, strict=True)
+            )
+        return dataclasses.replace(self, buffers=buffers), after
 
     def recall(self, entry: Entry, slot: jax.Array) -> Entry:
         """The entry; in a replay as it stands in the history, with the gradient of `entry`."""
