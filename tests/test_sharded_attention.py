@@ -14,7 +14,7 @@ from moda_jax.ops import backends
 from moda_jax.ops.sharded_attention import ShardedAttention, ShardedGathering
 from moda_jax.ops.sharding import make_mesh
 from pallas_kernels import xla
-from tests.models import SMALL, random_model
+from tests.models import FLOAT32, SMALL, random_model
 from tests.test_stack import batch
 from tests.tolerances import RELATIVE, STACK
 
@@ -154,8 +154,8 @@ def test_the_reason_is_about_what_one_device_gets(monkeypatch):
 
 def stack_gradient(mesh: MeshConfig, implementation: str):
     """The compiled gradient of a small stack under `mesh`."""
-    config = dataclasses.replace(SMALL, attention=implementation)
-    spec, params = random_model(config).stack()
+    execution = dataclasses.replace(FLOAT32, attention=implementation)
+    spec, params = random_model(SMALL, execution).stack()
     x, tokens = batch(rows=8)
 
     def loss(params, x):
