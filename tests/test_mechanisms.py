@@ -168,7 +168,7 @@ def test_causality_and_documents_through_gradients(config):
 
 @pytest.mark.parametrize(
     ("name", "num_layers"),
-    [slow_unless(n == 1 and is_fast(name), name, n) for name in CASES for n in (1, 2, 5)],
+    [slow_unless(n == 1 and is_fast(name), name, n) for name in CASES for n in (1, 2, 4)],
 )
 def test_depths(name, num_layers):
     check_against_reference(make_config(name, num_layers=num_layers))
@@ -188,7 +188,12 @@ def test_remat_policies(name, remat):
 
 @pytest.mark.parametrize("block", [1, slow_unless(False, 2), slow_unless(False, "auto")])
 @pytest.mark.parametrize(
-    "name", [slow_unless(n == "moda-row4", n) for n in CASES if n.startswith("moda")]
+    "name",
+    [
+        slow_unless(n == "moda-row4", n)
+        for n in CASES
+        if n.startswith("moda") and CASES[n].window is None  # bounded slots cannot be gathered
+    ],
 )
 def test_gathered_slot_gradients(name, block):
     """The other cases of this file add them: that is what XLA's attention does by itself."""

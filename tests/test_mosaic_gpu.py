@@ -15,6 +15,7 @@ from attention_suite import AttentionSuite
 
 from moda_jax import explain_attention
 from moda_jax.config import Config, ExecutionConfig, MeshConfig, ModelConfig
+from moda_jax.depth import make_mechanism
 from moda_jax.ops.attention import check
 from moda_jax.ops.sharding import batch_sharding, make_mesh
 from moda_jax.train.train_step import make_train_functions
@@ -145,5 +146,5 @@ def test_sharded_train_step_lowers_for_gpus(mode, block):
         return
     assert len(in_place) == 1
     assert "moda_sequence_dq" in in_place[0]
-    slots = model.depth_slots + model.slots_per_writer  # the last layer's, too
+    slots = make_mechanism(model).capacity  # the last layer's, too
     assert all(f"{slots}x512x64x" in call for call in in_place)  # local rows and heads

@@ -18,6 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 from moda_jax import moda_attention
 from moda_jax.config import Config, MeshConfig, ModelConfig
+from moda_jax.depth import make_mechanism
 from moda_jax.ops import backends
 from moda_jax.ops.sharding import batch_sharding, make_mesh
 from moda_jax.train.train_step import make_train_functions
@@ -244,7 +245,7 @@ def test_sharded_train_step_compiles(chip):
         if "moda_depth_backward" in line and "output_to_operand_aliasing" in line
     ]
     assert len(in_place) == 1
-    slots = model.depth_slots + model.slots_per_writer  # the last layer's, too
+    slots = make_mechanism(model).capacity  # the last layer's, too
     local = (slots, 2, 1, 64, 256)  # rows and key heads of a chip, tokens in the lanes
     assert all(f"f32[{','.join(map(str, local))}]" in line for line in in_place)
     assert not whole_copies(compiled, local)
