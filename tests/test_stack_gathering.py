@@ -162,14 +162,17 @@ def test_memory_grows_linearly_with_depth(remat):
 
 
 def test_gathering_keeps_queries_and_output_gradients_in_place_of_the_cache():
-    layers, heads, head_dim = 64, SMALL.num_heads, 8
+    layers, heads, head_dim, block = 64, SMALL.num_heads, 8, 4
     changes, remat = {"num_layers": layers}, "save_attention"  # which has the queries
     total = gradient_temp_bytes(changes, remat=remat, slot_gradients="add")
-    less = gradient_temp_bytes(changes, remat=remat, slot_gradients="gather", slot_gradient_block=4)
+    less = gradient_temp_bytes(
+        changes, remat=remat, slot_gradients="gather", slot_gradient_block=block
+    )
     tokens = 4 * 256
     cache = 2 * num_slots(changes) * tokens * SMALL.num_kv_heads * head_dim * 4
     kept = layers * tokens * heads * (head_dim + 2) * 4  # do, lse, delta
-    assert total - less > 0.9 * (cache - kept), (total, less, cache, kept)
+    kept += cache * block // layers  # the gradients of a block's slots
+    assert total - less > 0.95 * (cache - kept), (total, less, cache, kept)
 
 
 @pytest.mark.parametrize(
