@@ -18,7 +18,9 @@ Axes = tuple[str | None, ...]
 def parameter(value: jax.Array, axes: Axes) -> nnx.Param:
     """A float32 parameter whose array axes are named for `sharding.RULES`."""
     assert value.ndim == len(axes)
-    return nnx.Param(value, logical_axes=axes)
+    # With its dtype said, the value is not weakly typed: a weak one would turn strong with the
+    # first optimizer step, and everything that takes parameters would be compiled again.
+    return nnx.Param(jnp.asarray(value, jnp.float32), logical_axes=axes)
 
 
 class RMSNorm(nnx.Module):

@@ -75,14 +75,12 @@ def test_scanned_model_in_float32(name):
     assert_close("logits", at_real_tokens(case, logits(state)), expected, EQUATIONS_FLOAT32)
 
 
-FAST = ("moda_row5_bias_pre", "moda_every2_bounded_reordered", "dense_matrix_post", "mhc_pre")
-
-
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in equations.CASES],
+    ["moda_row5_bias_pre", "moda_every2_bounded_reordered", "dense_matrix_post", "mhc_pre"],
 )
 def test_derivatives_of_the_scanned_model(name):
+    """Of four; tests/test_mechanisms.py compares all gradients with the reference's."""
     case = equations.load(name)
     state, logits = scanned(case)
     _, derivatives = value_and_derivatives(case, logits, state)

@@ -168,7 +168,7 @@ def test_causality_and_documents_through_gradients(config):
 
 @pytest.mark.parametrize(
     ("name", "num_layers"),
-    [slow_unless(n == 1 and is_fast(name), name, n) for name in CASES for n in (1, 2, 4)],
+    [slow_unless(n == 1 and is_fast(name), name, n) for name in CASES for n in (1, 4)],
 )
 def test_depths(name, num_layers):
     check_against_reference(make_config(name, num_layers=num_layers))
@@ -179,8 +179,13 @@ def test_without_packing(name):
     check_against_reference(make_config(name), packed=False)
 
 
-@pytest.mark.parametrize("remat", ["save_attention", "save_products"])
-@parametrize_cases("moda-row5", "depth-attention")
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [
+        slow_unless(name in ("moda-row5", "depth-attention"), name, remat)
+        for name, remat in zip(CASES, itertools.cycle(["save_attention", "save_products"]))
+    ],
+)
 def test_remat_policies(name, remat):
     execution = dataclasses.replace(FLOAT32, remat=remat)
     check_against_reference(make_config(name), execution)
@@ -232,7 +237,7 @@ def test_decoding_is_the_full_forward_at_every_position(name):
 @pytest.mark.parametrize("name", CASES)
 def test_memory_grows_linearly_with_depth(name):
     """Apart from what grows with the parameters of matrix dense connections, D² L²/2."""
-    sizes = [gradient_temp_bytes(make_config(name, num_layers=n)) for n in (8, 16, 32, 64)]
+    sizes = [gradient_temp_bytes(make_config(name, num_layers=n)) for n in (8, 16, 32)]
     for smaller, larger in itertools.pairwise(sizes):
         assert larger <= 2.2 * smaller, sizes
 
@@ -250,12 +255,30 @@ def gradient_temp_bytes(config):
     return gradient.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True, "num_layers": 1}], ids=str)
-def test_parameters_are_counted_by_formula(config, changes):
-    config = dataclasses.replace(config, **changes)
+@pytest.mark.parametrize(("num_layers", "tied"), [(3, False), (1, True)])
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_are_counted_by_formula(name, num_layers, tied):
+    placement = CASES[name].placements[-1 if tied else 0]
+    config = make_config(name, placement, num_layers=num_layers, tie_embeddings=tied)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     sizes = [leaf.size for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))]
     assert count_parameters(config).total == sum(sizes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_bfloat16_parameters_stay_strongly_typed_float32(name):
+    """A weakly typed one would make the second step compile again, and hide a missing cast."""
+    execution = dataclasses.replace(FLOAT32, compute_dtype="bfloat16")
+
+    def gradient():
+        model = Transformer(make_config(name), rngs=nnx.Rngs(0), execution=execution)
+        graph, params = nnx.split(model)
+        loss = lambda params: jnp.sum(nnx.merge(graph, params)(TOKENS, **PACKED))  # noqa: E731
+        return params, jax.grad(loss)(params)
+
+    for leaf in jax.tree.leaves(jax.eval_shape(gradient)):
+        assert leaf.dtype == jnp.float32
+        assert not leaf.weak_type
 
 
 @pytest.mark.slow

@@ -71,6 +71,7 @@ CASES = [
     for variant in ("row3", "row4", "row5", "every2", "bounded", *MECHANISMS)
     for mode in (ADDED, GATHERED)
     if mode == ADDED or (attention == "xla" and variant != "bounded" and variant in VARIANTS)
+    if attention == "xla" or variant in ("row4", "bounded", "depth-attention")
 ]
 
 

@@ -23,6 +23,8 @@ class DepthConfig:
     """The name of the mechanism on the command line and in files."""
     placements: ClassVar[tuple[NormPlacement, ...]] = _ALL
     """The norm placements for which the mechanism is defined."""
+    heads_are_input: ClassVar[bool] = False
+    """Whether heads, side by side, are what a layer reads: N·H must be D."""
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -52,6 +54,7 @@ class DepthAttentionConfig(DepthConfig):
     """Every layer's input is attention over depth alone (paper eq. 5-6). N·H must be D."""
 
     name: ClassVar[str] = "depth_attention"
+    heads_are_input: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True)

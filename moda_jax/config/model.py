@@ -58,12 +58,12 @@ class ModelConfig:
             f"one of {placements} with depth {self.depth.name}, which defines no other",
         )
         width = self.num_heads * self.head_dim
-        width_ok = self.depth.name != "depth_attention" or width == self.embed_dim
+        width_ok = not self.depth.heads_are_input or width == self.embed_dim
         require(
             self,
             "embed_dim",
             width_ok,
-            f"num_heads * head_dim = {width} with depth depth_attention, whose heads are the "
+            f"num_heads * head_dim = {width} with depth {self.depth.name}, whose heads are the "
             "layer's input",
         )
 

@@ -47,8 +47,8 @@ class AttentionResiduals(Mechanism[AttentionResidualsConfig]):
         if not self._is_block:
             return carry, history.append((output.branch,), index + 1)
         total = carry + output.branch
-        # Every sublayer writes its block's sum so far; the block's last one writes the final sum,
-        # and nobody reads the slot before that. In a replay the slot's gradient is the final sum's.
+        # A block's last sublayer writes the sum to the block's slot. The others write to a spare
+        # one that nobody reads (its gradient is zero): a conditional write would read its slot.
         closes = self._closes(index)
         slot = jnp.where(closes, index // self._size + 1, self.num_entries)
         return jnp.where(closes, 0, total), history.append((total,), slot)

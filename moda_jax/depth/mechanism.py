@@ -3,7 +3,19 @@
 A model is  start → (read → attention → write → read → FFN → write) × L → finish.  A mechanism says
 what those four words mean. It may keep two things: a *carry*, a pytree of fixed size that goes from
 sublayer to sublayer (the residual stream, or several), and an append-only *history* of entries that
-later sublayers read. `moda_jax.depth.residual` is the smallest example.
+later sublayers read. Small examples: `moda_jax.depth.hyper_connections` has parameters and no
+history, `moda_jax.depth.attention_residuals` a history.
+
+What a mechanism must keep to, as the stack's backward replays layers over the final history:
+
+- It reads the history by `history.read`, `custom`, `parameter` or `step.attend` only, and returns
+  the history that they give back. What is taken from `history.buffers` directly has no gradient.
+- Slots that are not written yet may hold NaN: a read masks them.
+- The carry has the same structure, shapes and dtypes after every sublayer. Parameters arrive in
+  float32, those named `kernel` and `bias` in the compute dtype: results are cast back.
+- A product that the backward needs goes through `step.keep(x, name)`, under a name that is unique
+  in a layer: with the sublayer in it, if both make one. Otherwise it is computed again.
+- Norms are the layer's: `layer.join` adds a branch to a stream, and norms the sum in post-norm.
 """
 
 import dataclasses
@@ -38,7 +50,8 @@ class Step:
     """cos and sin [B, T, 1, H/2]; None where the layers rotate by themselves, if at all."""
     keep: Callable[[jax.Array, str], jax.Array]
     """keep(x, name) is x. Training's forward may save it under that name, unique in a layer, for
-    the backward, which then does not compute it again."""
+    the backward, which then does not compute it again; with `remat="save_attention"` only products
+    that become depth keys, named `*_key`."""
     attend: Callable[..., tuple[jax.Array, History]]
     """attend(query, key, value, history, depth=DepthView or None) -> (o [B, T, N, H], history)."""
 
@@ -74,6 +87,8 @@ class GatherLayout(NamedTuple):
     write_every: int
     num_slots: int
     """S, slots that some layer reads."""
+    window: int | None = None
+    """Bounded slots: the newest that a layer reads; None: all."""
 
 
 class Mechanism(Generic[Settings]):
@@ -97,13 +112,17 @@ class Mechanism(Generic[Settings]):
     # What it computes.
 
     def start(self, x: jax.Array, history: History) -> tuple[Carry, History]:
-        """The carry before the first layer, from the embedded tokens [B, T, D]."""
+        """The carry before the first layer, from the embedded tokens [B, T, D].
+
+        Linear in x and without parameters: the backward replays it at x = 0, as no gradient of a
+        linear function depends on x.
+        """
         return x, history
 
     def read(
         self, step: Step, weights: Any, sublayer: int, carry: Carry, history: History
     ) -> tuple[jax.Array, Carry, History]:
-        """What a sublayer reads, [B, T, D]."""
+        """What a sublayer reads, [B, T, D]; `weights` are the layer's `layer_parameters`."""
         return carry, carry, history
 
     def depth_view(self, step: Step, history: History) -> DepthView | None:

@@ -133,9 +133,10 @@ class MoDA(Mechanism[MoDAConfig]):
         return (layer + every - 1) // every * self.settings.slots_per_writer
 
     def _slot(self, step: Step) -> jax.Array:
-        """The first slot of the layer; for layers that nobody reads one behind all others.
+        """The first slot of the layer.
 
-        No write then depends on whether its layer writes, and none reads what it overwrites.
+        Layers whose slots nobody reads write to a spare one behind all others, so that a write
+        needs no condition: a conditional write would read the slot to keep it.
         """
         slot = self._slots_before(step.layer)
         if self.settings.write_every == 1:  # the last layer's slots are the last ones by themselves
@@ -162,8 +163,11 @@ class MoDA(Mechanism[MoDAConfig]):
 
     def gather_layout(self) -> GatherLayout | None:
         settings = self.settings
-        layout = GatherLayout(settings.slots_per_writer, settings.write_every, self.num_entries)
-        return layout if self.num_entries else None
+        if not self.num_entries:
+            return None
+        return GatherLayout(
+            settings.slots_per_writer, settings.write_every, self.num_entries, settings.window
+        )
 
     def shared_parameters(self, rngs: nnx.Rngs) -> dict[str, Any]:
         kinds = {"attention_kv": self.settings.attention_kv, "ffn_kv": self.settings.ffn_kv}

@@ -1,7 +1,6 @@
 """How a model is computed on the device at hand: what "auto" becomes, and why."""
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from moda_jax.config import Config, ExecutionConfig, ModelConfig
 from moda_jax.depth import make_mechanism
 from moda_jax.model.slot_gradients import Choice, choose
+from moda_jax.ops.history import History
 from moda_jax.ops.sharded_attention import ShardedAttention
 from pallas_kernels import platforms
 
@@ -92,10 +92,14 @@ def saved_bytes_per_token(model: ModelConfig, execution: ExecutionConfig, remat:
     """Bytes a token that all layers save under a remat policy, the depth history included."""
     mechanism = make_mechanism(model)
     entry = mechanism.entry_shapes(1, 1)
-    streams = getattr(model.depth, "num_streams", 1)
-    numbers = sum(math.prod(shape) for shape in entry) * mechanism.capacity
+    buffers = tuple(
+        jax.ShapeDtypeStruct((mechanism.capacity, *shape), jnp.float32) for shape in entry
+    )
+    token = jax.ShapeDtypeStruct((1, 1, model.embed_dim), jnp.float32)
+    carry, _ = jax.eval_shape(lambda x, b: mechanism.start(x, History(b)), token, buffers)
+    numbers = sum(buffer.size for buffer in buffers)
     width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    per_layer = streams * model.embed_dim
+    per_layer = sum(leaf.size for leaf in jax.tree.leaves(carry))
     if remat != "full":
         per_layer += 2 * width + 2 * kv_width + 2 * model.num_heads
     if remat == "save_products":
@@ -126,7 +130,6 @@ def describe_execution(config: Config, resolved: Resolved) -> dict[str, str]:
     key = jax.ShapeDtypeStruct(kv_shape, dtype)
     mechanism = make_mechanism(model)
     layout = mechanism.gather_layout()
-    window = getattr(model.depth, "window", None)
     depth = None
     if layout is not None:
         depth = jax.ShapeDtypeStruct((mechanism.num_entries, *kv_shape), dtype)
@@ -140,7 +143,7 @@ def describe_execution(config: Config, resolved: Resolved) -> dict[str, str]:
             depth,
             depth,
             segment_ids=segment_ids,
-            depth_window=window,
+            depth_window=None if layout is None else layout.window,
             implementation=None if execution.attention == "auto" else execution.attention,
         )
         choice = choose(layout, execution, call) if mechanism.num_entries else None

@@ -117,7 +117,7 @@ class Gathering:
 
     def begin(self, state: GatherState, layer: jax.Array) -> tuple["Gathering", GatherState]:
         """Computes the final gradients of the slots that `layer` wrote."""
-        per_layer, every, num_slots = self.layout
+        per_layer, every, num_slots, _ = self.layout
         last = self.num_layers
         size = min(self.block, self.num_layers)
         first = layer // size * size
@@ -151,7 +151,7 @@ class Gathering:
             so_far=block,
             offset=jnp.clip(slot - base, 0, self._block_slots - per_layer),
         )
-        if every > 1:  # else only the last layer writes nothing, and of no layers zeros come
+        if every > 1:  # else only the last layer's slots are unread, and zero layers sum to 0
             own = tuple(jnp.where(writes, g, 0) for g in own)
         # The barrier orders gathering before this layer's results are kept: later, XLA would copy
         # those of all layers. The slots are split behind it, so that who uses a slot's gradient

@@ -78,7 +78,7 @@ class Program(Protocol):
         ...
 
     def start(self, x: jax.Array, history: History) -> tuple[Any, History]:
-        """The carry before the first layer, from x [B, T, D]."""
+        """The carry before the first layer, from x [B, T, D]; linear in x, without parameters."""
         ...
 
     def layer(self, weights: Any, step: Step, carry: Any, history: History) -> tuple[Any, History]:
@@ -99,11 +99,10 @@ class StackSpec:
     """Resolved: nothing in it is "auto" but the attention implementation."""
 
 
-SAVED_BY_ATTENTION = frozenset(
-    {"query", "key", "value", "attention", "lse", "attention_kv_key", "ffn_kv_key"}
-)
-"""What `remat="save_attention"` keeps: attention's inputs and results, and the products that become
-own depth keys. Where keys and values go to the history anyway, they are kept there alone."""
+SAVED_BY_ATTENTION = frozenset({"query", "key", "value", "attention", "lse"})
+"""What `remat="save_attention"` keeps, attention's inputs and results, beside products named
+`*_key`, which become depth keys. Where keys and values go to the history anyway, they are kept
+there alone."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -169,7 +168,7 @@ def _own_name(name: str, key: jax.Array | None) -> str:
 def _keeps(spec: StackSpec, name: str) -> bool:
     """Whether the remat policy keeps what a layer calls `name`."""
     policy = spec.execution.remat
-    attention = name.removeprefix("depth_") in SAVED_BY_ATTENTION
+    attention = name.removeprefix("depth_") in SAVED_BY_ATTENTION or name.endswith("_key")
     return policy == "save_products" or (policy == "save_attention" and attention)
 
 
@@ -263,7 +262,7 @@ def _backward(
         params.layers,
     )
     d_carry, thread, d_layers = lax.fori_loop(0, num_layers, visit, (d_carry, thread, d_layers))
-    x = jnp.zeros_like(dy)  # like the stack's input, whose value is not used: starting is linear
+    x = jnp.zeros_like(dy)  # for the stack's input: `start` is linear, no gradient depends on x
     (dx,), thread = replay(program.start, (x,), thread, strategy, d_carry)
     return StackParams(d_layers, thread.shared), dx
 

@@ -36,7 +36,7 @@ class Thread(NamedTuple):
 
 
 class SlotGradients(Protocol):
-    """A strategy for the gradients of history entries; see `moda_jax.ops.slot_gradients`."""
+    """A strategy for the gradients of history entries; see `moda_jax.model.slot_gradients`."""
 
     def take(self, state: Any, slot: jax.Array, offset: int) -> tuple[Entry, Any]:
         """The final gradient of the entry in slot + offset, and the state after that."""
@@ -76,7 +76,10 @@ class History:
         return self.thread is not None
 
     def append(self, entry: Entry, slot: jax.Array) -> "History":
-        """The history with the entry in a slot; the entry depends on the last read."""
+        """The history with the entry in a slot.
+
+        Only for an entry that is computed from the last read; others go through `append_after`.
+        """
         return self.append_after([entry], slot, None)[0]
 
     def append_after(
