@@ -266,6 +266,7 @@ class AttentionSuite:
         [
             (2, 2, 64, 2, 5, ("bfloat16", "float32")),
             (1, 2, 64, 8, 5, ("float32", "float32")),
+            (2, 3, 64, 2, 2, ("bfloat16", "bfloat16")),
             *(
                 pytest.param(*values, marks=pytest.mark.slow)
                 for values in (

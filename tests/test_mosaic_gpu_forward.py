@@ -11,7 +11,7 @@ from tolerances import LSE_RELATIVE, RELATIVE
 from pallas_kernels import platforms
 from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.fused_forward.attend import attend
-from pallas_kernels.mosaic_gpu.row_tiles import ForwardConfig, forward_config, tile_heads
+from pallas_kernels.mosaic_gpu.row_tiles import ForwardConfig, RowPlan, forward_config, tile_heads
 from pallas_kernels.mosaic_gpu.wgmma import Walk
 from pallas_kernels.segments import segment_bounds
 
@@ -23,13 +23,15 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def make(length, keys, group, head_dim, num_slots, slots=(), *, batch=1, dtype=jnp.bfloat16):
+def make(
+    length, keys, group, head_dim, num_slots, slots=(), *, batch=1, dtype=jnp.bfloat16, kv_heads=1
+):
     """query, key, value, depth_key, depth_value with NaN in the slots that are not visible."""
-    shapes = {"query": (batch, length, group, head_dim)}
+    shapes = {"query": (batch, length, kv_heads * group, head_dim)}
     if keys:
-        shapes |= dict.fromkeys(("key", "value"), (batch, keys, 1, head_dim))
+        shapes |= dict.fromkeys(("key", "value"), (batch, keys, kv_heads, head_dim))
     if num_slots:
-        shape = (num_slots, batch, length, 1, head_dim)
+        shape = (num_slots, batch, length, kv_heads, head_dim)
         shapes |= dict.fromkeys(("depth_key", "depth_value"), shape)
     rng = np.random.default_rng(0)
     arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
@@ -110,7 +112,13 @@ def run(operands, slots, segments=None, *, is_causal=True, config=None):
 
 def check(capfd, operands, slots, segments=None, *, is_causal=True, config=None):
     out, lse = run(operands, slots, segments, is_causal=is_causal, config=config)
-    want_out, want_lse = reference(*operands, slots, is_causal, segments)
+    kv_heads = next(x for x in operands[1::2] if x is not None).shape[-2]
+    heads = zip(
+        *([None] * kv_heads if x is None else np.split(x, kv_heads, axis=-2) for x in operands),
+        strict=True,
+    )
+    parts = [reference(*head, slots, is_causal, segments) for head in heads]
+    want_out, want_lse = (np.concatenate(x, axis=2) for x in zip(*parts, strict=True))
     close(out, want_out, RELATIVE[operands[0].dtype.name])
     close(lse, want_lse, LSE_RELATIVE)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
@@ -122,6 +130,15 @@ def test_groups(capfd, group):
     """A tile's rows are heads and tokens; the ring holds both kinds of blocks."""
     slots = (0, 2, 3, 7)
     check(capfd, make(72, 72, group, 64, 8, slots), slots, config=SMALL)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("group", "length"), [(3, 40), slow(6, 24)])
+def test_tiles_with_rows_for_more_heads_than_a_group_has(capfd, group, length):
+    """The rows after a group's hold another's heads; the last group's, nothing of use."""
+    slots, segments = (0, 2, 3, 8), packed(1, length, 3)
+    operands = make(length, length, group, 64, 8, slots, kv_heads=2)
+    check(capfd, operands, slots, segments, config=SMALL)
 
 
 @needs_mosaic
@@ -224,6 +241,20 @@ def test_config_is_checked():
 
 def test_tile_heads():
     assert [tile_heads(g) for g in (1, 2, 3, 4, 6, 8, 12, 32)] == [1, 2, 1, 4, 2, 8, 4, 8]
+
+
+def test_which_tiles_have_all_heads_of_a_group():
+    def heads(group, *, kv_heads=2, length=512, slots=46):
+        plan = RowPlan(
+            SMALL, 1, length, length, kv_heads, group, 64, jnp.bfloat16, 1.0, True, True, slots
+        )
+        assert plan.heads * plan.tokens == 64
+        return plan.heads
+
+    assert [heads(g) for g in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12)] == [1, 2, 4, 4, 8, 8, 8, 8, 1, 4]
+    assert heads(3, slots=0) == 1  # nothing is read again
+    assert heads(3, length=32768) == 1  # products with the keys cost more
+    assert heads(3, kv_heads=1) == 1
 
 
 def test_segment_bounds_are_never_too_narrow():

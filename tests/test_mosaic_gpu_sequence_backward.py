@@ -29,9 +29,9 @@ def visible(length, keys, is_causal, segments):
     return mask[:, :, None]
 
 
-def make(length, keys, group, head_dim, *, batch=1, dtype=jnp.bfloat16):
+def make(length, keys, group, head_dim, *, batch=1, dtype=jnp.bfloat16, seed=0):
     """query, key, value, d_out and delta: random, as no real output is needed for the formulas."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     rows, columns = (batch, length, group, head_dim), (batch, keys, 1, head_dim)
     operands = [jnp.asarray(rng.normal(size=s), dtype) for s in (rows, columns, columns, rows)]
     return operands, jnp.asarray(rng.normal(size=rows[:3]), jnp.float32)
@@ -212,15 +212,41 @@ def test_slots_go_along(capfd, group, num_slots, slots, running, documents):
 
 
 @needs_mosaic
+@pytest.mark.parametrize("want_slots", [True, False])
+def test_tiles_with_rows_for_more_heads_than_a_group_has(capfd, want_slots):
+    """Two groups of three: their gradients are those of either alone."""
+    length, slots, segments = 40, (0, 2, 3, 8), packed(1, 40, 3)
+    mades = [make(length, length, 3, 64, seed=seed) for seed in (0, 1)]
+    alone = [with_depth(made, 8, slots, None, segments) for made in mades]
+
+    def join(arrays, axis=-2):
+        return jnp.concatenate([*arrays], axis)
+
+    operands = [join(x) for x in zip(*(made[0] for made in mades), strict=True)]
+    delta, lse = join((made[1] for made in mades), 2), join((lse for _, lse, _ in alone), 2)
+    key, value = (join(part[i] for part, *_ in alone) for i in (0, 1))
+    depth = DepthPart(key, value, alone[0][0].slots, None, want_slots)
+    wanted = [join(x) for x in zip(*(want for *_, want in alone), strict=True)]
+    *got, grads = run(operands, lse, delta, segments, True, None, depth=depth)
+    for gradient, want in zip((*got, *(grads or ())), wanted, strict=want_slots):
+        close(gradient, want, RELATIVE["bfloat16"])
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@needs_mosaic
 def test_which_calls_are_fused():
-    def fused(group, head_dim=64, want=True, running=None):
-        query, key = (jax.ShapeDtypeStruct((1, 64, n, head_dim), jnp.bfloat16) for n in (group, 1))
-        slots = jax.ShapeDtypeStruct((4, 1, 64, 1, head_dim), jnp.bfloat16)
+    def fused(group, head_dim=64, want=True, running=None, kv_heads=1):
+        query, key = (
+            jax.ShapeDtypeStruct((1, 64, n, head_dim), jnp.bfloat16)
+            for n in (kv_heads * group, kv_heads)
+        )
+        slots = jax.ShapeDtypeStruct((4, 1, 64, kv_heads, head_dim), jnp.bfloat16)
         if running is not None:
             running = (jax.ShapeDtypeStruct(slots.shape, running),) * 2
         return fuses(query, key, DepthPart(slots, slots, None, running, want), is_causal=True)
 
     assert [g for g in (1, 2, 3, 4, 6, 8, 16) if fused(g)] == [1, 2, 4, 8]
+    assert fused(3, kv_heads=2)
     assert fused(16, want=False)
     assert fused(8, running=jnp.float32)
     assert not fused(8, head_dim=128, running=jnp.float32)  # no memory is left for its gradients

@@ -123,18 +123,39 @@ def row_memory(plan: RowPlan, dtype: Any, *leading: int) -> Any:
 
 
 def row_pieces(
-    plan: RowPlan, tile: RowTile, warpgroup: Any, array: Any, rows: Any, boxes: Any
+    plan: RowPlan,
+    tile: RowTile,
+    warpgroup: Any,
+    array: Any,
+    rows: Any,
+    boxes: Any,
+    *,
+    own: bool = True,
 ) -> Iterator[tuple[Any, Any]]:
-    """(piece of an array [B, T, N · H], its place in shared memory) of a warpgroup's tile."""
+    """(piece of an array [B, T, N · H], its place in shared memory) of a warpgroup's tile.
+
+    own: only the group's heads; otherwise a tile with rows for more has the heads after them there,
+    of the next group or zeros.
+    """
     token, head = unit(plan, tile, warpgroup)
+    pads = own and plan.heads > plan.own_heads
+    heads = (plan.own_heads if own else plan.heads) * plan.head_dim
     if boxes is not None:
-        width = common.ds(head * plan.head_dim, plan.heads * plan.head_dim)
-        yield array.at[tile.batch, common.ds(token, plan.tokens), width], boxes
+        width = common.ds(head * plan.head_dim, heads)
+        if not pads:
+            yield array.at[tile.batch, common.ds(token, plan.tokens), width], boxes
+            return
+        for first in range(0, plan.tokens, TOKEN_ALIGNMENT):  # other heads lie between octets
+            piece = array.at[tile.batch, common.ds(token + first, TOKEN_ALIGNMENT), width]
+            yield piece, boxes.at[common.ds(first, TOKEN_ALIGNMENT), common.ds(0, heads)]
         return
     for i in range(plan.row_copies):
-        octet, own = divmod(i, plan.heads)
+        octet, nth = divmod(i, plan.heads)
+        if pads and nth >= plan.own_heads:
+            continue
         tokens = common.ds(token + octet * TOKEN_ALIGNMENT, TOKEN_ALIGNMENT)
-        width = common.ds((head + own) * plan.head_dim, plan.head_dim)
+        last = plan.kv_heads * plan.group - 1
+        width = common.ds(jnp.minimum(head + nth, last) * plan.head_dim, plan.head_dim)
         place = common.ds(i * TOKEN_ALIGNMENT, TOKEN_ALIGNMENT)
         yield array.at[tile.batch, tokens, width], rows.at[place]
 
@@ -239,7 +260,7 @@ def load_rows(plan: RowPlan, tile: RowTile, sources: Any, full: Any) -> None:
     for warpgroup in range(plan.config.warpgroups):
         for source, rows, boxes in sources:
             own = rows.at[warpgroup], None if boxes is None else boxes.at[warpgroup]
-            for piece, place in row_pieces(plan, tile, warpgroup, source, *own):
+            for piece, place in row_pieces(plan, tile, warpgroup, source, *own, own=False):
                 common.mosaic().copy_gmem_to_smem(piece, place, full)
 
 

@@ -8,11 +8,12 @@ what grows with the layers is only read.
 Rows are (slot, token), 64 of them. The 64 columns are queries of one layer, or of two or four and
 as many times fewer tokens: (layer, token // 8, head, token % 8), as TMA lays down the rows
 [token, heads · H] in tiles of 8 by 64. Pairs of different tokens are masked. A step takes two query
-heads, or one of an odd group: more would leave a tile fewer than the 8 tokens that TMA wants.
+heads: more would leave a tile fewer than the 8 tokens that TMA wants. The last head of an odd group
+comes with another group's, or with zeros, whose weights are 0: alone, it would take as many steps,
+and with one head a step a tile has room for half the slots, so that queries are read twice.
 """
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ STAGES = 3
 
 def _heads(group: int) -> int:
     """Query heads of a step."""
-    return math.gcd(group, 2)
+    return min(group, 2)
 
 
 class GatherPlan(NamedTuple):
@@ -84,7 +85,7 @@ class GatherPlan(NamedTuple):
     @property
     def parts(self) -> int:
         """Steps that a layer's query heads take."""
-        return self.group // self.heads
+        return cdiv(self.group, self.heads)
 
     @property
     def slot_tile(self) -> SlotTile:
@@ -202,13 +203,16 @@ def keep_layer(
     """See `contract.KeepLayer`."""
     delta = row_delta(out, lse, d_out, d_lse)
     kv_heads = num_kv_heads(operands)
-    heads = _heads(operands.query.shape[2] // kv_heads)
+    group = operands.query.shape[2] // kv_heads
+    heads = _heads(group)
+    parts = cdiv(group, heads)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)  # e^(s - inf) = 0
 
     def order(x: jax.Array, fill: float) -> jax.Array:
         """[B, T, N] -> [B, K, parts·T·heads]."""
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % COLUMNS), (0, 0)), constant_values=fill)
-        x = common.tile_rows(x, x.shape[2] // heads, heads, TOKEN_ALIGNMENT, fill)
+        x = common.pad_heads(x, kv_heads=kv_heads, group=parts * heads, fill=fill)
+        x = common.tile_rows(x, kv_heads * parts, heads, TOKEN_ALIGNMENT, fill)
         return x.reshape(x.shape[0], kv_heads, -1)
 
     rows = jnp.concatenate([order(lse, jnp.inf), order(-delta, 0)], axis=2)
@@ -448,7 +452,7 @@ def _load_step(
             where = (
                 layer,
                 common.ds(here.token + token * TOKEN_ALIGNMENT, TOKEN_ALIGNMENT),
-                here.width(head + own),
+                here.width(jnp.minimum(head + own, plan.kv_heads * plan.group - 1)),
             )
             copy(refs.query.at[where], refs.q_smem.at[stage, rows])
             copy(refs.d_out.at[where], refs.do_smem.at[stage, rows])
