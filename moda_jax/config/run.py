@@ -11,8 +11,8 @@ class DataConfig:
     """Where the text comes from and how it is cut into rows."""
 
     source: str = "stdlib"
-    """"stdlib" (the Python standard library's source on this machine), a folder of .txt files,
-    or a .jsonl file."""
+    """"stdlib" (the Python standard library's source on this machine), a .txt file (one text, its
+    end held out), a .jsonl file (also .gz, .zst), or a folder of .txt or else .jsonl files."""
     text_field: str = "text"
     """The field of a .jsonl record that holds the document."""
     tokenizer: str = "bytes"
@@ -22,7 +22,7 @@ class DataConfig:
     seq_len: int = 256
     """T: target tokens per row."""
     validation_fraction: float = 0.05
-    """Share of the documents held out, chosen by a hash of their content."""
+    """Share of the documents held out, chosen by a hash of their content; of one text, its end."""
     open_documents: int = 64
     """Documents that are read side by side, so that a long one does not fill whole batches."""
     packing_bins: int = 16
