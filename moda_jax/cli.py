@@ -13,6 +13,7 @@ from pathlib import Path
 import tyro
 
 from moda_jax.config import DEPTH_CONFIGS, Config
+from moda_jax.terminal import escape_controls
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
 
@@ -140,7 +141,7 @@ def load_config(path: Path) -> Config:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return escape_controls(" ".join(str(error).split())) or type(error).__name__
 
 
 def _unbox(text: str) -> str:

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from moda_jax.config import DataConfig
-from moda_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from moda_jax.data.tokenizer import ByteTokenizer, decode_continuation, load_tokenizer
 
 TEXT = "def f(x):\n\treturn x  # naïve, 東京 🙂\r\n"
 
@@ -107,6 +107,26 @@ def test_settings_of_the_file_that_would_change_documents_are_off(save_tokenizer
     ids = tokenizer.encode(TEXT * 5)
     assert tokenizer.decode(ids) == TEXT * 5
     assert not {0, 1} & set(ids)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_continuation_keeps_its_first_space(tmp_path, scheme):
+    """Decoded alone, as SentencePiece's, it would lose it."""
+    vocab = {"</s>": 0, "▁def": 1, "▁main": 2, "▁": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    prompt = [loaded.eos_id, *loaded.encode("def")]
+    assert decode_continuation(loaded, prompt, loaded.encode(" main")) == " main"
+
+
+def test_a_continuation_completes_a_character():
+    first, last = "é".encode()
+    assert decode_continuation(ByteTokenizer(), [256, 97, first], [last, 98]) == "éb"
+    assert decode_continuation(ByteTokenizer(), [256], [97]) == "a"
 
 
 def test_vocab_size_covers_sparse_ids(tmp_path, save_tokenizer):

@@ -5,6 +5,7 @@ tokenizers library. Nothing is ever downloaded.
 """
 
 import hashlib
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Protocol
@@ -99,6 +100,18 @@ class JsonTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text; special tokens and unknown ids are left out."""
         return self._tokenizer.decode([i for i in ids if 0 <= i < self.vocab_size])
+
+
+def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text that `tokens` add after `prompt`.
+
+    What a token stands for can depend on those before it: many tokenizers strip the space of the
+    first one, and a character's bytes may be spread over several. So both are decoded together.
+    """
+    before = tokenizer.decode(prompt)
+    whole = tokenizer.decode([*prompt, *tokens])
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
+    return whole[sum(1 for _ in pairs) :]
 
 
 def _parse(path: str, content: bytes) -> tokenizers.Tokenizer:

@@ -14,6 +14,7 @@ from rich.text import Text
 from moda_jax.config import Config, ModelConfig
 from moda_jax.depth import make_mechanism
 from moda_jax.model.flops import count_parameters
+from moda_jax.terminal import escape_controls
 
 
 class RunConsole:
@@ -36,8 +37,8 @@ class RunConsole:
         self._task = self._progress.add_task("compiling", total=steps)
 
     def print(self, text: str) -> None:
-        """Prints `text` as it is; brackets in it are no markup."""
-        self._console.print(Text(text))
+        """Prints `text`: brackets in it are no markup, control characters are spelled out."""
+        self._console.print(Text(escape_controls(text)))
 
     def show_start(
         self,
@@ -60,10 +61,10 @@ class RunConsole:
             "outputs": str(directory),
             "start": f"resumed at step {restored_step}" if restored_step else "from scratch",
         }
-        title = f"moda_jax: {config.name}"
+        title = Text(escape_controls(f"moda_jax: {config.name}"), style="table.title")
         table = rich.table.Table(title=title, title_justify="left", show_header=False, box=None)
         for name, value in rows.items():
-            table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
+            table.add_row(Text(name, style="bold"), Text(escape_controls(value), overflow="fold"))
         self._console.print(table)
 
     def start_progress(self, step: int) -> None:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from moda_jax.config import Config, to_json
 from moda_jax.data.loader import Data, load_data
+from moda_jax.data.tokenizer import decode_continuation
 from moda_jax.depth import make_mechanism
 from moda_jax.model.execution import describe_execution
 from moda_jax.model.generation import generate
@@ -334,7 +335,7 @@ class _Run:
             stop_tokens=(tokenizer.eos_id,),
             seed=self.config.seed,
         )[0]
-        text = self.config.sample_prompt + tokenizer.decode(new_tokens)
+        text = self.config.sample_prompt + decode_continuation(tokenizer, prompt, new_tokens)
         if self.is_main:
             (self.directory / "sample.txt").write_text(text + "\n", encoding="utf-8")
         self.console.print(f"sample:\n{text}\n")
