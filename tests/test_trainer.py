@@ -196,8 +196,10 @@ def test_a_signal_just_before_a_validation_does_not_lose_it(config):
         assert metrics_of(config, name) == metrics_of(whole, name), name
 
 
-def test_a_trained_model_is_found_again(config):
+def test_a_trained_model_is_found_again(config, caplog):
     result = train(config)
+    caplog.clear()
+    before = sorted(result.directory.rglob("*"))
     found = load_trained(result.directory)
     assert found.step == STEPS
     prompt = [found.tokenizer.eos_id, *found.tokenizer.encode(config.sample_prompt)]
@@ -217,6 +219,8 @@ def test_a_trained_model_is_found_again(config):
         load_trained(result.directory, step=5)
     with pytest.raises(ValueError, match="directory: expected a run's folder .*, got 'nowhere'"):
         load_trained("nowhere")
+    assert not caplog.messages
+    assert sorted(result.directory.rglob("*")) == before
 
 
 def test_more_steps_continue_the_run(config):

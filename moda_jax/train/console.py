@@ -14,14 +14,22 @@ from rich.text import Text
 from moda_jax.config import Config, ModelConfig
 from moda_jax.depth import make_mechanism
 from moda_jax.model.flops import count_parameters
-from moda_jax.terminal import escape_controls
+from moda_jax.terminal import discard_output, escape_controls
+
+
+class _Console(rich.console.Console):
+    """Goes on in silence when the reader of its pipe is gone; rich would end the run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        discard_output()
 
 
 class RunConsole:
     """A terminal gets a progress bar; a file or a pipe gets a line every `log_every` steps."""
 
     def __init__(self, *, steps: int, quiet: bool) -> None:
-        self._console = rich.console.Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._console = _Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._steps = steps
         self._started: tuple[int, float] | None = None
         self._rate = ""
