@@ -13,6 +13,7 @@ from rich.text import Text
 
 from moda_jax.config import Config, ModelConfig
 from moda_jax.depth import make_mechanism
+from moda_jax.model.execution import WARNING
 from moda_jax.model.flops import count_parameters
 from moda_jax.terminal import discard_output, escape_controls
 
@@ -72,7 +73,9 @@ class RunConsole:
         title = Text(escape_controls(f"moda_jax: {config.name}"), style="table.title")
         table = rich.table.Table(title=title, title_justify="left", show_header=False, box=None)
         for name, value in rows.items():
-            table.add_row(Text(name, style="bold"), Text(escape_controls(value), overflow="fold"))
+            style = "bold red" if name == WARNING else ""
+            shown = Text(escape_controls(value), style=style, overflow="fold")
+            table.add_row(Text(name, style="bold"), shown)
         self._console.print(table)
 
     def start_progress(self, step: int) -> None:
