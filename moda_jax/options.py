@@ -18,7 +18,7 @@ _SHORT_HELP = {
     "run": (
         "name", "steps", "batch-size", "accumulation-steps", "seed", "output-dir", "log-every",
         "eval-every", "checkpoint-every", "keep-last", "sample-prompt", "sample-tokens",
-        "wandb",
+        "profile", "wandb",
     ),
     "model": (
         "model.vocab-size", "model.num-layers", "model.embed-dim", "model.num-heads",

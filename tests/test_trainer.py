@@ -189,7 +189,10 @@ def test_a_reached_run_says_so_and_still_has_its_outputs(config, capsys):
 def test_a_signal_just_before_a_validation_does_not_lose_it(config):
     whole = renamed(config, "whole")
     train(whole)
-    assert train(config, on_step=History(stop_at=3)).step == 4  # a validation is due there
+    profiled = dataclasses.replace(config, profile=3)
+    result = train(profiled, on_step=History(stop_at=3))
+    assert result.step == 4  # a validation is due there
+    assert list((result.directory / "profile").rglob("*.xplane.pb"))  # two steps of it never came
     assert not metrics_of(config, "validation_loss")
     train(config)
     for name in ("validation_loss", "depth_attention_mass", "final_validation_loss"):

@@ -114,6 +114,8 @@ class Config:
     sample_prompt: str = "def "
     sample_tokens: int = 200
     """Length of the sample generated at the end; 0 generates none."""
+    profile: int = 0
+    """Steps to trace, from the eleventh on, into the run's folder; 0 traces none."""
     wandb: bool = False
     """Also log to Weights & Biases (extra `wandb`; contacts its server)."""
 
@@ -133,7 +135,8 @@ class Config:
         name_ok = self.name not in ("", ".", "..") and "/" not in self.name
         require(self, "name", name_ok, "a folder's name, without '/'")
         require(self, "seed", 0 <= self.seed < 2**32, "0 <= seed < 2**32")
-        require(self, "sample_tokens", self.sample_tokens >= 0, "a number >= 0")
+        for field in ("sample_tokens", "profile"):
+            require(self, field, getattr(self, field) >= 0, "a number >= 0")
         batch_shards = self.mesh.data * self.mesh.fsdp
         parts = self.accumulation_steps * batch_shards
         require(

@@ -23,6 +23,7 @@ from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.console import RunConsole
 from moda_jax.train.metrics import FINAL, METRICS_FILE, MetricsWriter, read_metrics
 from moda_jax.train.processes import StopSignals, initialize_processes
+from moda_jax.train.profile import ProfiledStep
 from moda_jax.train.report import plot_attention_mass, plot_loss
 from moda_jax.train.throughput import Throughput
 from moda_jax.train.train_step import make_train_functions
@@ -125,6 +126,15 @@ class _Run:
             restored_step=self.step,
         )
 
+        self.train_step = ProfiledStep(
+            self.functions.train_step,
+            self.directory / "profile",
+            num_steps=config.profile if self.is_main else 0,
+            steps_left=config.steps - self.step,
+            say=self.console.print,
+        )
+        cleanup.callback(self.train_step.close)
+
     def _restore_or_init(self) -> None:
         restored = self.checkpoints.restore(self.functions.abstract_state, self.config)
         self.step = 0
@@ -191,7 +201,7 @@ class _Run:
     def _run_steps(self, stop: StopSignals) -> str | None:
         while self.step < self.config.steps:
             batch = self._to_global(next(self.data.train))
-            self.state, metrics = self.functions.train_step(self.state, batch)
+            self.state, metrics = self.train_step(self.state, batch)
             self.step += 1
             # The previous step's numbers are there by now: the device computes while we print.
             self._report_pending()
