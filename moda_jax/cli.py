@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = "train.py") -> int
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _EXIT_INTERRUPTED
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError, MemoryError) as error:
         if os.environ.get(_TRACEBACK_SWITCH) == "1":
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)

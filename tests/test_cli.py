@@ -217,6 +217,7 @@ def test_bad_config_file_is_one_line_that_names_it(case, trained, write_config, 
         ValueError("DataConfig.source: expected a folder,\n  got 'nowhere'"),
         NotImplementedError("attention 'triton' cannot do this call"),
         FileNotFoundError("no such file: tokenizer.json"),
+        MemoryError("out of memory on cpu (cpu): the run asked for 1.0 GiB"),
     ],
 )
 def test_errors_of_setting_up_a_run_are_one_line(error, train_with, capsys, monkeypatch):

@@ -21,12 +21,13 @@ from moda_jax.model.generation import generate
 from moda_jax.ops.sharding import batch_sharding, make_mesh
 from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.console import RunConsole
+from moda_jax.train.memory import describe_out_of_memory, is_out_of_memory
 from moda_jax.train.metrics import FINAL, METRICS_FILE, MetricsWriter, read_metrics
 from moda_jax.train.processes import StopSignals, initialize_processes
 from moda_jax.train.profile import ProfiledStep
 from moda_jax.train.report import plot_attention_mass, plot_loss
 from moda_jax.train.throughput import Throughput
-from moda_jax.train.train_step import make_train_functions
+from moda_jax.train.train_step import make_train_functions, resolve
 
 _FINAL_VALIDATION_FACTOR = 4
 _SAMPLE_TEMPERATURE = 0.8
@@ -69,6 +70,7 @@ def train(config: Config, *, on_step: OnStep | None = None) -> TrainResult:
     Raises:
         ValueError: mesh, data or checkpoint do not fit the config; or a loss or gradient is not
             finite (the newest checkpoint is from before).
+        MemoryError: the devices' memory is too small; the message says by how much what would help.
         KeyboardInterrupt: after Ctrl-C, when the checkpoint is complete.
     """
     initialize_processes()
@@ -82,7 +84,13 @@ def train(config: Config, *, on_step: OnStep | None = None) -> TrainResult:
         process_count=jax.process_count(),
     )
     with jax.set_mesh(mesh), contextlib.closing(data.train), contextlib.ExitStack() as cleanup:
-        return _Run(config, mesh, data, on_step, cleanup).run()
+        try:
+            return _Run(config, mesh, data, on_step, cleanup).run()
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            execution = resolve(config, mesh)
+            raise MemoryError(describe_out_of_memory(error, config, mesh, execution)) from error
 
 
 class _Run:
