@@ -330,8 +330,7 @@ class _Run:
         sample = self._sample()
         if self.is_main:
             plot_loss(read_metrics(self.directory / METRICS_FILE), self.directory / "loss.png")
-            labels = self.mechanism.slot_labels()
-            if labels:
+            if labels := self.mechanism.slot_labels():
                 plot_attention_mass(mass, labels, self.directory / "attention_mass.png")
         self.console.print(
             f"finished step {self.step}: validation loss {loss:.4f}, perplexity "
