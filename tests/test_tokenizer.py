@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import numpy as np
 import pytest
 import tokenizers
 
@@ -62,6 +63,23 @@ def test_json_round_trip(save_tokenizer):
     assert tokenizer.decode([tokenizer.eos_id, *ids, tokenizer.eos_id, 10**6, -1]) == TEXT
     assert max(ids) < tokenizer.vocab_size <= 300
     assert tokenizer.encode("") == []
+
+
+@pytest.mark.parametrize("text", [TEXT * 3, ""])
+def test_a_documents_tokens_are_compact(save_tokenizer, text):
+    for tokenizer in (ByteTokenizer(), load_tokenizer(save_tokenizer("<eos>"))):
+        tokens = tokenizer.encode_document(text)
+        assert tokens.dtype == np.uint16
+        assert tokens.tolist() == [tokenizer.eos_id, *tokenizer.encode(text), tokenizer.eos_id]
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(65535, np.uint16), (65536, np.uint32)])
+def test_the_type_of_tokens_holds_every_id(tmp_path, largest, dtype):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "last": largest}))
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokens = load_tokenizer(str(tmp_path / "tokenizer.json")).encode_document("last")
+    assert (tokens.dtype, tokens.tolist()) == (dtype, [0, largest, 0])
 
 
 @pytest.mark.parametrize(

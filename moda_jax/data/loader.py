@@ -27,7 +27,7 @@ _SAMPLED_CHARACTERS = 1 << 16
 class _TokenSource:
     """Random access to the tokens of chosen documents (grain's RandomAccessDataSource).
 
-    Element i is [eos] + tokens + [eos], int32 [n + 2], of document `indices[i]`.
+    Element i is [eos] + tokens + [eos], unsigned integers [n + 2], of document `indices[i]`.
     """
 
     def __init__(
@@ -43,15 +43,12 @@ class _TokenSource:
 
     def __getitem__(self, index: int) -> np.ndarray:
         document = int(self._indices[index])
-        ids = self._tokenizer.encode(self._corpus[document])
-        tokens = np.full(len(ids) + 2, self._tokenizer.eos_id, np.int32)
-        tokens[1:-1] = ids
+        tokens = self._tokenizer.encode_document(self._corpus[document])
         # JAX clamps or wraps an index outside the embedding silently, so it must not get there.
-        wrong = (tokens < 0) | (tokens >= self._vocab_size)
-        if wrong.any():
+        if (largest := tokens.max()) >= self._vocab_size:
             raise ValueError(
                 f"DataConfig.tokenizer: expected token ids in [0, {self._vocab_size}), got "
-                f"{tokens[wrong][0]} in {self._corpus.name(document)}; raise --model.vocab-size"
+                f"{largest} in {self._corpus.name(document)}; raise --model.vocab-size"
             )
         return tokens
 
