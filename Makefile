@@ -6,6 +6,7 @@ EXTRAS ?=
 ARGS ?=
 WORKERS ?= auto
 
+comma := ,
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Tests in a row share what they compiled: a worker takes many, and from another's when it is done.
@@ -14,7 +15,7 @@ RUN_STAMP := $(VENV)/.installed-run$(if $(EXTRAS),-$(EXTRAS))
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help train bench test test-fast test-slow test-newer test-all lint format clean
+.PHONY: help train bench test test-fast test-slow test-newer test-all lint format clean gpu-python
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -49,7 +50,7 @@ format: $(DEV_STAMP)  ## let ruff rewrite what it can
 	@$(BIN)/ruff format .
 
 clean:  ## remove environments and caches; runs/ and data/ stay
-	rm -rf .venv .venv-newer .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-newer .venv-gpu .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find benchmarks configs moda_jax pallas_kernels tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -62,7 +63,17 @@ $(BIN)/python:
 	@"$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)"; \
 	  echo "error: $(PYTHON) -m venv failed (Debian and Ubuntu: install python3-venv)"; exit 1; }
 
-$(RUN_STAMP): pyproject.toml | $(BIN)/python
+# The GPU kernels need JAX >= 0.11, which no older Python gets; pip would install an older JAX.
+gpu-python:
+ifneq ($(filter cuda triton,$(subst $(comma), ,$(EXTRAS))),)
+	@found=$$([ -x $(BIN)/python ] && echo $(BIN)/python || echo "$(PYTHON)"); \
+	"$$found" -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { \
+	  echo "error: EXTRAS=$(EXTRAS) needs Python >= 3.12 (JAX >= 0.11, for the GPU kernels)," \
+	    "$$found is $$("$$found" --version 2>&1); for instance:" \
+	    "make train EXTRAS=$(EXTRAS) PYTHON=python3.12 VENV=.venv-gpu"; exit 1; }
+endif
+
+$(RUN_STAMP): pyproject.toml | gpu-python $(BIN)/python
 	@echo "Installing moda-jax into $(VENV) (minutes the first time)"
 	@$(PIP) install -e ".$(if $(EXTRAS),[$(EXTRAS)])"
 	@touch $@

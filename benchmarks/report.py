@@ -158,7 +158,7 @@ def _errors(row: dict[str, Any]) -> list[tuple[str, str]]:
 def plot(results: dict[str, Any], path: Path) -> None:
     """Bars: speed relative to cuDNN's plain attention, forward and backward, row by row."""
     names = [n for n, row in results["rows"].items() if "total" in row.get("cudnn", {})]
-    figure = Figure(figsize=(2.5 + 0.6 * max(len(names), 4), 3.8), layout="constrained")
+    figure = Figure(figsize=(2.5 + 0.6 * max(len(names), 4), 5), layout="constrained")
     axes = figure.subplots()
     series = {
         label: points
@@ -178,14 +178,21 @@ def plot(results: dict[str, Any], path: Path) -> None:
         label = "official Triton kernel (another process)"
         axes.plot(*zip(*official, strict=True), "k_", markersize=14, label=label)
     axes.axhline(1.0, color="gray", linewidth=0.8)
-    axes.set_xticks(range(len(names)), names, rotation=45)
+    rows = [_row_label(_shape(name)) for name in names]
+    axes.set_xticks(range(len(names)), rows, rotation=90, fontsize=8)
     axes.set(
+        xlabel="queries B × T × N × H; K key/value heads; S depth slots; all bfloat16",
         ylabel="speed of cuDNN's plain attention",
-        title=f"forward and backward, {results['device']}",
+        title=f"forward and backward, bfloat16, {results['device']}",
     )
     if names:
         figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _row_label(shape: Shape) -> str:
+    queries = f"{shape.batch} × {shape.tokens} × {shape.heads} × {shape.head_dim}"
+    return f"{shape.name}: {queries}\nK {shape.kv_heads}, S {shape.slots}, bf16"
 
 
 def _speeds(results: dict[str, Any], names: list[str], variant: str) -> list[tuple[int, float]]:

@@ -1,6 +1,6 @@
 """TPU chips: their peaks, and how to compile for them on a machine that has none.
 
-    pip install 'moda-jax[tpu]'
+    pip install -e ".[tpu]"
 
 is all that ahead-of-time compilation needs: libtpu compiles for a named topology without a chip.
 """
@@ -82,6 +82,6 @@ def devices(topology: str) -> list[jax.Device]:
         description: Any = topologies.get_topology_desc(topology, platform="tpu")
     except Exception as error:  # of several kinds: ImportError, RuntimeError, JaxRuntimeError
         raise RuntimeError(
-            f"cannot compile for {topology}: {error}; pip install 'moda-jax[tpu]' has libtpu"
+            f"cannot compile for {topology}: {error}; pip install -e '.[tpu]' has libtpu"
         ) from error
     return list(description.devices)

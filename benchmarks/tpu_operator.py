@@ -1,6 +1,6 @@
 """The attention operator compiled for TPU chips that are not here, beside splash attention.
 
-    pip install 'moda-jax[tpu]'
+    pip install -e ".[tpu]"
     python -m benchmarks.tpu_operator [--chips v5e,v5p,v6e] [--output docs/benchmarks/tpu_operator]
 
 Forward, and forward with all gradients, compiled ahead of time: memory as the compiler assigned it,

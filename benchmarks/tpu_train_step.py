@@ -1,6 +1,6 @@
 """Whole training steps compiled for TPU slices that are not here: memory, FLOPs and bytes per chip.
 
-    pip install 'moda-jax[tpu]'
+    pip install -e ".[tpu]"
     python -m benchmarks.tpu_train_step [--topologies v5e:4x4,v5p:4x4x4] [--attention mosaic_tpu]
 
 Each config of `configs/` is compiled, ahead of time, for a mesh of fsdp x tensor over the slice's

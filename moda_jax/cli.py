@@ -1,4 +1,4 @@
-"""The command line of `train.py`: a config file, overrides by dotted names, one-line errors."""
+"""The command line: a config, overrides by dotted names, one-line errors."""
 
 import contextlib
 import dataclasses
@@ -7,25 +7,35 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tyro
 
 from moda_jax.config import DEPTH_CONFIGS, Config
+from moda_jax.options import short_help, sort_arguments
+from moda_jax.terminal import discard_output, escape_controls
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
+_PACKAGE = Path(__file__).resolve().parent
+_SHIPPED = next(
+    # An installed package has the configs inside, a checkout beside it.
+    (place for folder in (_PACKAGE, _PACKAGE.parent) if (place := folder / "configs").is_dir()),
+    _PACKAGE / "configs",
+)
+DEFAULT_CONFIG = _SHIPPED / "tiny.py"
 
 _EXIT_BAD_INPUT = 2  # as argparse and tyro
 _EXIT_INTERRUPTED = 130  # as a shell reports a process ended by SIGINT
+_EXIT_PIPE = 141  # and by SIGPIPE
 _TRACEBACK_SWITCH = "MODA_JAX_TRACEBACK"
 
 _DESCRIPTION = f"""Trains a language model with Mixture-of-Depths Attention.
 
-CONFIG.py is a Python file that defines `config`, a moda_jax.config.Config; it comes first and
-is configs/tiny.py when left out. Every setting below overrides one field of it, and the
+CONFIG is a Python file that defines `config`, a moda_jax.config.Config, or the name of one that
+comes along, as tiny_moda; without it, tiny. Every setting overrides one field of it, and the
 defaults shown are that file's. --model.depth NAME takes another way of using depth, whose own
-settings are --model.depth.FIELD then: {", ".join(DEPTH_CONFIGS)}.
+settings are --model.depth.FIELD then; NAME is residual, dense, depth_attention, moda,
+attention_residuals, hyper_connections or mhc. --lr is --optimizer.learning-rate.
 A run that was stopped resumes when it is started again; outputs go to <output-dir>/<name>.
 {_TRACEBACK_SWITCH}=1 shows the traceback of an error."""
 
@@ -39,24 +49,39 @@ def _quiet_libtpu() -> None:
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-1")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def command() -> int:
+    """The installed command `moda-jax train ...`; returns the exit status as `main`."""
+    if sys.argv[1:2] == ["train"]:
+        return main(sys.argv[2:], program="moda-jax train")
+    given = f", got {' '.join(sys.argv[1:])!r}" if sys.argv[1:] else ""
+    usage = "moda-jax train [CONFIG] [--SETTING VALUE ...]; moda-jax train --help"
+    print(escape_controls(f"usage: {usage}{given}"), file=sys.stderr)
+    return _EXIT_BAD_INPUT
+
+
+def main(argv: Sequence[str] | None = None, *, program: str = "train.py") -> int:
     """Parses `argv` (default: `sys.argv[1:]`) and trains.
 
     Returns the exit status: 0, 2 after bad input (one line on stderr says what was expected),
-    or 130 after Ctrl-C before training took over the signal. Raises SystemExit after `--help`.
+    130 after Ctrl-C before training took over the signal, or 141 if nobody reads the output any
+    more. Raises SystemExit after `--help`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        config = parse_config(arguments)
+        config = parse_config(arguments, program=program)
         # What only training needs takes a second to import: not for a mistyped option.
         from moda_jax.train.trainer import train
 
         _quiet_libtpu()
         train(config)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()
+        return _EXIT_PIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _EXIT_INTERRUPTED
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError, MemoryError) as error:
         if os.environ.get(_TRACEBACK_SWITCH) == "1":
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -64,17 +89,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_config(arguments: Sequence[str]) -> Config:
-    """Returns the config of `[CONFIG.py] [--dotted.overrides]`.
+def parse_config(arguments: Sequence[str], *, program: str = "train.py") -> Config:
+    """Returns the config of `[CONFIG] [--dotted.overrides]`, in any order.
 
     Raises ValueError, naming the file or the field, for whatever cannot be used; SystemExit
     after printing the help text.
     """
-    overrides = list(arguments)
-    path = DEFAULT_CONFIG
-    if overrides and not overrides[0].startswith("-"):
-        path = Path(overrides.pop(0))
+    name, overrides, shown = sort_arguments(arguments)
+    path = DEFAULT_CONFIG if name is None else _find_config(name)
     config, overrides = _with_mechanism(load_config(path), overrides)
+    usage = f"{program} [CONFIG]"
+    if shown == "--help":
+        print(f"usage: {usage} [--SETTING VALUE ...]\n\n{_DESCRIPTION}\n{short_help(config)}\n\n"
+              f"{program} --help-all shows every setting.", flush=True)  # fmt: skip
+        raise SystemExit(0)
+    if shown:
+        overrides.append("--help")
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
@@ -82,13 +112,23 @@ def parse_config(arguments: Sequence[str]) -> Config:
                 Config,
                 default=config,
                 args=overrides,
-                prog="train.py [CONFIG.py]",
+                prog=usage,
                 description=_DESCRIPTION,
             )
     except SystemExit as stop:
         if stop.code in (0, None):
+            sys.stdout.flush()
             raise
         raise ValueError(_unbox(messages.getvalue())) from None
+
+
+def _find_config(name: str) -> Path:
+    """The path `name`, or the shipped config of that name."""
+    path = Path(name)
+    shipped = _SHIPPED / path.with_suffix(".py")
+    if path.exists() or path.is_absolute() or not shipped.is_file():
+        return path
+    return shipped
 
 
 def _with_mechanism(config: Config, overrides: Sequence[str]) -> tuple[Config, list[str]]:
@@ -124,9 +164,13 @@ def load_config(path: Path) -> Config:
     Raises ValueError, naming the file, if it is missing, fails, or defines no `config: Config`.
     """
     if not path.is_file():
-        raise ValueError(f"config file: expected a Python file, got {str(path)!r} (not found)")
+        names = ", ".join(sorted(file.stem for file in _SHIPPED.glob("*.py")))
+        raise ValueError(
+            f"config file: expected a Python file or one of {names}, got {str(path)!r} (not found)"
+        )
     try:
-        namespace = runpy.run_path(str(path))
+        with _importable(_SHIPPED.parent):
+            namespace = runpy.run_path(str(path))
     except Exception as error:
         detail = f"{type(error).__name__}: {_one_line(error)}"
         raise ValueError(f"config file {str(path)!r} failed with {detail}") from error
@@ -139,8 +183,18 @@ def load_config(path: Path) -> Config:
     return config
 
 
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Lets a config build on a shipped one, as `from configs.tiny import config`."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return escape_controls(" ".join(str(error).split())) or type(error).__name__
 
 
 def _unbox(text: str) -> str:

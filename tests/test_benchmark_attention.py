@@ -2,11 +2,15 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import attention, report
 from benchmarks.shapes import SHAPES, SMOKE
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -48,6 +52,17 @@ def test_a_failure_is_reported_and_the_rest_goes_on(run):
 def test_missing_results(tmp_path, capsys):
     assert report.main([str(tmp_path / "none.json")]) == 2
     assert "none.json is missing: python -m benchmarks.attention" in capsys.readouterr().err
+
+
+def test_rows_of_the_picture_say_shapes_and_dtype(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    report.plot(
+        json.loads((ROOT / "docs/benchmarks/attention.json").read_text()), tmp_path / "x.png"
+    )
+    labels = [text.get_text() for text in figures[0].axes[0].get_xticklabels()]
+    assert "T16K: 1 × 16384 × 64 × 64\nK 8, S 64, bf16" in labels
+    assert "B8: 8 × 4096 × 16 × 64\nK 8, S 36, bf16" in labels
 
 
 def test_floor_is_the_rooflines_of_the_design():

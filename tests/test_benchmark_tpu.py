@@ -173,7 +173,7 @@ def test_unknown_topology():
 
 @pytest.fixture(scope="module")
 def libtpu():
-    pytest.importorskip("libtpu", reason="pip install 'moda-jax[tpu]' brings the compiler")
+    pytest.importorskip("libtpu", reason="pip install -e '.[tpu]' brings the compiler")
 
 
 @pytest.mark.parametrize(("slice_of", "fsdp"), [("v5e:4x4", 8), ("v5p:4x4x4", 32)])

@@ -102,6 +102,45 @@ def test_execution(trained):
     assert trained[0].execution == ExecutionConfig(remat="full", slot_gradient_block=2)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tiny_dense", "--steps", "3", "--wandb"],
+        ["--steps", "3", "--wandb", str(REPOSITORY / "configs" / "tiny_dense.py")],
+        ["--wandb", "tiny_dense.py", "--steps=3"],
+        ["--config", "tiny_dense", "--steps", "3", "--wandb"],
+        ["--no-wandb", "--config=tiny_dense", "--wandb", "--steps", "3"],
+    ],
+    ids=" ".join,
+)
+def test_the_config_may_stand_anywhere_and_be_a_name(trained, arguments):
+    assert cli.main(arguments) == 0
+    dense = cli.load_config(REPOSITORY / "configs" / "tiny_dense.py")
+    assert trained == [dataclasses.replace(dense, steps=3, wandb=True)]
+
+
+def test_forms_that_people_try(trained, monkeypatch):
+    arguments = ["--lr", "1e-4", "--model.depth.window", "none", "--model.qk_norm", "none"]
+    assert cli.main([*arguments, "--data.eos-token=NONE", "--seed", "7"]) == 0
+    config = trained[0]
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.model.depth.window is None
+    assert config.data.eos_token is None
+    assert config.model.qk_norm == "none"
+    monkeypatch.setattr(sys, "argv", ["moda-jax", "train", "--seed", "7", "table6/row2"])
+    assert cli.command() == 0
+    assert trained[1].seed == 7
+    assert trained[1].name == cli.load_config(REPOSITORY / "configs/table6/row2.py").name
+
+
+@pytest.mark.parametrize("arguments", [[], ["tiny"]])
+def test_the_command_without_a_subcommand_says_its_usage(trained, monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", ["moda-jax", *arguments])
+    assert cli.command() == 2
+    assert capsys.readouterr().err.startswith("usage: moda-jax train [CONFIG]")
+    assert not trained
+
+
 BAD_ARGUMENTS = {
     "unknown option": (["--model.num-layrs", "4"], "--model.num-layrs", "--model.num-layers?"),
     "unknown group": (["--modle.num-heads=4"], "--modle.num-heads=4"),
@@ -126,6 +165,9 @@ BAD_ARGUMENTS = {
     ),
     "a misplaced config": (["--steps", "3", "other.py"], "other.py"),
     "no such config": (["configs/none.py"], "config file", "configs/none.py", "not found"),
+    "no such name": (["tinny"], "or one of ", "tiny_moda", "'tinny' (not found)"),
+    "two configs": (["tiny", "--steps", "3", "tiny_moda"], "one config, got 'tiny' and 'tiny_mod"),
+    "a dash too many": (["--model.depth-window", "none"], "did you mean --model.depth.window?"),
 }
 
 
@@ -175,6 +217,7 @@ def test_bad_config_file_is_one_line_that_names_it(case, trained, write_config, 
         ValueError("DataConfig.source: expected a folder,\n  got 'nowhere'"),
         NotImplementedError("attention 'triton' cannot do this call"),
         FileNotFoundError("no such file: tokenizer.json"),
+        MemoryError("out of memory on cpu (cpu): the run asked for 1.0 GiB"),
     ],
 )
 def test_errors_of_setting_up_a_run_are_one_line(error, train_with, capsys, monkeypatch):
@@ -220,10 +263,32 @@ def run_train_py(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_help_from_another_folder_shows_every_field_with_its_default(tmp_path):
-    result = run_train_py("--help", folder=tmp_path)
+def test_help_is_a_screen_of_the_settings_of_most_runs(capsys, write_config):
+    path = write_config("from configs.tiny_moda import config\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--lr", "1", "--help", path])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert 50 < shown.count("\n") < 65
+    for text in ("--steps INT [200]", "--wandb", "--model.depth NAME [moda]", "--help-all"):
+        assert text in shown
+
+
+def test_output_that_nobody_reads_ends_quietly(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(REPOSITORY / "train.py"), "--help-all"]
+    result = subprocess.run(
+        command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
+def test_help_all_from_another_folder_shows_every_field_with_its_default(tmp_path):
+    result = run_train_py("--help-all", folder=tmp_path)
     assert result.returncode == 0
-    assert "CONFIG.py" in result.stdout
+    assert "[CONFIG]" in result.stdout
     for text in ("--model.num-layers INT", "--mesh.fsdp INT", "(default: tiny)"):
         assert text in result.stdout
     for field in dataclasses.fields(Config):

@@ -1,5 +1,11 @@
 """Sources of documents, and the errors that say what is wrong with one."""
 
+import gzip
+import itertools
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -8,6 +14,7 @@ from tests.corpora import (
     assert_batches_equal,
     load,
     make_texts,
+    pieces_of,
     take,
     write_folder,
     write_jsonl,
@@ -77,15 +84,140 @@ def test_bad_jsonl(tmp_path, case):
 def test_bad_sources(tmp_path):
     with pytest.raises(ValueError, match="'nowhere/at/all', which does not exist; check the path"):
         load("nowhere/at/all")
-    with pytest.raises(ValueError, match=r"at least one non-empty document.*needs \.txt files"):
+    with pytest.raises(
+        ValueError, match=r"at least one non-empty document.*needs \.txt or \.jsonl"
+    ):
         load(str(tmp_path))
     other = tmp_path / "data.csv"
     other.write_text("a,b")
-    with pytest.raises(ValueError, match=r"or a \.jsonl file, got the file .*data\.csv"):
+    with pytest.raises(ValueError, match=r"a \.jsonl file .*, got the file .*data\.csv"):
         load(str(other))
     (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(ValueError, match=r"expected UTF-8 text, got .*latin1\.txt.*; convert"):
         load(str(tmp_path))
+
+
+def corpus_texts(source):
+    corpus = Corpus(str(source), text_field="text")
+    return [corpus[i] for i in range(len(corpus))]
+
+
+def test_linked_folders_are_read_once_and_upper_case_counts(tmp_path):
+    folder, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    write_folder(elsewhere, ["linked"])
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "lower.txt").write_text("lower")
+    (folder / "UPPER.TXT").write_text("upper")
+    (folder / "a" / "link").symlink_to(elsewhere)
+    (folder / "again").symlink_to(elsewhere)
+    (folder / "cycle").symlink_to(folder)
+    assert corpus_texts(folder) == ["upper", "lower", "linked"]
+
+
+def test_files_of_other_kinds_are_counted(tmp_path):
+    write_folder(tmp_path, ["one", "two"])
+    for name in ("a.md", "b.MD", "notes", "lines.jsonl"):
+        (tmp_path / name).write_text("x")
+    shown = load(str(tmp_path)).describe()
+    assert shown.endswith("not read: 2 .md, 1 .jsonl, 1 without suffix")
+    assert "not read" not in load(write_folder(tmp_path / "part0", ["one", "two"])).describe()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.csv").write_text("x")
+    with pytest.raises(ValueError, match=r"got none in .*files of other kinds: 1 \.csv"):
+        load(str(tmp_path / "other"))
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    write_folder(tmp_path, ["one", "two"])
+    listed = os.scandir
+
+    def scandir(path):
+        if path == tmp_path / "part1":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match=r"cannot read .*part1: Permission denied; check the path"):
+        load(str(tmp_path))
+    monkeypatch.undo()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match=r"cannot read .*loop: .*symbolic links"):
+        load(str(tmp_path))
+
+
+def pack_gzip(content):
+    return gzip.compress(content)
+
+
+def pack_zstd(content):
+    return pytest.importorskip("backports.zstd").compress(content)
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", pack_gzip), (".zst", pack_zstd)])
+def test_compressed_lines_give_the_same_batches(tmp_path, suffix, pack):
+    plain = write_jsonl(tmp_path / "lines.jsonl", ["naïve\n東京 🙂", *make_texts(12)])
+    packed = tmp_path / f"lines.JSONL{suffix}"
+    packed.write_bytes(pack(Path(plain).read_bytes()))
+    first, second = load(plain), load(str(packed))
+    for a, b in zip(take(first.train, 10), take(second.train, 10), strict=True):
+        assert_batches_equal(a, b)
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"cannot read .*lines\.JSONL\.\w+: Compressed file ended"):
+        load(str(packed))
+    packed.write_bytes(b"not packed at all")
+    with pytest.raises(ValueError, match=r"cannot read .*lines\.JSONL"):
+        load(str(packed))
+
+
+def test_a_folder_of_lines(tmp_path):
+    """Plain and compressed ones; lines are named by their own file and number."""
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    for name, text in (("b", "three"), ("c", "four")):
+        line = f'{{"text": "{text}"}}\n'.encode()
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(b"\n" + line))
+    corpus = Corpus(str(tmp_path), text_field="text")
+    assert corpus_texts(tmp_path) == ["one", "two", "three", "four"]
+    names = [corpus.name(i).removeprefix(f"{tmp_path}/") for i in range(4)]
+    assert names == ["a.jsonl:1", "a.jsonl:2", "b.jsonl.gz:2", "c.jsonl.gz:2"]
+
+
+def test_zstandard_without_its_package_is_one_line(tmp_path, monkeypatch):
+    for name in ("compression.zstd", "backports.zstd"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"needs Python 3\.14 or the package backports\.zstd"):
+        load(str(tmp_path / "a.jsonl.zst"))
+
+
+@pytest.mark.parametrize("line_length", [60, 3000])
+def test_one_text_is_split_by_position(tmp_path, line_length):
+    """Its sections are the text again, in order; the held-out ones are its end."""
+    rng = np.random.default_rng(0)
+    characters = rng.choice([*"abc é東"], 40_000)
+    characters[::line_length] = "\n"
+    path = tmp_path / "input.TXT"
+    path.write_text("\ufeff" + "".join(characters), encoding="utf-8")
+    sections = corpus_texts(path)
+    assert "".join(sections) == "".join(characters)
+    assert 32 <= len(sections) <= 65
+    if line_length < 1000:
+        assert all(section.endswith("\n") for section in sections[:-1])
+    data = load(str(path), seq_len=4096, validation_fraction=0.1)
+    held_out = sorted(itertools.chain(*map(pieces_of, data.validation(99))))
+    last = sections[data.train_documents :]
+    assert held_out == sorted((256, *text.encode(), 256) for text in last)
+    assert 0.1 <= len("".join(last).encode()) / data.num_bytes < 0.14
+    assert "sections of one text" in data.describe()
+    assert f"{len(last)} last sections held out" in data.describe()
+
+
+def test_one_text_of_one_line(tmp_path):
+    path = tmp_path / "input.txt"
+    path.write_text("short")
+    with pytest.raises(ValueError, match="text of at least 2 lines, .* got 1; give a longer text"):
+        load(str(path))
+    path.write_text("one\ntwo")
+    assert (load(str(path)).train_documents, load(str(path)).validation_documents) == (1, 1)
 
 
 def test_a_file_that_vanishes_is_named(tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -155,8 +156,8 @@ def test_tokenizer_that_cannot_encode(source, word_tokenizer):
 
 def test_ids_outside_the_vocabulary_name_the_document(tmp_path, monkeypatch):
     class Lying(moda_jax.data.loader.ByteTokenizer):
-        def encode(self, text):
-            return [ord(character) for character in text]
+        def encode_document(self, text):
+            return np.array([256, *map(ord, text), 256], np.uint32)
 
     monkeypatch.setattr(moda_jax.data.loader, "load_tokenizer", lambda *_: Lying())
     data = load(write_folder(tmp_path, ["東", "東京"]), vocab_size=300)
@@ -167,6 +168,19 @@ def test_ids_outside_the_vocabulary_name_the_document(tmp_path, monkeypatch):
         take(data.train, 5)
     with pytest.raises(ValueError, match=message):
         list(data.validation(1))
+
+
+def test_a_long_document_takes_few_bytes_a_token(tmp_path):
+    """Read, encoded and dealt in pieces; as a list of integers it took 20 bytes a token."""
+    long = 10**6
+    source = write_folder(tmp_path, ["a line of text\n" * (long // 15), "b" * long])
+    tracemalloc.start()
+    try:
+        take(load(source, seq_len=256).train, 3)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * long
 
 
 @pytest.mark.parametrize(

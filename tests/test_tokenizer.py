@@ -3,11 +3,12 @@
 import json
 import pathlib
 
+import numpy as np
 import pytest
 import tokenizers
 
 from moda_jax.config import DataConfig
-from moda_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from moda_jax.data.tokenizer import ByteTokenizer, decode_continuation, load_tokenizer
 
 TEXT = "def f(x):\n\treturn x  # naïve, 東京 🙂\r\n"
 
@@ -64,6 +65,23 @@ def test_json_round_trip(save_tokenizer):
     assert tokenizer.encode("") == []
 
 
+@pytest.mark.parametrize("text", [TEXT * 3, ""])
+def test_a_documents_tokens_are_compact(save_tokenizer, text):
+    for tokenizer in (ByteTokenizer(), load_tokenizer(save_tokenizer("<eos>"))):
+        tokens = tokenizer.encode_document(text)
+        assert tokens.dtype == np.uint16
+        assert tokens.tolist() == [tokenizer.eos_id, *tokenizer.encode(text), tokenizer.eos_id]
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(65535, np.uint16), (65536, np.uint32)])
+def test_the_type_of_tokens_holds_every_id(tmp_path, largest, dtype):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "last": largest}))
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokens = load_tokenizer(str(tmp_path / "tokenizer.json")).encode_document("last")
+    assert (tokens.dtype, tokens.tolist()) == (dtype, [0, largest, 0])
+
+
 @pytest.mark.parametrize(
     "special_tokens",
     [
@@ -107,6 +125,26 @@ def test_settings_of_the_file_that_would_change_documents_are_off(save_tokenizer
     ids = tokenizer.encode(TEXT * 5)
     assert tokenizer.decode(ids) == TEXT * 5
     assert not {0, 1} & set(ids)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_continuation_keeps_its_first_space(tmp_path, scheme):
+    """Decoded alone, as SentencePiece's, it would lose it."""
+    vocab = {"</s>": 0, "▁def": 1, "▁main": 2, "▁": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    prompt = [loaded.eos_id, *loaded.encode("def")]
+    assert decode_continuation(loaded, prompt, loaded.encode(" main")) == " main"
+
+
+def test_a_continuation_completes_a_character():
+    first, last = "é".encode()
+    assert decode_continuation(ByteTokenizer(), [256, 97, first], [last, 98]) == "éb"
+    assert decode_continuation(ByteTokenizer(), [256], [97]) == "a"
 
 
 def test_vocab_size_covers_sparse_ids(tmp_path, save_tokenizer):

@@ -126,7 +126,8 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(config, capsys):
         assert metrics_of(config, name) == metrics_of(whole, name), name
 
 
-def test_a_finished_run_leaves_everything(config, capsys):
+def test_a_finished_run_leaves_everything(config, capsys, monkeypatch):
+    monkeypatch.setattr(trainer, "generate", lambda *_, **__: [list(b"\x1b[2J\r")])
     result = train(config)
     out = capsys.readouterr().out
     for text in (
@@ -153,8 +154,9 @@ def test_a_finished_run_leaves_everything(config, capsys):
     }
     saved = json.loads((result.directory / "config.json").read_text())
     assert saved == to_json(config)
-    assert result.sample == (result.directory / "sample.txt").read_text()[:-1]
-    assert result.sample.startswith("def ")
+    assert (result.directory / "sample.txt").read_bytes() == f"{result.sample}\n".encode()
+    assert result.sample == "def \x1b[2J\r"
+    assert "sample:\ndef \\x1b[2J\\r\n" in out
     assert list(metrics_of(config, "loss")) == [1, 2, 3, 4, 5, 6]
     assert list(metrics_of(config, "validation_perplexity")) == [4, 6]
     assert result.validation_perplexity == pytest.approx(np.exp(result.validation_loss))
@@ -187,15 +189,20 @@ def test_a_reached_run_says_so_and_still_has_its_outputs(config, capsys):
 def test_a_signal_just_before_a_validation_does_not_lose_it(config):
     whole = renamed(config, "whole")
     train(whole)
-    assert train(config, on_step=History(stop_at=3)).step == 4  # a validation is due there
+    profiled = dataclasses.replace(config, profile=3)
+    result = train(profiled, on_step=History(stop_at=3))
+    assert result.step == 4  # a validation is due there
+    assert list((result.directory / "profile").rglob("*.xplane.pb"))  # two steps of it never came
     assert not metrics_of(config, "validation_loss")
     train(config)
     for name in ("validation_loss", "depth_attention_mass", "final_validation_loss"):
         assert metrics_of(config, name) == metrics_of(whole, name), name
 
 
-def test_a_trained_model_is_found_again(config):
+def test_a_trained_model_is_found_again(config, caplog):
     result = train(config)
+    caplog.clear()
+    before = sorted(result.directory.rglob("*"))
     found = load_trained(result.directory)
     assert found.step == STEPS
     prompt = [found.tokenizer.eos_id, *found.tokenizer.encode(config.sample_prompt)]
@@ -215,6 +222,8 @@ def test_a_trained_model_is_found_again(config):
         load_trained(result.directory, step=5)
     with pytest.raises(ValueError, match="directory: expected a run's folder .*, got 'nowhere'"):
         load_trained("nowhere")
+    assert not caplog.messages
+    assert sorted(result.directory.rglob("*")) == before
 
 
 def test_more_steps_continue_the_run(config):

@@ -173,7 +173,7 @@ def test_what_to_install_is_said(installed):
     del installed["jax-triton"]
     launch._version_unsupported_reason.cache_clear()
     assert launch.unsupported_reason("gpu") == (
-        'jax-triton is not installed: pip install "moda-jax[triton]"'
+        'jax-triton is not installed: pip install -e ".[triton]"'
     )
 
 
@@ -189,7 +189,7 @@ def test_what_to_install_is_said(installed):
 def test_versions_outside_the_window_are_not_supported(installed, package, version, window):
     installed[package] = version
     assert launch.unsupported_reason("gpu") == (
-        f'works with {package}{window}, this is {version}: pip install "moda-jax[triton]"'
+        f'works with {package}{window}, this is {version}: pip install -e ".[triton]"'
     )
 
 

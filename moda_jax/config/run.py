@@ -11,8 +11,8 @@ class DataConfig:
     """Where the text comes from and how it is cut into rows."""
 
     source: str = "stdlib"
-    """"stdlib" (the Python standard library's source on this machine), a folder of .txt files,
-    or a .jsonl file."""
+    """"stdlib" (the Python standard library's source on this machine), a .txt file (one text, its
+    end held out), a .jsonl file (also .gz, .zst), or a folder of .txt or else .jsonl files."""
     text_field: str = "text"
     """The field of a .jsonl record that holds the document."""
     tokenizer: str = "bytes"
@@ -22,7 +22,7 @@ class DataConfig:
     seq_len: int = 256
     """T: target tokens per row."""
     validation_fraction: float = 0.05
-    """Share of the documents held out, chosen by a hash of their content."""
+    """Share of the documents held out, chosen by a hash of their content; of one text, its end."""
     open_documents: int = 64
     """Documents that are read side by side, so that a long one does not fill whole batches."""
     packing_bins: int = 16
@@ -114,6 +114,8 @@ class Config:
     sample_prompt: str = "def "
     sample_tokens: int = 200
     """Length of the sample generated at the end; 0 generates none."""
+    profile: int = 0
+    """Steps to trace, from the eleventh on, into the run's folder; 0 traces none."""
     wandb: bool = False
     """Also log to Weights & Biases (extra `wandb`; contacts its server)."""
 
@@ -133,7 +135,8 @@ class Config:
         name_ok = self.name not in ("", ".", "..") and "/" not in self.name
         require(self, "name", name_ok, "a folder's name, without '/'")
         require(self, "seed", 0 <= self.seed < 2**32, "0 <= seed < 2**32")
-        require(self, "sample_tokens", self.sample_tokens >= 0, "a number >= 0")
+        for field in ("sample_tokens", "profile"):
+            require(self, field, getattr(self, field) >= 0, "a number >= 0")
         batch_shards = self.mesh.data * self.mesh.fsdp
         parts = self.accumulation_steps * batch_shards
         require(

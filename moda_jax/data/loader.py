@@ -27,7 +27,7 @@ _SAMPLED_CHARACTERS = 1 << 16
 class _TokenSource:
     """Random access to the tokens of chosen documents (grain's RandomAccessDataSource).
 
-    Element i is [eos] + tokens + [eos], int32 [n + 2], of document `indices[i]`.
+    Element i is [eos] + tokens + [eos], unsigned integers [n + 2], of document `indices[i]`.
     """
 
     def __init__(
@@ -43,15 +43,12 @@ class _TokenSource:
 
     def __getitem__(self, index: int) -> np.ndarray:
         document = int(self._indices[index])
-        ids = self._tokenizer.encode(self._corpus[document])
-        tokens = np.full(len(ids) + 2, self._tokenizer.eos_id, np.int32)
-        tokens[1:-1] = ids
+        tokens = self._tokenizer.encode_document(self._corpus[document])
         # JAX clamps or wraps an index outside the embedding silently, so it must not get there.
-        wrong = (tokens < 0) | (tokens >= self._vocab_size)
-        if wrong.any():
+        if (largest := tokens.max()) >= self._vocab_size:
             raise ValueError(
                 f"DataConfig.tokenizer: expected token ids in [0, {self._vocab_size}), got "
-                f"{tokens[wrong][0]} in {self._corpus.name(document)}; raise --model.vocab-size"
+                f"{largest} in {self._corpus.name(document)}; raise --model.vocab-size"
             )
         return tokens
 
@@ -133,16 +130,23 @@ class Data:
     """Targets in one epoch: the tokens of the training documents, each one's end included."""
     tokens_exact: bool
     """False: `train_tokens` is estimated from a sample of the documents."""
+    is_one_text: bool
+    """The documents are sections of one text, the held-out ones its last."""
+    ignored_files: str
+    """How many files of other kinds lie in the source's folder, unread."""
     validation_batches: grain.IterDataset = dataclasses.field(repr=False)
     local_rows: slice = dataclasses.field(repr=False)
 
     def describe(self) -> str:
         """One line for the start screen."""
         about = "" if self.tokens_exact else "about "
+        unit = "sections of one text" if self.is_one_text else "documents"
+        held_out = "last sections" if self.is_one_text else "documents"
+        ignored = f"; files of other kinds, not read: {self.ignored_files}"
         return (
-            f"{self.source}: {self.train_documents:,} documents, {about}{self.train_tokens:,} "
-            f"tokens an epoch; {self.validation_documents:,} documents held out; "
-            f"{self.num_bytes / 1e6:,.1f} MB"
+            f"{self.source}: {self.train_documents:,} {unit}, {about}{self.train_tokens:,} "
+            f"tokens an epoch; {self.validation_documents:,} {held_out} held out; "
+            f"{self.num_bytes / 1e6:,.1f} MB{ignored if self.ignored_files else ''}"
         )
 
     def validation(self, num_batches: int) -> Iterator[Batch]:
@@ -158,12 +162,27 @@ class Data:
             yield {name: array[self.local_rows] for name, array in batch.items()}
 
 
-def _split(digests: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def _split_by_position(corpus: Corpus, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the indices of the first sections, to train on, and of the last ones, held out."""
+    sections = np.arange(len(corpus))
+    ends = np.cumsum(corpus.sizes)
+    first_held_out = int(np.searchsorted(ends, (1 - fraction) * ends[-1], side="right"))
+    first_held_out = min(max(first_held_out, 1), len(sections) - 1)
+    if not first_held_out:
+        raise ValueError(
+            "DataConfig.source: expected a text of at least 2 lines, to hold the last ones out for "
+            "validation, got 1; give a longer text"
+        )
+    return sections[:first_held_out], sections[first_held_out:]
+
+
+def _split(corpus: Corpus, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns the indices of the training and the held-out documents.
 
     A document's part follows from its text alone: it stays when others come, and equal documents
     lie on the same side. If a part would be empty it gets the document with the extreme hash.
     """
+    digests = corpus.digests
     held_out = digests < np.uint64(fraction * 2.0**64)
     if not held_out.any():
         held_out = digests == digests.min()
@@ -241,7 +260,8 @@ def load_data(
     _check_sizes(tokenizer, config.tokenizer, batch_size=batch_size, vocab_size=vocab_size,
                  seed=seed, process_count=process_count)  # fmt: skip
     corpus = Corpus(config.source, text_field=config.text_field)
-    train, validation = _split(corpus.digests, config.validation_fraction)
+    split = _split_by_position if corpus.is_one_text else _split
+    train, validation = split(corpus, config.validation_fraction)
     if len(train) < process_count:
         raise ValueError(
             f"DataConfig.source: expected a training document for each of the {process_count} "
@@ -271,6 +291,8 @@ def load_data(
         num_bytes=int(corpus.sizes.sum()),
         train_tokens=train_tokens,
         tokens_exact=tokens_exact,
+        is_one_text=corpus.is_one_text,
+        ignored_files=corpus.ignored,
         validation_batches=pack(
             grain.MapDataset.source(held_out),
             config,

@@ -18,15 +18,26 @@ Batch = dict[str, np.ndarray]
 Piece = dict[str, np.ndarray]
 
 
-def cut_into_pieces(tokens: np.ndarray, seq_len: int) -> list[Piece]:
-    """[n + 2] tokens -> pieces [<= T, 2] of (input, target) pairs; none for text without tokens.
+class Pieces:
+    """A document's pieces in the order in which they are dealt, made one at a time."""
 
-    Inputs and targets travel as pairs, since packing costs per feature and piece.
-    """
-    if len(tokens) <= 2:
-        return []
-    pairs = np.stack([tokens[:-1], tokens[1:]], axis=1)
-    return [{"pairs": pairs[start : start + seq_len]} for start in range(0, len(pairs), seq_len)]
+    def __init__(self, tokens: np.ndarray, seq_len: int, rng: np.random.Generator) -> None:
+        """From the n + 2 tokens of a document; no pieces for text without tokens."""
+        self._tokens, self._seq_len = tokens, seq_len
+        num_targets = len(tokens) - 1 if len(tokens) > 2 else 0
+        self._order = rng.permutation(-(-num_targets // seq_len))
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Piece:
+        """A piece [<= T, 2] of (input, target) pairs, int32.
+
+        They travel as pairs, since packing costs per feature and piece.
+        """
+        start = int(self._order[index]) * self._seq_len
+        tokens = self._tokens[start : start + self._seq_len + 1].astype(np.int32)
+        return {"pairs": np.stack([tokens[:-1], tokens[1:]], axis=1)}
 
 
 class DealtPieces(grain.IterDataset[Piece]):
@@ -47,11 +58,10 @@ class DealtPieces(grain.IterDataset[Piece]):
     def __iter__(self) -> "_DealtPiecesIterator":
         return _DealtPiecesIterator(self)
 
-    def shuffled_pieces(self, number: int) -> list[Piece]:
+    def shuffled_pieces(self, number: int) -> Pieces:
         """The pieces of document `number` (counted over all epochs), in their order."""
-        pieces = cut_into_pieces(self.documents[number], self._seq_len)
-        order = np.random.default_rng((self._seed, number)).permutation(len(pieces))
-        return [pieces[i] for i in order]
+        rng = np.random.default_rng((self._seed, number))
+        return Pieces(self.documents[number], self._seq_len, rng)
 
 
 class _DealtPiecesIterator(grain.DatasetIterator[Piece]):
@@ -62,7 +72,7 @@ class _DealtPiecesIterator(grain.DatasetIterator[Piece]):
         self._dataset = dataset
         self._next = self._turn = 0
         self._open: list[list[Any]] = []  # [number or None, pieces gone]
-        self._pieces: list[list[Piece]] = []
+        self._pieces: list[Sequence[Piece] | Pieces] = []
         self.set_state({"next": 0, "turn": 0, "open": [[None, 0]] * dataset.open_documents})
 
     def __next__(self) -> Piece:
@@ -82,7 +92,7 @@ class _DealtPiecesIterator(grain.DatasetIterator[Piece]):
     def _is_used_up(self, turn: int) -> bool:
         return self._open[turn][1] == len(self._pieces[turn])
 
-    def _read(self, number: int | None) -> list[Piece]:
+    def _read(self, number: int | None) -> Sequence[Piece] | Pieces:
         return [] if number is None else self._dataset.shuffled_pieces(number)
 
     def get_state(self) -> dict[str, Any]:

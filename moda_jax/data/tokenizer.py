@@ -5,10 +5,12 @@ tokenizers library. Nothing is ever downloaded.
 """
 
 import hashlib
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import tokenizers
 
 # In order of preference: a BERT-like file has both [SEP] and others, GPT-like ones only the first.
@@ -32,6 +34,13 @@ class Tokenizer(Protocol):
         """Returns the token ids of `text`, without any begin or end token."""
         ...
 
+    def encode_document(self, text: str) -> np.ndarray:
+        """Returns eos + `encode(text)` + eos, in the smallest unsigned type that holds every id.
+
+        A long document's ids as Python integers would take 20 times the memory.
+        """
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text; ids that stand for no text are left out."""
         ...
@@ -47,6 +56,13 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """Returns the UTF-8 bytes of `text`, without an end-of-document token."""
         return list(text.encode("utf-8"))
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """Returns eos + `encode(text)` + eos, uint16."""
+        content = text.encode("utf-8")
+        tokens = np.full(len(content) + 2, self.eos_id, np.uint16)
+        tokens[1:-1] = np.frombuffer(content, np.uint8)
+        return tokens
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text; ids that are no bytes are left out, broken UTF-8 becomes U+FFFD.
@@ -96,9 +112,34 @@ class JsonTokenizer:
                 f"{' '.join(str(error).split())}; use a tokenizer that covers the text"
             ) from error
 
+    def encode_document(self, text: str) -> np.ndarray:
+        """Returns eos + `encode(text)` + eos, uint16, or uint32 above 65,536 tokens.
+
+        The text is encoded whole: where it can be cut without changing an id depends on the file's
+        normalizer, pre-tokenizer and model, and no cut is right for all of them. While it encodes,
+        the library takes some 100 bytes for each one of text: cut documents of tens of megabytes.
+        """
+        dtype = np.min_scalar_type(self.vocab_size - 1)
+        ids = self.encode(text)
+        tokens = np.full(len(ids) + 2, self.eos_id, np.promote_types(dtype, np.uint16))
+        tokens[1:-1] = ids
+        return tokens
+
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text; special tokens and unknown ids are left out."""
         return self._tokenizer.decode([i for i in ids if 0 <= i < self.vocab_size])
+
+
+def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text that `tokens` add after `prompt`.
+
+    What a token stands for can depend on those before it: many tokenizers strip the space of the
+    first one, and a character's bytes may be spread over several. So both are decoded together.
+    """
+    before = tokenizer.decode(prompt)
+    whole = tokenizer.decode([*prompt, *tokens])
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
+    return whole[sum(1 for _ in pairs) :]
 
 
 def _parse(path: str, content: bytes) -> tokenizers.Tokenizer:

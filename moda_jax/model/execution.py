@@ -9,9 +9,13 @@ import jax.numpy as jnp
 from moda_jax.config import Config, ExecutionConfig, ModelConfig
 from moda_jax.depth import make_mechanism
 from moda_jax.model.slot_gradients import Choice, choose
+from moda_jax.ops.backends import AttentionChoice
 from moda_jax.ops.history import History
 from moda_jax.ops.sharded_attention import ShardedAttention
 from pallas_kernels import platforms
+
+WARNING = "warning"
+"""What `describe_execution` calls a line that a run's first screen shows in red."""
 
 _MEMORY_SHARE = 0.85
 """Of the device's memory, for what training allocates at once; the rest is workspaces."""
@@ -119,6 +123,8 @@ def device_memory(device: jax.Device) -> int | None:
 def describe_execution(config: Config, resolved: Resolved) -> dict[str, str]:
     """What the first screen says of a training step: attention, and each choice with its reason.
 
+    A run that falls to a slow backend has a line `WARNING`.
+
     Call it under the run's mesh. Raises what the attention call raises, for instance that no
     implementation takes it.
     """
@@ -133,7 +139,7 @@ def describe_execution(config: Config, resolved: Resolved) -> dict[str, str]:
     depth = None
     if layout is not None:
         depth = jax.ShapeDtypeStruct((mechanism.num_entries, *kv_shape), dtype)
-    found: list[tuple[str, Choice | None]] = []
+    found: list[tuple[AttentionChoice, Choice | None]] = []
 
     def trace(query, key, depth, segment_ids):
         call = ShardedAttention.of(
@@ -147,13 +153,15 @@ def describe_execution(config: Config, resolved: Resolved) -> dict[str, str]:
             implementation=None if execution.attention == "auto" else execution.attention,
         )
         choice = choose(layout, execution, call) if mechanism.num_entries else None
-        found.append((str(call.choice()), choice))
+        found.append((call.choice(), choice))
         return query
 
     segments = jax.ShapeDtypeStruct(kv_shape[:2], jnp.int32)
     jax.eval_shape(trace, query, key, depth, segments)
     ((attention, choice),) = found
-    lines = {"attention": attention}
+    lines = {"attention": str(attention)}
+    if attention.is_slow and execution.attention == "auto":
+        lines[WARNING] = _describe_slow(attention)
     how = [
         f"{name.replace('compute_', '')} {getattr(execution, name)}{_because(resolved, name)}"
         for name in ("compute_dtype", "remat")
@@ -162,6 +170,16 @@ def describe_execution(config: Config, resolved: Resolved) -> dict[str, str]:
         way = f"gathered, {choice.block} layers a pass" if choice.gathers else "added"
         how.append(f"slot gradients {way}, {choice.dtype} ({choice.reason})")
     return lines | {"execution": "; ".join(how)}
+
+
+def _describe_slow(attention: AttentionChoice) -> str:
+    reasons = "; ".join(f"{name}: {why}" for name, why in attention.unsupported_reasons.items())
+    old = jax.__version_info__ < (0, 11)
+    remedy = "; JAX 0.11 has the GPU kernels, and needs Python 3.12 or newer" if old else ""
+    return (
+        f"slow: attention falls to {attention.name}, which was not built for "
+        f"{attention.platform} ({reasons}){remedy if attention.platform == 'gpu' else ''}"
+    )
 
 
 def _because(resolved: Resolved, name: str) -> str:

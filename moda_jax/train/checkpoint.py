@@ -172,10 +172,9 @@ def load_trained(
         raise ValueError(
             f"directory: expected a run's folder with checkpoints/ in it, got {str(directory)!r}"
         )
-    # Read only: it must not tidy up what a running training is writing.
-    options = ocp.CheckpointManagerOptions(
-        read_only=True, best_fn=_validation_loss, best_mode="min"
-    )
+    # It must not tidy up what a running training is writing. (`read_only` would do no more than
+    # `create` does for a manager that never saves, and warns of itself.)
+    options = ocp.CheckpointManagerOptions(create=False, best_fn=_validation_loss, best_mode="min")
     with contextlib.closing(ocp.CheckpointManager(folder, options=options)) as manager:
         step = _find_step(manager, step)
         run = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run

@@ -13,14 +13,24 @@ from rich.text import Text
 
 from moda_jax.config import Config, ModelConfig
 from moda_jax.depth import make_mechanism
+from moda_jax.model.execution import WARNING
 from moda_jax.model.flops import count_parameters
+from moda_jax.terminal import discard_output, escape_controls
+
+
+class _Console(rich.console.Console):
+    """Goes on in silence when the reader of its pipe is gone; rich would end the run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        discard_output()
 
 
 class RunConsole:
     """A terminal gets a progress bar; a file or a pipe gets a line every `log_every` steps."""
 
     def __init__(self, *, steps: int, quiet: bool) -> None:
-        self._console = rich.console.Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._console = _Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._steps = steps
         self._started: tuple[int, float] | None = None
         self._rate = ""
@@ -36,8 +46,8 @@ class RunConsole:
         self._task = self._progress.add_task("compiling", total=steps)
 
     def print(self, text: str) -> None:
-        """Prints `text` as it is; brackets in it are no markup."""
-        self._console.print(Text(text))
+        """Prints `text`: brackets in it are no markup, control characters are spelled out."""
+        self._console.print(Text(escape_controls(text)))
 
     def show_start(
         self,
@@ -60,10 +70,12 @@ class RunConsole:
             "outputs": str(directory),
             "start": f"resumed at step {restored_step}" if restored_step else "from scratch",
         }
-        title = f"moda_jax: {config.name}"
+        title = Text(escape_controls(f"moda_jax: {config.name}"), style="table.title")
         table = rich.table.Table(title=title, title_justify="left", show_header=False, box=None)
         for name, value in rows.items():
-            table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
+            style = "bold red" if name == WARNING else ""
+            shown = Text(escape_controls(value), style=style, overflow="fold")
+            table.add_row(Text(name, style="bold"), shown)
         self._console.print(table)
 
     def start_progress(self, step: int) -> None:

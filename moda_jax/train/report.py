@@ -25,32 +25,44 @@ def plot_attention_mass(mass: np.ndarray, slot_labels: Sequence[str], path: Path
     """Draws the mean attention mass, layers by sequence | depth slots (the idea of Fig. 5).
 
     Args:
-        mass: [L, 1 + S], each row summing to 1. A slot that a layer cannot see has mass 0 and stays
-            blank.
+        mass: [L, 1 + S], S > 0, each row summing to 1. A slot that a layer cannot see has mass 0
+            and stays blank.
         slot_labels: one name per slot, of the mechanism.
         path: the .png file.
     """
     num_layers, num_columns = mass.shape
-    has_depth = num_columns > 1
-    widths = [1.0, max(2.0, 0.35 * (num_columns - 1))] if has_depth else [1.0]
-    figure = Figure(
-        figsize=(3 + min(sum(widths), 16), 1.5 + min(0.35 * num_layers + 1, 12)),
-        layout="constrained",
+    width, height = min(0.35 * num_columns, 9) + 4, min(0.35 * num_layers, 6) + 2
+    figure = Figure(figsize=(width, height), layout="constrained")
+    # Every panel and every colour bar has a column of its own, so all are equally high.
+    sequence, sequence_bar, depth, depth_bar = figure.subplots(
+        1, 4, width_ratios=[0.5, 0.2, width - 4, 0.2]
     )
-    panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-    # Separate colour scales: the sequence's mass would leave all slots in one shade.
-    _draw_panel(figure, panels[0], mass[:, :1], ["seq"], vmax=1.0)
-    panels[0].set(ylabel="layer", title="sequence")
-    if has_depth:
-        slots = np.ma.masked_equal(mass[:, 1:], 0.0)
-        _draw_panel(figure, panels[1], slots, slot_labels, vmax=None)
-        panels[1].set(title="depth slots", xlabel="written by layer (a attention, f FFN)")
+    image = sequence.imshow(mass[:, :1], aspect="auto", vmin=0.0, vmax=1.0)
+    figure.colorbar(image, cax=sequence_bar)
+    sequence.set(ylabel="layer", title="sequence", xticks=[])
+    slots = np.ma.masked_equal(mass[:, 1:], 0.0)
+    highest = _usual_highest(slots)
+    image = depth.imshow(slots, aspect="auto", vmin=0.0, vmax=highest)
+    beyond = "max" if slots.max() > highest else "neither"
+    figure.colorbar(image, cax=depth_bar, label="attention mass", extend=beyond)
+    depth.set(title="depth slots (own scale)", xlabel="written by layer (a attention, f FFN)")
+    shown = range(0, len(slot_labels), _label_step(slot_labels))
+    depth.set_xticks(shown, [slot_labels[i] for i in shown], rotation=90, fontsize=8)
+    for panel in (sequence, depth):
+        panel.yaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=120)
 
 
-def _draw_panel(figure, axes, values, labels: Sequence[str], *, vmax: float | None) -> None:
-    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0.0, vmax=vmax)
-    every = -(-len(labels) // 32)  # at most 32 labels fit
-    axes.set_xticks(range(0, len(labels), every), labels[::every], rotation=90, fontsize=7)
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=axes, label="attention mass")
+def _usual_highest(slots: np.ma.MaskedArray) -> float:
+    """The highest mass of all slots but the strongest tenth: one slot must not darken the others.
+
+    The first slots are the only ones that the first layers see. Of fewer than five slots, of all.
+    """
+    by_slot = slots.max(axis=0).filled(0.0)
+    return float(np.percentile(by_slot, 90 if len(by_slot) > 4 else 100, method="lower"))
+
+
+def _label_step(labels: Sequence[str]) -> int:
+    """Every how many slots have a label: whole layers, at most 24 labels."""
+    per_layer = len(labels) // len({label.rstrip("af") for label in labels})
+    return per_layer * -(-len(labels) // (24 * per_layer)) if len(labels) > 24 else 1

@@ -14,17 +14,20 @@ from jax.sharding import Mesh
 
 from moda_jax.config import Config, to_json
 from moda_jax.data.loader import Data, load_data
+from moda_jax.data.tokenizer import decode_continuation
 from moda_jax.depth import make_mechanism
 from moda_jax.model.execution import describe_execution
 from moda_jax.model.generation import generate
 from moda_jax.ops.sharding import batch_sharding, make_mesh
 from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.console import RunConsole
+from moda_jax.train.memory import describe_out_of_memory, is_out_of_memory
 from moda_jax.train.metrics import FINAL, METRICS_FILE, MetricsWriter, read_metrics
 from moda_jax.train.processes import StopSignals, initialize_processes
+from moda_jax.train.profile import ProfiledStep
 from moda_jax.train.report import plot_attention_mass, plot_loss
 from moda_jax.train.throughput import Throughput
-from moda_jax.train.train_step import make_train_functions
+from moda_jax.train.train_step import make_train_functions, resolve
 
 _FINAL_VALIDATION_FACTOR = 4
 _SAMPLE_TEMPERATURE = 0.8
@@ -67,6 +70,7 @@ def train(config: Config, *, on_step: OnStep | None = None) -> TrainResult:
     Raises:
         ValueError: mesh, data or checkpoint do not fit the config; or a loss or gradient is not
             finite (the newest checkpoint is from before).
+        MemoryError: the devices' memory is too small; the message says by how much what would help.
         KeyboardInterrupt: after Ctrl-C, when the checkpoint is complete.
     """
     initialize_processes()
@@ -80,7 +84,13 @@ def train(config: Config, *, on_step: OnStep | None = None) -> TrainResult:
         process_count=jax.process_count(),
     )
     with jax.set_mesh(mesh), contextlib.closing(data.train), contextlib.ExitStack() as cleanup:
-        return _Run(config, mesh, data, on_step, cleanup).run()
+        try:
+            return _Run(config, mesh, data, on_step, cleanup).run()
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            execution = resolve(config, mesh)
+            raise MemoryError(describe_out_of_memory(error, config, mesh, execution)) from error
 
 
 class _Run:
@@ -123,6 +133,15 @@ class _Run:
             directory=self.directory,
             restored_step=self.step,
         )
+
+        self.train_step = ProfiledStep(
+            self.functions.train_step,
+            self.directory / "profile",
+            num_steps=config.profile if self.is_main else 0,
+            steps_left=config.steps - self.step,
+            say=self.console.print,
+        )
+        cleanup.callback(self.train_step.close)
 
     def _restore_or_init(self) -> None:
         restored = self.checkpoints.restore(self.functions.abstract_state, self.config)
@@ -190,7 +209,7 @@ class _Run:
     def _run_steps(self, stop: StopSignals) -> str | None:
         while self.step < self.config.steps:
             batch = self._to_global(next(self.data.train))
-            self.state, metrics = self.functions.train_step(self.state, batch)
+            self.state, metrics = self.train_step(self.state, batch)
             self.step += 1
             # The previous step's numbers are there by now: the device computes while we print.
             self._report_pending()
@@ -311,8 +330,7 @@ class _Run:
         sample = self._sample()
         if self.is_main:
             plot_loss(read_metrics(self.directory / METRICS_FILE), self.directory / "loss.png")
-            labels = self.mechanism.slot_labels()
-            if labels:
+            if labels := self.mechanism.slot_labels():
                 plot_attention_mass(mass, labels, self.directory / "attention_mass.png")
         self.console.print(
             f"finished step {self.step}: validation loss {loss:.4f}, perplexity "
@@ -334,7 +352,7 @@ class _Run:
             stop_tokens=(tokenizer.eos_id,),
             seed=self.config.seed,
         )[0]
-        text = self.config.sample_prompt + tokenizer.decode(new_tokens)
+        text = self.config.sample_prompt + decode_continuation(tokenizer, prompt, new_tokens)
         if self.is_main:
             (self.directory / "sample.txt").write_text(text + "\n", encoding="utf-8")
         self.console.print(f"sample:\n{text}\n")

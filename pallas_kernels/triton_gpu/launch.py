@@ -16,7 +16,7 @@ import numpy as np
 from pallas_kernels import platforms
 from pallas_kernels.triton_gpu import tiles
 
-INSTALL = 'pip install "moda-jax[triton]"'
+INSTALL = 'pip install -e ".[triton]"'
 
 WINDOW = {"triton": ((3, 6), (3, 8)), "jax-triton": ((0, 3, 1), (0, 4)), "jax": ((0, 11), (0, 13))}
 """First version that works, and first one that was not tried; the three move together."""
