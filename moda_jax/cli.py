@@ -13,11 +13,18 @@ from pathlib import Path
 import tyro
 
 from moda_jax.config import DEPTH_CONFIGS, Config
+from moda_jax.train.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DIVERGED,
+    EXIT_FINISHED,
+    EXIT_INTERRUPTED,
+    EXIT_NOT_SAVED,
+    EXIT_STOPPED,
+    RunError,
+)
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
 
-_EXIT_BAD_INPUT = 2  # as argparse and tyro
-_EXIT_INTERRUPTED = 130  # as a shell reports a process ended by SIGINT
 _TRACEBACK_SWITCH = "MODA_JAX_TRACEBACK"
 
 _DESCRIPTION = f"""Trains a language model with Mixture-of-Depths Attention.
@@ -27,6 +34,11 @@ is configs/tiny.py when left out. Every setting below overrides one field of it,
 defaults shown are that file's. --model.depth NAME takes another way of using depth, whose own
 settings are --model.depth.FIELD then: {", ".join(DEPTH_CONFIGS)}.
 A run that was stopped resumes when it is started again; outputs go to <output-dir>/<name>.
+
+SIGTERM, SIGHUP and Ctrl-C save and stop, SIGUSR1 saves and goes on, a second signal ends at once.
+Exit status: {EXIT_FINISHED} finished; {EXIT_STOPPED} stopped by SIGTERM or SIGHUP and
+{EXIT_INTERRUPTED} by Ctrl-C, both saved, and the same command goes on; {EXIT_BAD_INPUT} bad input;
+{EXIT_DIVERGED} diverged; {EXIT_NOT_SAVED} a checkpoint could not be written.
 {_TRACEBACK_SWITCH}=1 shows the traceback of an error."""
 
 
@@ -42,8 +54,8 @@ def _quiet_libtpu() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses `argv` (default: `sys.argv[1:]`) and trains.
 
-    Returns the exit status: 0, 2 after bad input (one line on stderr says what was expected),
-    or 130 after Ctrl-C before training took over the signal. Raises SystemExit after `--help`.
+    Returns the exit status (`moda_jax.train.errors`); after an error one line on stderr says what
+    was expected. Raises SystemExit after `--help`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -52,16 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         from moda_jax.train.trainer import train
 
         _quiet_libtpu()
-        train(config)
+        return EXIT_FINISHED if train(config).finished else EXIT_STOPPED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     except (ValueError, NotImplementedError, OSError) as error:
         if os.environ.get(_TRACEBACK_SWITCH) == "1":
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
-        return _EXIT_BAD_INPUT
-    return 0
+        return error.exit_status if isinstance(error, RunError) else EXIT_BAD_INPUT
 
 
 def parse_config(arguments: Sequence[str]) -> Config:
