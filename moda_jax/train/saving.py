@@ -1,12 +1,21 @@
 """Checkpoints whose failing is one line that says what is left."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.errors import SaveError
+
+
+_LOGGER = logging.getLogger("absl")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the traceback that each of orbax's threads logs before its error is raised."""
+    return record.exc_info is None or "orbax" not in record.pathname
 
 
 class Saver:
@@ -29,6 +38,7 @@ class Saver:
             self._checkpoints.wait()
 
     def __enter__(self) -> "Saver":
+        _LOGGER.addFilter(_is_news)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
@@ -38,6 +48,8 @@ class Saver:
         except SaveError:
             if error is None:  # else one line is enough, and the error's names the checkpoint
                 raise
+        finally:
+            _LOGGER.removeFilter(_is_news)
 
     @contextlib.contextmanager
     def _naming_failures(self) -> Iterator[None]:
