@@ -1,7 +1,8 @@
 """Runs that are killed again and again: `python -m tests.killed_runs CONFIG.py KILLS CACHE`.
 
 Each run is a fork of this process, which imports everything and starts no thread of JAX: a kill
-costs no import. CACHE keeps what JAX compiled. Prints a line of JSON: the signal that ended each run, and how many were saving.
+costs no import. CACHE keeps what JAX compiled. Prints a line of JSON: how each run ended, minus the
+signal's number or 0 for a run that was quicker, and how many were killed in a save.
 """
 
 import json

@@ -9,7 +9,6 @@ from typing import Any
 from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.errors import SaveError
 
-
 _LOGGER = logging.getLogger("absl")
 
 
