@@ -1,5 +1,6 @@
 """Where the numbers of a run go: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases."""
 
+import contextlib
 import errno
 import json
 import math
@@ -83,7 +84,8 @@ class MetricsWriter:
             try:
                 use(mirror)
             except Exception as error:  # whatever their libraries raise
-                del self._mirrors[name]
+                with contextlib.suppress(Exception):
+                    self._mirrors.pop(name).close()
                 reason = " ".join(str(error).split())
                 self._say(
                     f"{name}: failed with {type(error).__name__}: {reason}; the rest of the "
