@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moda_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from moda_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, ResidualConfig
 from moda_jax.ops.sharding import make_mesh
 from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.metrics import METRICS_FILE, read_metrics
@@ -28,8 +28,7 @@ def corpus_fixture(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(name="config")
-def config_fixture(corpus, tmp_path):
+def make_config(corpus: Path, folder: Path) -> Config:
     return Config(
         name="run",
         model=ModelConfig(
@@ -44,7 +43,7 @@ def config_fixture(corpus, tmp_path):
         execution=FLOAT32,
         data=DataConfig(source=str(corpus), seq_len=24, validation_fraction=0.2),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
-        output_dir=str(tmp_path / "runs"),
+        output_dir=str(folder / "runs"),
         steps=STEPS,
         batch_size=8,
         log_every=1,
@@ -53,6 +52,17 @@ def config_fixture(corpus, tmp_path):
         checkpoint_every=4,
         sample_tokens=3,
     )
+
+
+@pytest.fixture(name="config")
+def config_fixture(corpus, tmp_path):
+    return make_config(corpus, tmp_path)
+
+
+def make_small(config: Config) -> Config:
+    """The quickest run that has every part but a sample."""
+    model = dataclasses.replace(config.model, num_layers=1, depth=ResidualConfig())
+    return dataclasses.replace(config, model=model, sample_tokens=0, eval_batches=1)
 
 
 class History:

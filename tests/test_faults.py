@@ -7,16 +7,17 @@ import time
 from pathlib import Path
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moda_jax.config import ResidualConfig
 from moda_jax.data.loader import TrainIterator
 from moda_jax.train import train_step, trainer
 from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.errors import DivergenceError, SaveError
 from moda_jax.train.metrics import METRICS_FILE
+from moda_jax.train.throughput import Throughput
 from moda_jax.train.train_step import make_train_functions
 from moda_jax.train.trainer import train
 from tests.compiled_once import compiled_once  # noqa: F401  (a fixture)
@@ -25,22 +26,21 @@ from tests.runs import (  # noqa: F401  (two are fixtures)
     config_fixture,
     corpus_fixture,
     final_state,
+    make_config,
+    make_small,
     metrics_of,
-    renamed,
 )
 
 
 @pytest.fixture
 def small(config):
-    """The quickest run that has every part but a sample."""
-    model = dataclasses.replace(config.model, num_layers=1, depth=ResidualConfig())
-    return dataclasses.replace(config, model=model, sample_tokens=0, eval_batches=1)
+    return make_small(config)
 
 
-@pytest.fixture
-def whole(small):
-    """The undisturbed run."""
-    undisturbed = renamed(small, "whole")
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """The undisturbed run of `small`."""
+    undisturbed = make_small(make_config(corpus, tmp_path_factory.mktemp("whole")))
     train(undisturbed)
     return undisturbed
 
@@ -178,24 +178,29 @@ def test_no_room_for_a_checkpoint_and_room_made(small, whole, limit_file_size, c
     chex.assert_trees_all_equal(final_state(saving), final_state(whole))
 
 
-@pytest.mark.parametrize("jump", [-3600.0, 0.0, 3600.0])
-def test_clocks_may_jump(small, monkeypatch, jump):
+def test_clocks_may_jump(small, monkeypatch):
+    """By an hour, back and forth."""
     clocks = {name: getattr(time, name) for name in ("time", "monotonic", "perf_counter")}
     offset = 0.0
 
     def move_clocks(step, metrics):
         nonlocal offset
-        offset += jump
+        offset = -3600.0 if step % 2 else 3600.0
 
-    if jump:
-        for name, clock in clocks.items():
-            monkeypatch.setattr(time, name, lambda clock=clock: clock() + offset)
-    else:
-        monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
-    quick = dataclasses.replace(small, steps=3)
-    assert train(quick, on_step=move_clocks).finished
-    rates = metrics_of(quick, "tokens_per_second").values()
+    for name, clock in clocks.items():
+        monkeypatch.setattr(time, name, lambda clock=clock: clock() + offset)
+    assert train(small, on_step=move_clocks).finished
+    rates = metrics_of(small, "tokens_per_second").values()
+    assert rates
     assert all(0 < rate < 1e9 for rate in rates)
+
+
+def test_a_clock_that_stands(monkeypatch, small):
+    monkeypatch.setattr(time, "perf_counter", lambda: 1.0)
+    speed = Throughput(small.model, compute_dtype="float32", seq_len=24, devices=jax.devices()[:1])
+    for _ in range(3):
+        speed.step_done(100.0)
+    assert speed.read() == {}
 
 
 def signal_when_called(owner, name, number, monkeypatch):

@@ -12,13 +12,13 @@ import chex
 import jax
 import pytest
 
-from moda_jax.config import ResidualConfig
 from moda_jax.train.trainer import train
 from tests.compiled_once import compiled_once  # noqa: F401  (a fixture)
 from tests.runs import (  # noqa: F401  (two are fixtures)
     config_fixture,
     corpus_fixture,
     final_state,
+    make_small,
     metrics_of,
 )
 
@@ -27,8 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def small(config):
-    model = dataclasses.replace(config.model, num_layers=1, depth=ResidualConfig())
-    return dataclasses.replace(config, model=model, eval_batches=1)
+    return make_small(config)
 
 
 def write_config(config, folder, more=""):
@@ -40,9 +39,7 @@ def write_config(config, folder, more=""):
 @pytest.mark.slow
 def test_killed_at_any_moment_it_is_bitwise_the_undisturbed_run(small, tmp_path):
     kills = 30
-    killed = dataclasses.replace(
-        small, steps=3 * kills, checkpoint_every=1, eval_every=1000, sample_tokens=0
-    )
+    killed = dataclasses.replace(small, steps=3 * kills, checkpoint_every=1, eval_every=1000)
     cache = jax.config.jax_compilation_cache_dir
     command = [sys.executable, "-m", "tests.killed_runs"]
     command += [write_config(killed, tmp_path), str(kills), str(cache)]
@@ -96,7 +93,7 @@ else:
 def test_a_signal_is_heard_while_the_main_thread_is_busy(
     small, tmp_path, step, signals, status, says
 ):
-    quick = dataclasses.replace(small, steps=4)
+    quick = dataclasses.replace(small, steps=4, sample_tokens=3)
     script = write_config(quick, tmp_path, STUCK.format(step=step))
     command = [sys.executable, "train.py", script]
     environment = os.environ | {
