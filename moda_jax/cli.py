@@ -36,9 +36,9 @@ settings are --model.depth.FIELD then: {", ".join(DEPTH_CONFIGS)}.
 A run that was stopped resumes when it is started again; outputs go to <output-dir>/<name>.
 
 SIGTERM, SIGHUP and Ctrl-C save and stop, SIGUSR1 saves and goes on, a second signal ends at once.
-Exit status: {EXIT_FINISHED} finished; {EXIT_STOPPED} stopped by SIGTERM or SIGHUP and
-{EXIT_INTERRUPTED} by Ctrl-C, both saved, and the same command goes on; {EXIT_BAD_INPUT} bad input;
-{EXIT_DIVERGED} diverged; {EXIT_NOT_SAVED} a checkpoint could not be written.
+Exit status: {EXIT_FINISHED} finished; {EXIT_STOPPED} saved and stopped by SIGTERM or SIGHUP
+({EXIT_INTERRUPTED}: by Ctrl-C), the same command goes on; {EXIT_BAD_INPUT} bad input;
+{EXIT_DIVERGED} diverged; {EXIT_NOT_SAVED} a checkpoint or the metrics could not be written.
 {_TRACEBACK_SWITCH}=1 shows the traceback of an error."""
 
 

@@ -52,7 +52,10 @@ def steps_of(config):
     return steps
 
 
-@pytest.mark.parametrize("eval_every", [1, 100], ids=["validated", "not-validated"])
+@pytest.mark.parametrize(
+    "eval_every",
+    [pytest.param(1, id="validated"), pytest.param(100, id="saved", marks=pytest.mark.slow)],
+)
 def test_a_diverged_state_is_never_saved(small, eval_every):
     """Its parameters are huge, but finite."""
     sane = dataclasses.replace(
@@ -178,6 +181,7 @@ def test_no_room_for_a_checkpoint_and_room_made(small, whole, limit_file_size, c
     chex.assert_trees_all_equal(final_state(saving), final_state(whole))
 
 
+@pytest.mark.slow
 def test_clocks_may_jump(small, monkeypatch):
     """By an hour, back and forth."""
     clocks = {name: getattr(time, name) for name in ("time", "monotonic", "perf_counter")}
@@ -238,6 +242,7 @@ def test_sigusr1_saves_and_the_run_goes_on(small, whole):
     chex.assert_trees_all_equal(final_state(saving), final_state(whole))
 
 
+@pytest.mark.slow
 def test_an_ignored_signal_stays_ignored(small):
     """`nohup` starts a process that ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
