@@ -15,6 +15,16 @@ import tyro
 from moda_jax.config import DEPTH_CONFIGS, Config
 from moda_jax.options import short_help, sort_arguments
 from moda_jax.terminal import discard_output, escape_controls
+from moda_jax.train.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DIVERGED,
+    EXIT_FINISHED,
+    EXIT_INTERRUPTED,
+    EXIT_NOT_SAVED,
+    EXIT_PIPE,
+    EXIT_STOPPED,
+    RunError,
+)
 
 _PACKAGE = Path(__file__).resolve().parent
 _SHIPPED = next(
@@ -24,9 +34,6 @@ _SHIPPED = next(
 )
 DEFAULT_CONFIG = _SHIPPED / "tiny.py"
 
-_EXIT_BAD_INPUT = 2  # as argparse and tyro
-_EXIT_INTERRUPTED = 130  # as a shell reports a process ended by SIGINT
-_EXIT_PIPE = 141  # and by SIGPIPE
 _TRACEBACK_SWITCH = "MODA_JAX_TRACEBACK"
 
 _DESCRIPTION = f"""Trains a language model with Mixture-of-Depths Attention.
@@ -37,6 +44,11 @@ defaults shown are that file's. --model.depth NAME takes another way of using de
 settings are --model.depth.FIELD then; NAME is residual, dense, depth_attention, moda,
 attention_residuals, hyper_connections or mhc. --lr is --optimizer.learning-rate.
 A run that was stopped resumes when it is started again; outputs go to <output-dir>/<name>.
+
+SIGTERM, SIGHUP and Ctrl-C save and stop, SIGUSR1 saves and goes on, a second signal ends at once.
+Exit status: {EXIT_FINISHED} finished; {EXIT_STOPPED} saved and stopped by SIGTERM or SIGHUP
+({EXIT_INTERRUPTED}: by Ctrl-C), the same command goes on; {EXIT_BAD_INPUT} bad input;
+{EXIT_DIVERGED} diverged; {EXIT_NOT_SAVED} a checkpoint or the metrics could not be written.
 {_TRACEBACK_SWITCH}=1 shows the traceback of an error."""
 
 
@@ -56,15 +68,14 @@ def command() -> int:
     given = f", got {' '.join(sys.argv[1:])!r}" if sys.argv[1:] else ""
     usage = "moda-jax train [CONFIG] [--SETTING VALUE ...]; moda-jax train --help"
     print(escape_controls(f"usage: {usage}{given}"), file=sys.stderr)
-    return _EXIT_BAD_INPUT
+    return EXIT_BAD_INPUT
 
 
 def main(argv: Sequence[str] | None = None, *, program: str = "train.py") -> int:
     """Parses `argv` (default: `sys.argv[1:]`) and trains.
 
-    Returns the exit status: 0, 2 after bad input (one line on stderr says what was expected),
-    130 after Ctrl-C before training took over the signal, or 141 if nobody reads the output any
-    more. Raises SystemExit after `--help`.
+    Returns the exit status (`moda_jax.train.errors`); after an error one line on stderr says what
+    was expected. Raises SystemExit after `--help`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -73,20 +84,20 @@ def main(argv: Sequence[str] | None = None, *, program: str = "train.py") -> int
         from moda_jax.train.trainer import train
 
         _quiet_libtpu()
-        train(config)
+        finished = train(config).finished
         sys.stdout.flush()
+        return EXIT_FINISHED if finished else EXIT_STOPPED
     except BrokenPipeError:
         discard_output()
-        return _EXIT_PIPE
+        return EXIT_PIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     except (ValueError, NotImplementedError, OSError, MemoryError) as error:
         if os.environ.get(_TRACEBACK_SWITCH) == "1":
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
-        return _EXIT_BAD_INPUT
-    return 0
+        return error.exit_status if isinstance(error, RunError) else EXIT_BAD_INPUT
 
 
 def parse_config(arguments: Sequence[str], *, program: str = "train.py") -> Config:

@@ -83,6 +83,18 @@ def test_keeps_the_newest_and_the_best(tmp_path, state):
     checkpoints.close()
 
 
+def test_not_a_number_is_never_the_best(tmp_path, state):
+    """Earlier versions saved it."""
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    for step, loss in [(1, 2.0), (2, float("nan")), (3, None)]:
+        save(checkpoints, step, state, loss)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    assert checkpoints.steps == [1, 3]
+    assert checkpoints.best_loss() == 2.0
+    checkpoints.close()
+
+
 def test_saved_state_may_be_donated_at_once(tmp_path, functions):
     state = functions.init()
     expected = jax.tree.map(np.array, state)

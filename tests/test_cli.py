@@ -11,6 +11,7 @@ import pytest
 
 from moda_jax import cli
 from moda_jax.config import Config, DenseConfig, ExecutionConfig, MHCConfig, MoDAConfig
+from moda_jax.train.errors import DivergenceError, SaveError
 
 REPOSITORY = Path(cli.DEFAULT_CONFIG).parent.parent
 
@@ -31,7 +32,12 @@ def train_with(monkeypatch):
 def trained(train_with) -> list[Config]:
     """The configs that `train` was called with."""
     configs: list[Config] = []
-    train_with(configs.append)
+
+    def train(config: Config) -> types.SimpleNamespace:
+        configs.append(config)
+        return types.SimpleNamespace(finished=True)
+
+    train_with(train)
     return configs
 
 
@@ -232,6 +238,24 @@ def test_errors_of_setting_up_a_run_are_one_line(error, train_with, capsys, monk
     monkeypatch.setenv("MODA_JAX_TRACEBACK", "1")
     with pytest.raises(type(error)):
         cli.main([])
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(DivergenceError("loss is nan"), 3), (SaveError("disk full"), 74), (ValueError("bad"), 2)],
+)
+def test_exit_statuses_of_runs_that_fail(error, status, train_with):
+    def fail(config: Config) -> None:
+        raise error
+
+    train_with(fail)
+    assert cli.main([]) == status
+
+
+@pytest.mark.parametrize(("finished", "status"), [(True, 0), (False, 75)])
+def test_exit_statuses_of_runs_that_end(finished, status, train_with):
+    train_with(lambda config: types.SimpleNamespace(finished=finished))
+    assert cli.main([]) == status
 
 
 def test_errors_of_the_program_keep_their_traceback(train_with):

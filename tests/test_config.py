@@ -101,6 +101,8 @@ def test_choices(cls, field):
         (Config, "name", ("", ".", "..", "a/b")),
         (Config, "seed", (2**32,)),
         (Config, "steps", (0,)),
+        (Config, "max_skipped_steps", (-1,)),
+        (Config, "sample_prompt", ("caf\udce9",)),  # an argument that is not UTF-8
         (Config, "model", ({"num_layers": 2}, None)),
     ],
 )

@@ -1,5 +1,6 @@
-"""What reaches the terminal."""
+"""What reaches the terminal, and output that cannot: it ends no run."""
 
+import errno
 import io
 import os
 import re
@@ -67,3 +68,23 @@ def test_a_run_goes_on_when_nobody_reads_its_output():
 @pytest.mark.parametrize("text", ["def f(x):\n\treturn 'ü'", "👩‍🔬 \u00a0"])
 def test_text_stays(text):
     assert escape_controls(text) == text
+
+
+def test_characters_that_the_terminal_cannot_encode_are_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    RunConsole(steps=1, quiet=False).print("sample: 東京 \ud800")
+    assert written.getvalue() == rb"sample: \u6771\u4eac \ud800" + b"\n"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_output_that_nobody_reads_is_said_once(monkeypatch, capfd, code):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    console = RunConsole(steps=1, quiet=False)
+    for _ in range(2):
+        console.print("a line")
+    assert capfd.readouterr().err.count("output stops here, the run goes on") == 1

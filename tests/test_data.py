@@ -218,3 +218,14 @@ def test_a_script_that_never_closes_its_data_exits_silently(source):
     command = [sys.executable, "-W", "error", "-c", code, source]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_held_out_documents_without_tokens(tmp_path):
+    """Said at the start, not at the first validation."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    tokenizer.add_special_tokens(["<eos>"])
+    path = tmp_path / "a.json"
+    tokenizer.save(str(path))
+    texts = ["a" * n for n in (4, 8, 11)] + ["b" * 19]  # which has the smallest hash
+    with pytest.raises(ValueError, match="expected tokens in the documents held out .* none in 1;"):
+        load(write_folder(tmp_path / "c", texts), tokenizer=str(path), validation_fraction=1e-9)

@@ -1,11 +1,14 @@
 """metrics.jsonl across kills and resumes, TensorBoard, Weights & Biases missing and there."""
 
 import json
+import math
+import resource
 import sys
 import types
 
 import pytest
 
+from moda_jax.train import metrics
 from moda_jax.train.metrics import METRICS_FILE, MetricsWriter, read_metrics
 
 CONFIG = {"name": "run"}
@@ -89,3 +92,39 @@ def test_wandb_gets_the_metrics_and_the_same_run_again(tmp_path, monkeypatch):
         writer.close()
     assert calls == [(1, {"loss": 0.5}), "finish", (2, {"loss": 0.5}), "finish"]
     assert ids[0] == ids[1]
+
+
+def test_not_a_number_is_left_out(tmp_path):
+    writer = open_writer(tmp_path)
+    writer.write(1, {"loss": math.nan, "grad_norm": math.inf, "skipped_steps": 1.0})
+    writer.close()
+    assert (tmp_path / METRICS_FILE).read_text() == '{"step": 1, "skipped_steps": 1.0}\n'
+
+
+def test_a_failing_tensorboard_is_said_once_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    def fail(self, step, metrics):
+        raise OSError("no\nspace")
+
+    monkeypatch.setattr(metrics._TensorBoard, "write", fail)
+    write(tmp_path, [1, 2])
+    assert [record["step"] for record in read_metrics(tmp_path / METRICS_FILE)] == [1, 2]
+    out = capsys.readouterr().out
+    assert out.startswith("TensorBoard: failed with OSError: no space; ")
+    assert out.count("\n") == 1
+
+
+def test_no_room_for_a_line_and_room_made(tmp_path):
+    write(tmp_path, [1, 2])
+    path = tmp_path / METRICS_FILE
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = open_writer(tmp_path, restored_step=2)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+        with pytest.raises(OSError):  # noqa: PT011  (a full disk and this limit differ in the number)
+            writer.write(3, {"loss": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    writer.close()
+    assert path.read_text().endswith('{"step": 3')  # cut off, as by a full disk
+    write(tmp_path, [3], restored_step=2)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]

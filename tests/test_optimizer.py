@@ -2,13 +2,20 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from moda_jax.config import OptimizerConfig
-from moda_jax.train.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from moda_jax.train.optimizer import (
+    decay_mask,
+    learning_rate_schedule,
+    make_optimizer,
+    num_updates,
+)
 
 CONFIG = OptimizerConfig(learning_rate=2e-3, final_fraction=0.1, warmup_steps=10)
 
@@ -90,3 +97,34 @@ def test_updates_are_adamw_with_clipping():
         gradients = [np.array(g[index]) for g in clipped]
         expected = adamw_by_hand(gradients, np.array(start), config, rates, decay)
         np.testing.assert_allclose(params[name], expected, rtol=1e-6)
+
+
+def test_good_steps_are_bitwise_optax_and_a_bad_one_changes_no_moment():
+    ours, schedule = make_optimizer(CONFIG, steps=50)
+    theirs = optax.chain(
+        optax.clip_by_global_norm(CONFIG.clip_norm),
+        optax.adamw(
+            schedule,
+            b1=CONFIG.beta1,
+            b2=CONFIG.beta2,
+            eps=CONFIG.eps,
+            weight_decay=CONFIG.weight_decay,
+            mask=decay_mask,
+        ),
+    )
+    rng = np.random.default_rng(0)
+    params = {"embedding": jnp.ones((3, 5)), "head": jnp.ones(7)}
+    state = theirs.init(params)
+    chex.assert_trees_all_equal(ours.init(params), state)
+    update = jax.jit(ours.update)
+    expected_update = jax.jit(theirs.update)
+    for _ in range(4):
+        gradients = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
+        expected = expected_update(gradients, state, params)
+        updates, after = update(gradients, state, params, is_good=True)
+        chex.assert_trees_all_equal((updates, after), expected)
+        _, skipped = update(jax.tree.map(lambda g: g * np.nan, gradients), state, params,
+                            is_good=False)  # fmt: skip
+        chex.assert_trees_all_equal(skipped[1][0], state[1][0])
+        assert int(num_updates(after)) == int(num_updates(skipped)) + 1
+        state = after

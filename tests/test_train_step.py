@@ -222,3 +222,27 @@ def test_the_heads_gradient_crosses_the_links_once(monkeypatch):
 
     head = 4 * CONFIG.model.vocab_size * CONFIG.model.embed_dim
     assert collective_bytes(1) < collective_bytes(SEQ_LEN) + head
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(single_device):
+    """And it takes no memory beside the state: that is worked on in place."""
+    _, _, functions = single_device
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        good, _ = functions.train_step(functions.init(), make_batch(0))
+        poisoned = jax.tree.map(jnp.copy, good)
+        leaf = jax.tree.leaves(poisoned.params)[0]
+        poisoned = jax.tree.map(lambda x: x.at[0].set(jnp.nan) if x.shape == leaf.shape else x,
+                                poisoned)  # fmt: skip
+        assert functions.is_finite(good)
+        assert not functions.is_finite(poisoned)
+        before = jax.tree.map(np.array, poisoned)
+        after, metrics = functions.train_step(poisoned, make_batch(1))
+        assert float(metrics["skipped_steps"]) == 1
+        after, metrics = functions.train_step(after, make_batch(2))
+    assert np.isnan(metrics["loss"])
+    assert float(metrics["skipped_steps"]) == 2
+    assert int(after.step) == 3
+    chex.assert_trees_all_equal(after.params, before.params)
+    adam = next(s for s in jax.tree.leaves(after.optimizer, is_leaf=_is_adam) if _is_adam(s))
+    old = next(s for s in jax.tree.leaves(before.optimizer, is_leaf=_is_adam) if _is_adam(s))
+    chex.assert_trees_all_equal(adam, old)

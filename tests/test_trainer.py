@@ -15,93 +15,27 @@ import pytest
 from moda_jax import generate, load_trained
 from moda_jax.config import (
     AttentionResidualsConfig,
-    Config,
-    DataConfig,
     MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
     to_json,
 )
 from moda_jax.ops.sharding import make_mesh
 from moda_jax.train import trainer
-from moda_jax.train.checkpoint import Checkpoints
-from moda_jax.train.metrics import METRICS_FILE, read_metrics
+from moda_jax.train.errors import EXIT_STOPPED, DivergenceError
 from moda_jax.train.train_step import make_train_functions
 from moda_jax.train.trainer import train
 from tests.compiled_once import compiled_once  # noqa: F401  (a fixture)
-from tests.models import FLOAT32
+from tests.runs import (  # noqa: F401  (two are fixtures)
+    STEPS,
+    History,
+    config_fixture,
+    corpus_fixture,
+    final_state,
+    metrics_of,
+    renamed,
+)
 from tests.tolerances import REORDERED_RUN
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """A folder of a few texts of very different lengths."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    for i in range(24):
-        words = rng.choice(["one", "two", "three", "four"], size=int(rng.integers(1, 120)))
-        (folder / f"{i}.txt").write_text(f"{i} " + " ".join(words))
-    return folder
-
-
-@pytest.fixture
-def config(corpus, tmp_path):
-    return Config(
-        name="run",
-        model=ModelConfig(
-            vocab_size=264,
-            num_layers=3,
-            embed_dim=16,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=4,
-            mlp_dim=24,
-        ),
-        execution=FLOAT32,
-        data=DataConfig(source=str(corpus), seq_len=24, validation_fraction=0.2),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
-        output_dir=str(tmp_path / "runs"),
-        steps=STEPS,
-        batch_size=8,
-        log_every=1,
-        eval_every=4,
-        eval_batches=2,
-        checkpoint_every=4,
-        sample_tokens=3,
-    )
-
-
-class History:
-    """Every step's loss and gradient norm; sends a signal when step `stop_at` is reported."""
-
-    def __init__(self, *, stop_at: int | None = None, number: int = signal.SIGTERM) -> None:
-        self.steps: dict[int, tuple[float, float]] = {}
-        self._stop_at, self._number = stop_at, number
-
-    def __call__(self, step, metrics):
-        self.steps[step] = (metrics["loss"], metrics["grad_norm"])
-        if step == self._stop_at:
-            signal.raise_signal(self._number)
-
-
-def final_state(config):
-    abstract = make_train_functions(config, make_mesh(config.mesh)).abstract_state
-    checkpoints = Checkpoints(Path(config.output_dir, config.name, "checkpoints"), keep_last=2)
-    restored = checkpoints.restore(abstract, config)
-    checkpoints.close()
-    return restored.state, restored.data
-
-
-def metrics_of(config, name):
-    records = read_metrics(Path(config.output_dir, config.name, METRICS_FILE))
-    return {record["step"]: record[name] for record in records if name in record}
-
-
-def renamed(config, name):
-    return dataclasses.replace(config, name=name)
 
 
 def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(config, capsys):
@@ -270,9 +204,9 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(config, nam
         return functions._replace(train_step=train_step)
 
     monkeypatch.setattr(trainer, "make_train_functions", make_diverging)
-    expected = f"{name} is nan at step 5: training diverged and was stopped, the newest checkpoint "
-    with pytest.raises(ValueError, match=expected + "is of step 4") as caught:
-        train(dataclasses.replace(config, checkpoint_every=1))
+    expected = f"{name} is nan at step 5, .*: training diverged and was stopped, the newest "
+    with pytest.raises(DivergenceError, match=expected + "checkpoint is of step 4") as caught:
+        train(dataclasses.replace(config, checkpoint_every=1, max_skipped_steps=0))
     assert "\n" not in str(caught.value)
     assert int(final_state(config)[0].step) == 4
 
@@ -320,7 +254,7 @@ def test_real_sigterm(config, tmp_path):
             seen += line
         process.send_signal(signal.SIGTERM)
         process.stdout.read()
-        assert process.wait() == 0
+        assert process.wait() == EXIT_STOPPED
     assert train(config).finished
     chex.assert_trees_all_equal(final_state(config), final_state(whole))
     assert metrics_of(config, "loss") == metrics_of(whole, "loss")

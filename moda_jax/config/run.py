@@ -98,6 +98,9 @@ class Config:
     seed: int = 0
     steps: int = 1000
     """Optimizer steps in all; a resumed run continues up to this number."""
+    max_skipped_steps: int = 3
+    """Steps in a row that may be skipped because loss or gradient is not finite; one more ends the
+    run as diverged. Counted since the run was started or resumed."""
     batch_size: int = 16
     """Rows per optimizer step, over all devices and accumulation steps."""
     accumulation_steps: int = 1
@@ -135,8 +138,11 @@ class Config:
         name_ok = self.name not in ("", ".", "..") and "/" not in self.name
         require(self, "name", name_ok, "a folder's name, without '/'")
         require(self, "seed", 0 <= self.seed < 2**32, "0 <= seed < 2**32")
-        for field in ("sample_tokens", "profile"):
+        for field in ("sample_tokens", "max_skipped_steps", "profile"):
             require(self, field, getattr(self, field) >= 0, "a number >= 0")
+        # What the command line cannot decode arrives as lone surrogates.
+        prompt_ok = not any("\ud800" <= character <= "\udfff" for character in self.sample_prompt)
+        require(self, "sample_prompt", prompt_ok, "a text that UTF-8 can encode")
         batch_shards = self.mesh.data * self.mesh.fsdp
         parts = self.accumulation_steps * batch_shards
         require(

@@ -282,7 +282,7 @@ def load_data(
     }
     local_train = _TokenSource(corpus, train[process_index::process_count], tokenizer, vocab_size)
     held_out = _TokenSource(corpus, validation, tokenizer, vocab_size)
-    return Data(
+    data = Data(
         tokenizer=tokenizer,
         train=TrainIterator(_train_batches(local_train, config, rows, seed), identity),
         source=config.source,
@@ -302,3 +302,10 @@ def load_data(
         ),
         local_rows=slice(process_index * rows, (process_index + 1) * rows),
     )
+    if next(data.validation(1), None) is None:
+        data.train.close()
+        raise ValueError(
+            f"DataConfig.source: expected tokens in the documents held out for validation, got "
+            f"none in {len(validation)}; add documents or raise --data.validation-fraction"
+        )
+    return data

@@ -215,7 +215,8 @@ def _loss_of(manager: ocp.CheckpointManager, step: int) -> float:
 
 
 def _validation_loss(metrics: Mapping[str, float]) -> float:
-    return float(metrics[_METRIC])
+    loss = float(metrics[_METRIC])
+    return loss if math.isfinite(loss) else math.inf  # NaN has no rank
 
 
 def _check_model(saved: Mapping[str, Any], config: Config, directory: Path) -> None:

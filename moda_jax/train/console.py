@@ -1,7 +1,9 @@
 """What a run prints: the start screen, a progress bar or plain lines, and the sample."""
 
+import contextlib
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -9,6 +11,7 @@ import rich.console
 import rich.progress
 import rich.table
 from jax.sharding import Mesh
+from rich.segment import Segment
 from rich.text import Text
 
 from moda_jax.config import Config, ModelConfig
@@ -16,14 +19,6 @@ from moda_jax.depth import make_mechanism
 from moda_jax.model.execution import WARNING
 from moda_jax.model.flops import count_parameters
 from moda_jax.terminal import discard_output, escape_controls
-
-
-class _Console(rich.console.Console):
-    """Goes on in silence when the reader of its pipe is gone; rich would end the run."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        discard_output()
 
 
 class RunConsole:
@@ -47,7 +42,7 @@ class RunConsole:
 
     def print(self, text: str) -> None:
         """Prints `text`: brackets in it are no markup, control characters are spelled out."""
-        self._console.print(Text(escape_controls(text)))
+        self._console.show(Text(escape_controls(text)))
 
     def show_start(
         self,
@@ -76,14 +71,16 @@ class RunConsole:
             style = "bold red" if name == WARNING else ""
             shown = Text(escape_controls(value), style=style, overflow="fold")
             table.add_row(Text(name, style="bold"), shown)
-        self._console.print(table)
+        self._console.show(table)
 
     def start_progress(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
-        self._progress.start()
+        with self._console.never_failing():
+            self._progress.start()
 
     def stop_progress(self) -> None:
-        self._progress.stop()
+        with self._console.never_failing():
+            self._progress.stop()
 
     def step_done(self, step: int, loss: float) -> None:
         """Moves the bar; the first step's time, mostly compilation, is left out of the ETA."""
@@ -108,9 +105,49 @@ class RunConsole:
         if self._started is None or step <= self._started[0]:
             return "-"
         first, since = self._started
-        seconds = (time.perf_counter() - since) / (step - first) * (self._steps - step)
+        passed = max(time.perf_counter() - since, 0.0)
+        seconds = passed / (step - first) * (self._steps - step)
         minutes, seconds = divmod(round(seconds), 60)
         return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+class _Console(rich.console.Console):
+    """A console whose failing never ends a run: results matter more than what is said of them.
+
+    Characters that the terminal cannot encode are escaped. Where nobody reads any more it falls
+    silent: after a closed pipe without a word, else (a full disk, a terminal that is gone) with one
+    line on standard error.
+    """
+
+    def show(self, renderable: rich.console.RenderableType) -> None:
+        with self.never_failing():
+            self.print(renderable)
+
+    @contextlib.contextmanager
+    def never_failing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: a closed file
+            self._fall_silent(error)
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        text = super()._render_buffer(buffer)
+        return text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+
+    def on_broken_pipe(self) -> None:
+        self._fall_silent(BrokenPipeError("nobody reads the output"))
+
+    def _fall_silent(self, error: Exception) -> None:
+        if self.quiet:
+            return
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):
+            if not isinstance(error, BrokenPipeError):
+                print(f"output stops here, the run goes on: {error}", file=sys.stderr)
+        if self.file is sys.stdout:
+            # Python writes what is left in the buffer when it ends, and would fail again.
+            with contextlib.suppress(OSError, ValueError):
+                discard_output()
 
 
 def _describe_model(model: ModelConfig) -> str:

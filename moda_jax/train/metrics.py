@@ -1,17 +1,24 @@
 """Where the numbers of a run go: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases."""
 
+import contextlib
+import errno
 import json
+import math
 import os
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 METRICS_FILE = "metrics.jsonl"
 FINAL = "final_"
 """Prefix of the metrics that belong to the end of a run."""
+_FLUSH_SECONDS = 10.0
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -35,34 +42,90 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, directory: Path, *, restored_step: int, config: Mapping[str, Any], wandb: bool
+        self,
+        directory: Path,
+        *,
+        restored_step: int,
+        config: Mapping[str, Any],
+        wandb: bool,
+        say: Callable[[str], None] = print,
     ) -> None:
-        self._wandb = _start_wandb(directory, config) if wandb else None
+        """`say` gets a line when TensorBoard or W&B fail, which ends no run."""
+        self._say = say
+        self._mirrors: dict[str, _Mirror] = {}
+        if wandb:
+            self._mirrors["Weights & Biases"] = _Wandb(directory, config)
         path = directory / METRICS_FILE
         kept = [record for record in read_metrics(path) if _stays(record, restored_step)]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(temporary, path)  # a kill leaves the old file or the new one
-        self._file = path.open("a")
-        # TensorBoard itself hides what earlier files hold from this step on.
-        self._tensorboard = SummaryWriter(
-            str(directory / "tensorboard"), purge_step=restored_step + 1
-        )
+        # Without a buffer: nothing is left that could fail when the file is closed.
+        self._file = path.open("ab", buffering=0)
+        self._mirrors["TensorBoard"] = _TensorBoard(directory / "tensorboard", restored_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one line of metrics; a reader sees it at once."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(dict(metrics), step=step)
+        """Writes one line of the finite metrics (JSON has no NaN); a reader sees it at once.
+
+        Raises OSError if metrics.jsonl cannot be written.
+        """
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        line = json.dumps({"step": step, **metrics}).encode() + b"\n"
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._mirror(lambda mirror: mirror.write(step, metrics))
 
     def close(self) -> None:
         self._file.close()
-        self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._mirror(lambda mirror: mirror.close())
+
+    def _mirror(self, use: Callable[["_Mirror"], None]) -> None:
+        for name, mirror in list(self._mirrors.items()):
+            try:
+                use(mirror)
+            except Exception as error:  # whatever their libraries raise
+                with contextlib.suppress(Exception):
+                    self._mirrors.pop(name).close()
+                reason = " ".join(str(error).split())
+                self._say(
+                    f"{name}: failed with {type(error).__name__}: {reason}; the rest of the "
+                    f"metrics goes to {METRICS_FILE} only"
+                )
+
+
+class _Mirror(Protocol):
+    """Another place for the same metrics."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    """An event file that is written by the thread that calls.
+
+    tensorboardX's SummaryWriter writes in a thread; when the disk is full the thread dies and the
+    next `add_scalar` waits for it forever.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        """TensorBoard itself hides what earlier files hold from `purge_step` on."""
+        folder.mkdir(exist_ok=True)
+        self._flushed = time.monotonic()
+        self._events = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.SessionStatus.START)
+        self._events.write_event(Event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            summary = scalar(name, value)
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._events.flush()  # and fsync, which is slow on some disks
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 def _stays(record: Mapping[str, float], restored_step: int) -> bool:
@@ -70,8 +133,20 @@ def _stays(record: Mapping[str, float], restored_step: int) -> bool:
     return record["step"] <= restored_step and not is_final
 
 
-def _start_wandb(directory: Path, config: Mapping[str, Any]) -> Any:
+class _Wandb:
     """The run's Weights & Biases counterpart, found again by an id kept in `directory`."""
+
+    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+        self._run = _start_wandb(directory, config)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _start_wandb(directory: Path, config: Mapping[str, Any]) -> Any:
     try:
         import wandb
     except ImportError as error:

@@ -45,7 +45,7 @@ class Throughput:
     def step_done(self, tokens: float) -> None:
         """Counts a step that has just ended; the first one after a pause only starts the clock."""
         now = time.perf_counter()
-        if self._last is not None:
+        if self._last is not None and now > self._last:  # a suspended machine's clock may stand
             self._tokens += tokens
             self._seconds += now - self._last
         self._last = now

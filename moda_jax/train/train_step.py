@@ -16,7 +16,7 @@ from moda_jax.model.flops import count_parameters
 from moda_jax.model.transformer import Transformer
 from moda_jax.ops.sharding import batch_sharding, constrain, state_shardings
 from moda_jax.train.losses import next_token_loss
-from moda_jax.train.optimizer import make_optimizer
+from moda_jax.train.optimizer import make_optimizer, num_updates
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
     """All that an optimizer step changes; its arrays are donated to the step."""
 
     step: jax.Array
-    """int32 scalar, optimizer steps done."""
+    """int32 scalar, steps done: batches seen, those of skipped steps included."""
     params: nnx.State
     """float32 parameters."""
     optimizer: Any
@@ -46,11 +46,16 @@ class TrainFunctions(NamedTuple):
     init: Callable[[], TrainState]
     """A fresh state from `config.seed`, each part computed on the device that keeps it."""
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    """Batch of global int32 arrays [B, T]; metrics are float32 scalars, replicated."""
+    """Batch of global int32 arrays [B, T]; metrics are float32 scalars, replicated.
+
+    A loss or gradient norm that is not finite leaves parameters and moments as they are.
+    """
     eval_step: Callable[[nnx.State, Batch], Metrics]
     """Sums over a batch: "cross_entropy" and "targets"."""
     attention_mass: Callable[[nnx.State, Batch], jax.Array]
     """Mean attention mass [L, 1 + S] on the sequence | each depth slot."""
+    is_finite: Callable[[TrainState], jax.Array]
+    """Whether every parameter and optimizer moment is."""
 
 
 def make_train_functions(config: Config, mesh: Mesh) -> TrainFunctions:
@@ -90,6 +95,7 @@ def make_train_functions(config: Config, mesh: Mesh) -> TrainFunctions:
         ),
         eval_step=jax.jit(functools.partial(_eval_step, graphdef), **reads),
         attention_mass=jax.jit(functools.partial(_attention_mass, graphdef), **reads),
+        is_finite=jax.jit(_is_finite, in_shardings=(shardings,), out_shardings=replicated),
     )
 
 
@@ -125,7 +131,7 @@ def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.
 
 def _train_step(
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     config: Config,
     state: TrainState,
@@ -138,15 +144,21 @@ def _train_step(
     # A step without any target has zero sums, so its loss and gradient are 0, not 0/0.
     targets = jnp.maximum(sums["targets"], 1.0)
     gradients = jax.tree.map(lambda gradient: gradient / targets, gradients)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+    loss_value, grad_norm = sums["cross_entropy"] / targets, optax.tree.norm(gradients)
+    is_good = jnp.isfinite(loss_value) & jnp.isfinite(grad_norm)
+    updates, optimizer_state = optimizer.update(
+        gradients, state.optimizer, state.params, is_good=is_good
+    )
+    updated = optax.apply_updates(state.params, updates)
+    params = jax.tree.map(functools.partial(jnp.where, is_good), updated, state.params)
     metrics = {
-        "loss": sums["cross_entropy"] / targets,
+        "loss": loss_value,
         "z_loss": z_loss * sums["z"] / targets,
-        "grad_norm": optax.tree.norm(gradients),
+        "grad_norm": grad_norm,
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         "targets": sums["targets"],
+        "skipped_steps": (state.step + 1 - num_updates(optimizer_state)).astype(jnp.float32),
     }
-    params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, optimizer_state), metrics
 
 
@@ -166,6 +178,10 @@ def _attention_mass(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> 
     return model.attention_mass(
         batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"]
     )
+
+
+def _is_finite(state: TrainState) -> jax.Array:
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]))
 
 
 def _sum_gradients(

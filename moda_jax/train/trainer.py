@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -21,17 +22,21 @@ from moda_jax.model.generation import generate
 from moda_jax.ops.sharding import batch_sharding, make_mesh
 from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.console import RunConsole
+from moda_jax.train.divergence import SkippedSteps, divergence
+from moda_jax.train.errors import DivergenceError, SaveError
 from moda_jax.train.memory import describe_out_of_memory, is_out_of_memory
 from moda_jax.train.metrics import FINAL, METRICS_FILE, MetricsWriter, read_metrics
-from moda_jax.train.processes import StopSignals, initialize_processes
+from moda_jax.train.processes import SAVE, RunSignals, initialize_processes
 from moda_jax.train.profile import ProfiledStep
 from moda_jax.train.report import plot_attention_mass, plot_loss
+from moda_jax.train.saving import Saver
 from moda_jax.train.throughput import Throughput
 from moda_jax.train.train_step import make_train_functions, resolve
 
 _FINAL_VALIDATION_FACTOR = 4
 _SAMPLE_TEMPERATURE = 0.8
 OnStep = Callable[[int, Mapping[str, float]], None]
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,11 +49,11 @@ class TrainResult:
     step: int
     """Optimizer steps done."""
     finished: bool
-    """False: stopped by SIGTERM before `config.steps`; the same call goes on."""
+    """False: stopped by SIGTERM or SIGHUP before `config.steps`; the same call goes on."""
     validation_loss: float | None
     """Nats per token of the last validation over more batches; None unless finished."""
     sample: str | None
-    """Generated text, its prompt included; None unless finished and asked for."""
+    """Generated text, its prompt included; None unless finished, asked for and not failed."""
 
     @property
     def validation_perplexity(self) -> float | None:
@@ -60,37 +65,48 @@ def train(config: Config, *, on_step: OnStep | None = None) -> TrainResult:
 
     A run that is stopped and started again takes the same batches and reaches bitwise the same
     parameters as one that was not. With a larger `config.steps` than before it goes on under the
-    new, longer learning-rate curve. SIGTERM ends the run after the current step with a
-    checkpoint; so does the first Ctrl-C, and a second one ends the process at once.
+    new, longer learning-rate curve. SIGTERM, SIGHUP and the first Ctrl-C end the run after the
+    current step with a checkpoint, SIGUSR1 makes one and the run goes on; a second signal ends the
+    process at once. SIGTERM and SIGHUP end the process at once (status 75) while there is nothing
+    to save: before the first step is done, and in what follows the last checkpoint.
+
+    A step whose loss or gradient is not finite is skipped and counted, its batch is kept in
+    skipped/; after `config.max_skipped_steps` in a row the next one ends the run. Only a state with
+    finite parameters and a finite validation loss is saved.
 
     Args:
         config: the run.
-        on_step: called with every step's number and metrics, one step late.
+        on_step: called with every step's number and metrics, one step late; of a skipped step they
+            are not finite.
 
     Raises:
-        ValueError: mesh, data or checkpoint do not fit the config; or a loss or gradient is not
-            finite (the newest checkpoint is from before).
+        ValueError: mesh, data or checkpoint do not fit the config, or data cannot be read (the
+            steps until then are saved, unless several processes run).
+        DivergenceError: too many skipped steps, or a validation loss or a state to be saved is not
+            finite; the newest checkpoint is from before.
+        SaveError: a checkpoint could not be written; the newest complete one stays.
         MemoryError: the devices' memory is too small; the message says by how much what would help.
         KeyboardInterrupt: after Ctrl-C, when the checkpoint is complete.
     """
-    initialize_processes()
-    mesh = make_mesh(config.mesh)
-    data = load_data(
-        config.data,
-        batch_size=config.batch_size,
-        vocab_size=config.model.vocab_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    with jax.set_mesh(mesh), contextlib.closing(data.train), contextlib.ExitStack() as cleanup:
-        try:
-            return _Run(config, mesh, data, on_step, cleanup).run()
-        except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            execution = resolve(config, mesh)
-            raise MemoryError(describe_out_of_memory(error, config, mesh, execution)) from error
+    with RunSignals(config.log_every) as signals:
+        initialize_processes()
+        mesh = make_mesh(config.mesh)
+        data = load_data(
+            config.data,
+            batch_size=config.batch_size,
+            vocab_size=config.model.vocab_size,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        with jax.set_mesh(mesh), contextlib.closing(data.train), contextlib.ExitStack() as cleanup:
+            try:
+                return _Run(config, mesh, data, on_step, signals, cleanup).run()
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                execution = resolve(config, mesh)
+                raise MemoryError(describe_out_of_memory(error, config, mesh, execution)) from error
 
 
 class _Run:
@@ -102,9 +118,11 @@ class _Run:
         mesh: Mesh,
         data: Data,
         on_step: OnStep | None,
+        signals: RunSignals,
         cleanup: contextlib.ExitStack,
     ) -> None:
-        self.config, self.data, self.on_step = config, data, on_step
+        self.config, self.data, self.on_step, self.signals = config, data, on_step, signals
+        self.prompt = [data.tokenizer.eos_id, *data.tokenizer.encode(config.sample_prompt)]
         self.rows = batch_sharding(mesh)
         self.directory = Path(config.output_dir) / config.name
         self.is_main = jax.process_index() == 0
@@ -113,18 +131,20 @@ class _Run:
         self.mechanism = make_mechanism(config.model)
         _make_folder(self.directory)
         self.checkpoints = Checkpoints(self.directory / "checkpoints", keep_last=config.keep_last)
-        cleanup.callback(self.checkpoints.close)
+        self.saver = cleanup.enter_context(Saver(self.directory, self.checkpoints))
         self._restore_or_init()
+        self.saved_step = self.step
         self.best_loss = self.checkpoints.best_loss()
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.skipped = SkippedSteps(self.directory, max_in_a_row=config.max_skipped_steps)
+        self.pending: tuple[int, dict[str, jax.Array], Mapping[str, np.ndarray]] | None = None
         self.throughput = Throughput(
             config.model,
             compute_dtype=self.functions.execution.execution.compute_dtype,
             seq_len=config.data.seq_len,
             devices=list(mesh.devices.flat),
         )
-        self.writer = self._open_writer(cleanup)
         self.console = RunConsole(steps=config.steps, quiet=not self.is_main)
+        self.writer = self._open_writer(cleanup)
         self.console.show_start(
             config,
             mesh,
@@ -166,6 +186,7 @@ class _Run:
             restored_step=self.step,
             config=settings,
             wandb=self.config.wandb,
+            say=self.console.print,
         )
         cleanup.callback(writer.close)
         return writer
@@ -190,34 +211,39 @@ class _Run:
 
     def _train(self) -> str | None:
         """Runs the steps that are left; returns the signal that ended them early, if one did."""
-        with StopSignals(self.config.log_every) as stop:
-            self.console.start_progress(self.step)
-            try:
-                stopped_by = self._run_steps(stop)
-            finally:
-                self.console.stop_progress()
-            if stopped_by is not None:
-                self._report_pending()
-                self._save(validation_loss=None)
-                self.checkpoints.wait()
-                self.console.print(
-                    f"{stopped_by}: saved a checkpoint at step {self.step}; the same command "
-                    f"goes on from there"
-                )
-            return stopped_by
+        self.console.start_progress(self.step)
+        try:
+            stopped_by = self._run_steps()
+        finally:
+            self.console.stop_progress()
+        if stopped_by is not None and self.step != self.saved_step:
+            self._save(validation_loss=None)
+        self.saver.wait()
+        self.signals.all_is_saved = True  # from here on a signal ends the process
+        stopped_by = stopped_by or self.signals.stop
+        if stopped_by is not None:
+            self.console.print(
+                f"{stopped_by}: saved a checkpoint at step {self.step}; the same command "
+                f"goes on from there"
+            )
+        return stopped_by
 
-    def _run_steps(self, stop: StopSignals) -> str | None:
+    def _run_steps(self) -> str | None:
         while self.step < self.config.steps:
-            batch = self._to_global(next(self.data.train))
-            self.state, metrics = self.train_step(self.state, batch)
+            with self._saving_if_data_fails():
+                rows = next(self.data.train)
+            self.state, metrics = self.train_step(self.state, self._to_global(rows))
+            self.signals.all_is_saved = False
             self.step += 1
             # The previous step's numbers are there by now: the device computes while we print.
             self._report_pending()
-            self.pending = (self.step, metrics)
-            if stopped_by := stop.requested(self.step):
-                return stopped_by
-            self._validate_and_save()
-        self.checkpoints.wait()
+            self.pending = (self.step, metrics, rows)
+            request = self.signals.requested(self.step)
+            if request not in (None, SAVE):
+                return request
+            self._validate_and_save(requested=request == SAVE)
+            if self.signals.stop:
+                return self.signals.stop
         return None
 
     def _to_global(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -231,10 +257,13 @@ class _Run:
         """Fetches, checks and shows the metrics of the step that was kept back."""
         if self.pending is None:
             return
-        step, device_metrics = self.pending
+        step, device_metrics, rows = self.pending
         self.pending = None
         metrics = {name: float(value) for name, value in device_metrics.items()}
-        self._check_finite(step, metrics)
+        if line := self.skipped.observe(step, metrics, rows):
+            if self.skipped.too_many:
+                raise self._divergence(self.skipped.too_many)
+            self.console.print(line)
         self.throughput.step_done(metrics["targets"])
         self.console.step_done(step, metrics["loss"])
         if step % self.config.log_every == 0 or step == self.config.steps:
@@ -244,36 +273,41 @@ class _Run:
         if self.on_step is not None:
             self.on_step(step, metrics)
 
-    def _check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(metrics[name]):
-                latest = self.checkpoints.latest_step
-                kept = "there is no checkpoint yet" if latest is None else (
-                    f"the newest checkpoint is of step {latest}")  # fmt: skip
-                raise ValueError(
-                    f"{name} is {metrics[name]} at step {step}: training diverged and was stopped, "
-                    f"{kept}; lower --optimizer.learning-rate or raise --optimizer.warmup-steps"
-                )
+    def _divergence(self, what: str) -> DivergenceError:
+        self.saver.wait()  # which is then the newest one
+        return divergence(what, self.checkpoints.latest_step)
 
-    def _validate_and_save(self) -> None:
+    def _validate_and_save(self, *, requested: bool) -> None:
         """Validates and saves where they are due, and saves the best state whenever it comes."""
         config, loss = self.config, None
         if self._is_validation_due():
             loss = self._validate()
+            if loss is None:
+                return  # stopped, and saved by the caller
         is_best = loss is not None and loss < self.best_loss
-        if self.step == config.steps or is_best or self.step % config.checkpoint_every == 0:
-            self._report_pending()  # a diverged state must not become the newest checkpoint
+        is_due = self.step == config.steps or self.step % config.checkpoint_every == 0
+        if is_due or is_best or requested:
+            if loss is None and self._validation_loss(1) is None:
+                return
             self._save(validation_loss=loss)
             self.throughput.pause()
+            if requested:
+                self.console.print(f"{SAVE}: saved a checkpoint at step {self.step}")
         if loss is not None:
             self.best_loss = min(self.best_loss, loss)
 
     def _is_validation_due(self) -> bool:
         return self.step == self.config.steps or self.step % self.config.eval_every == 0
 
-    def _validate(self) -> float:
+    def _validate(self) -> float | None:
+        """Validates and says so; None if a signal cut it short, which a resumed run makes up for.
+
+        Raises DivergenceError.
+        """
         self._report_pending()
         loss = self._validation_loss(self.config.eval_batches)
+        if loss is None:
+            return None
         metrics = {
             "validation_loss": loss,
             "validation_perplexity": _perplexity(loss),
@@ -287,14 +321,28 @@ class _Run:
         self.throughput.pause()
         return loss
 
-    def _validation_loss(self, num_batches: int) -> float:
-        """Mean cross-entropy per target token, nats."""
-        sums = [
-            self.functions.eval_step(self.state.params, self._to_global(batch))
-            for batch in self.data.validation(num_batches)
-        ]
+    def _validation_loss(self, num_batches: int) -> float | None:
+        """Mean cross-entropy per target token, nats; None if a signal asks to stop.
+
+        Raises DivergenceError.
+        """
+        sums: list[dict[str, jax.Array]] = []
+        batches = self.data.validation(num_batches)
+        while True:
+            with self._saving_if_data_fails():
+                batch = next(batches, None)
+            if self.signals.stop:
+                return None
+            if batch is None:
+                break
+            sums.append(self.functions.eval_step(self.state.params, self._to_global(batch)))
+            if len(sums) > 1:
+                jax.block_until_ready(sums[-2])  # a signal finds one batch in the queue, not all
         totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
-        return totals["cross_entropy"] / max(totals["targets"], 1.0)
+        loss = totals["cross_entropy"] / max(totals["targets"], 1.0)
+        if not math.isfinite(loss):
+            raise self._divergence(f"validation loss is {loss} at step {self.step}")
+        return loss
 
     def _attention_mass(self) -> np.ndarray:
         """[L, 1 + S] over the first validation batch."""
@@ -308,30 +356,59 @@ class _Run:
         return {"depth_attention_mass": float(mass[1:, 1:].sum(axis=1).mean())}
 
     def _save(self, *, validation_loss: float | None) -> None:
-        self.checkpoints.save(
+        """Starts to save the state, unless it must not become the newest checkpoint.
+
+        Raises DivergenceError, or SaveError for the checkpoint before.
+        """
+        self._report_pending()
+        if not self.functions.is_finite(self.state):
+            raise self._divergence(f"a parameter or moment is not finite at step {self.step}")
+        self.saver.save(
             self.step,
             self.state,
             data=self.data.train.get_state(),
             config=self.config,
             validation_loss=validation_loss,
         )
+        self.saved_step = self.step
+
+    @contextlib.contextmanager
+    def _saving_if_data_fails(self) -> Iterator[None]:
+        """Saves the steps that are done before an error of reading data ends the run.
+
+        A process of several cannot: saving takes all of them.
+        """
+        try:
+            yield
+        except Exception:
+            if self.step != self.saved_step and jax.process_count() == 1:
+                self._save(validation_loss=None)
+                self.saver.wait()
+                self.console.print(f"data cannot be read: saved a checkpoint at step {self.step}")
+            raise
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self.writer is not None:
+        if self.writer is None:
+            return
+        try:
             self.writer.write(step, metrics)
+        except OSError as error:
+            raise SaveError(
+                f"{self.directory / METRICS_FILE}: the metrics of step {step} could not be written "
+                f"({error.strerror}); make room, then start the same command again"
+            ) from error
 
     def _finish(self) -> TrainResult:
         """Final validation, sample and plots, from the state that is there."""
         loss = self._validation_loss(_FINAL_VALIDATION_FACTOR * self.config.eval_batches)
+        assert loss is not None  # a stop signal ends the process now
         mass = self._attention_mass()
         final = {"validation_loss": loss, "validation_perplexity": _perplexity(loss),
                  **self._depth_metrics(mass)}  # fmt: skip
         self._write(self.step, {FINAL + name: value for name, value in final.items()})
-        sample = self._sample()
+        sample = self._attempt("sample", self._sample)
         if self.is_main:
-            plot_loss(read_metrics(self.directory / METRICS_FILE), self.directory / "loss.png")
-            if labels := self.mechanism.slot_labels():
-                plot_attention_mass(mass, labels, self.directory / "attention_mass.png")
+            self._attempt("plots", lambda: self._plot(mass))
         self.console.print(
             f"finished step {self.step}: validation loss {loss:.4f}, perplexity "
             f"{_perplexity(loss):.3f}; outputs in {self.directory}"
@@ -339,14 +416,31 @@ class _Run:
         return TrainResult(directory=self.directory, step=self.step, finished=True,
                            validation_loss=loss, sample=sample)  # fmt: skip
 
+    def _attempt(self, what: str, function: Callable[[], _T]) -> _T | None:
+        """What `function` returns; one line and None if it fails: the run is finished all the same.
+
+        Results come first: the model and its metrics are on disk.
+        """
+        try:
+            return function()
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            self.console.print(f"{what}: failed with {type(error).__name__}: {reason}")
+            return None
+
+    def _plot(self, mass: np.ndarray) -> None:
+        plot_loss(read_metrics(self.directory / METRICS_FILE), self.directory / "loss.png")
+        labels = self.mechanism.slot_labels()
+        if labels:
+            plot_attention_mass(mass, labels, self.directory / "attention_mass.png")
+
     def _sample(self) -> str | None:
         if self.config.sample_tokens == 0:
             return None
         tokenizer = self.data.tokenizer
-        prompt = [tokenizer.eos_id, *tokenizer.encode(self.config.sample_prompt)]
         new_tokens = generate(
             nnx.merge(self.functions.graphdef, self.state.params),
-            [prompt],
+            [self.prompt],
             max_new_tokens=self.config.sample_tokens,
             temperature=_SAMPLE_TEMPERATURE,
             stop_tokens=(tokenizer.eos_id,),
