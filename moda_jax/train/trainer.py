@@ -446,7 +446,7 @@ class _Run:
             stop_tokens=(tokenizer.eos_id,),
             seed=self.config.seed,
         )[0]
-        text = self.config.sample_prompt + decode_continuation(tokenizer, prompt, new_tokens)
+        text = self.config.sample_prompt + decode_continuation(tokenizer, self.prompt, new_tokens)
         if self.is_main:
             (self.directory / "sample.txt").write_text(text + "\n", encoding="utf-8")
         self.console.print(f"sample:\n{text}\n")
