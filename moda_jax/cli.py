@@ -13,6 +13,7 @@ from pathlib import Path
 import tyro
 
 from moda_jax.config import DEPTH_CONFIGS, Config
+from moda_jax.train.run_folder import read_run_config
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
 
@@ -24,8 +25,9 @@ _DESCRIPTION = f"""Trains a language model with Mixture-of-Depths Attention.
 
 CONFIG.py is a Python file that defines `config`, a moda_jax.config.Config; it comes first and
 is configs/tiny.py when left out. Every setting below overrides one field of it, and the
-defaults shown are that file's. --model.depth NAME takes another way of using depth, whose own
-settings are --model.depth.FIELD then: {", ".join(DEPTH_CONFIGS)}.
+defaults shown are that file's. The folder of a run in its place, as in `train.py runs/NAME`,
+goes on with that run, wherever the folder is now. --model.depth NAME takes another way of
+using depth, whose own settings are --model.depth.FIELD then: {", ".join(DEPTH_CONFIGS)}.
 A run that was stopped resumes when it is started again; outputs go to <output-dir>/<name>.
 {_TRACEBACK_SWITCH}=1 shows the traceback of an error."""
 
@@ -119,10 +121,12 @@ def _with_mechanism(config: Config, overrides: Sequence[str]) -> tuple[Config, l
 
 
 def load_config(path: Path) -> Config:
-    """Runs the local Python file `path` and returns its `config`.
+    """The `config` of the local Python file `path`, which is run; or of the run in folder `path`.
 
     Raises ValueError, naming the file, if it is missing, fails, or defines no `config: Config`.
     """
+    if path.is_dir():
+        return read_run_config(path)
     if not path.is_file():
         raise ValueError(f"config file: expected a Python file, got {str(path)!r} (not found)")
     try:

@@ -147,6 +147,7 @@ def test_a_finished_run_leaves_everything(config, capsys):
         "metrics.jsonl",
         "tensorboard",
         "config.json",
+        "corpus.json",
         "sample.txt",
         "loss.png",
         "attention_mass.png",

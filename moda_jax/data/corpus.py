@@ -115,6 +115,10 @@ class _JsonLines:
         )
 
 
+def _digest(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+
+
 def _not_utf8(name: str, error: UnicodeError) -> ValueError:
     return ValueError(
         f"DataConfig.source: expected UTF-8 text, got {name}: {error}; convert or remove it"
@@ -181,7 +185,7 @@ class Corpus:
             if text.strip():
                 content = self._encode(place, text)
                 places.extend(place)
-                digests.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()))
+                digests.append(_digest(content))
                 sizes.append(len(content))
         if not sizes:
             raise ValueError(
@@ -196,7 +200,15 @@ class Corpus:
         return len(self._places)
 
     def __getitem__(self, index: int) -> str:
-        return self._reader.read(self._place(index))
+        """Reads document `index`; ValueError if it is not the text that was there at the start."""
+        place = self._place(index)
+        text = self._reader.read(place)
+        if _digest(self._encode(place, text)) != self.digests[index]:
+            raise ValueError(
+                f"DataConfig.source: expected {self._reader.name(place)} as it was when the run "
+                f"started, got another text; leave the corpus alone while a run reads it"
+            )
+        return text
 
     def name(self, index: int) -> str:
         """The file (and line) of document `index`, for messages."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,11 +17,14 @@ from moda_jax.depth import make_mechanism
 from moda_jax.model.execution import describe_execution
 from moda_jax.model.generation import generate
 from moda_jax.ops.sharding import batch_sharding, make_mesh
+from moda_jax.train.changes import describe_changes
 from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.console import RunConsole
 from moda_jax.train.metrics import FINAL, METRICS_FILE, MetricsWriter, read_metrics
+from moda_jax.train.owner import FolderOwner
 from moda_jax.train.processes import StopSignals, initialize_processes
 from moda_jax.train.report import plot_attention_mass, plot_loss
+from moda_jax.train.run_folder import is_written, write_run_folder
 from moda_jax.train.throughput import Throughput
 from moda_jax.train.train_step import make_train_functions
 
@@ -36,8 +38,9 @@ class TrainResult:
     """What a run left behind."""
 
     directory: Path
-    """Holds checkpoints/, metrics.jsonl, tensorboard/, config.json and, once the run is finished,
-    sample.txt, loss.png and, where attention reads depth slots, attention_mass.png."""
+    """Holds checkpoints/, metrics.jsonl, tensorboard/, config.json, corpus.json, the tokenizer's
+    file if it has one and, once the run is finished, sample.txt, loss.png and, where attention
+    reads depth slots, attention_mass.png."""
     step: int
     """Optimizer steps done."""
     finished: bool
@@ -65,8 +68,10 @@ def train(config: Config, *, on_step: OnStep | None = None) -> TrainResult:
         on_step: called with every step's number and metrics, one step late.
 
     Raises:
-        ValueError: mesh, data or checkpoint do not fit the config; or a loss or gradient is not
+        ValueError: mesh, data or checkpoint do not fit the config; another run writes to the
+            folder, or the folder was lost; no checkpoint is whole; or a loss or gradient is not
             finite (the newest checkpoint is from before).
+        OSError: a checkpoint could not be written.
         KeyboardInterrupt: after Ctrl-C, when the checkpoint is complete.
     """
     initialize_processes()
@@ -102,8 +107,12 @@ class _Run:
         execution = describe_execution(config, self.functions.execution)
         self.mechanism = make_mechanism(config.model)
         _make_folder(self.directory)
-        self.checkpoints = Checkpoints(self.directory / "checkpoints", keep_last=config.keep_last)
+        self.owner = cleanup.enter_context(FolderOwner(self.directory))
+        checkpoints = self.directory / "checkpoints"
+        self.checkpoints = Checkpoints(checkpoints, keep_last=config.keep_last)
         cleanup.callback(self.checkpoints.close)
+        self.owner.watch(checkpoints)
+        self.notices = [*filter(None, [self.owner.taken_from]), *self.checkpoints.damaged]
         self._restore_or_init()
         self.best_loss = self.checkpoints.best_loss()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -123,6 +132,8 @@ class _Run:
             directory=self.directory,
             restored_step=self.step,
         )
+        for notice in self.notices:
+            self.console.print(notice)
 
     def _restore_or_init(self) -> None:
         restored = self.checkpoints.restore(self.functions.abstract_state, self.config)
@@ -134,18 +145,20 @@ class _Run:
         self.state = restored.state
         self.data.train.set_state(restored.data)
         self.step = int(self.state.step)
+        self.notices += describe_changes(restored.config, self.config, self.step)
         # A signal comes before validation: a resumed run shows what an uninterrupted one would.
         self.owes_validation = self._is_validation_due() and not restored.is_validated
 
     def _open_writer(self, cleanup: contextlib.ExitStack) -> MetricsWriter | None:
         if not self.is_main:
             return None
-        settings = to_json(self.config)
-        (self.directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        # Where nothing is trained the settings of what was trained stay.
+        if self.step < self.config.steps or not is_written(self.directory):
+            write_run_folder(self.directory, self.config, self.data)
         writer = MetricsWriter(
             self.directory,
             restored_step=self.step,
-            config=settings,
+            config=to_json(self.config),
             wandb=self.config.wandb,
         )
         cleanup.callback(writer.close)
@@ -195,6 +208,7 @@ class _Run:
             # The previous step's numbers are there by now: the device computes while we print.
             self._report_pending()
             self.pending = (self.step, metrics)
+            self.owner.check()
             if stopped_by := stop.requested(self.step):
                 return stopped_by
             self._validate_and_save()
@@ -289,6 +303,7 @@ class _Run:
         return {"depth_attention_mass": float(mass[1:, 1:].sum(axis=1).mean())}
 
     def _save(self, *, validation_loss: float | None) -> None:
+        self.owner.check(now=True)
         self.checkpoints.save(
             self.step,
             self.state,
