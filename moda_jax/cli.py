@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 import re
 import runpy
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from moda_jax.train.trainer import train
 
         _quiet_libtpu()
+        if os.environ.get(_TRACEBACK_SWITCH) != "1":
+            # orbax logs the traceback of a failed write, which is raised besides.
+            logging.getLogger("absl").setLevel(logging.CRITICAL)
         train(config)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

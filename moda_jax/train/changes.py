@@ -70,7 +70,10 @@ def describe_changes(saved: Mapping[str, Any], config: Config, step: int) -> lis
     before = dataclass_from_json(saved, Config)
     there, here = flatten(to_json(before)), flatten(to_json(config))
     changed = [name for name in here if there.get(name) != here[name] and name not in PLACE]
-    lines = [f"{name} {there[name]} -> {here[name]}: {_effect(name)}" for name in changed]
+    values = {name: f"{name} {there[name]} -> {here[name]}" for name in changed}
+    if step >= config.steps and changed:
+        return [f"nothing is trained, so the run's settings stay: {', '.join(values.values())}"]
+    lines = [f"changed at step {step}: {values[name]}: {_effect(name)}" for name in changed]
     if any(_effect(name) == _CURVE for name in changed):
         lines.append(_describe_curve(before, config, step))
     return lines

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -16,6 +16,7 @@ from orbax.checkpoint import checkpoint_managers
 from moda_jax.config import Config, from_json, to_json
 from moda_jax.config.files import flatten
 from moda_jax.train.manifest import find_damage, write_manifest
+from moda_jax.train.owner import FolderLost
 from moda_jax.train.processes import gather_json, on_main
 from moda_jax.train.train_step import TrainState
 
@@ -113,7 +114,7 @@ class Checkpoints:
         }
         loss = math.inf if validation_loss is None else validation_loss
         with self._named_errors():
-            self._manager.wait_until_finished()
+            self._manager.wait_until_finished()  # its error would be this step's
             self._saving = step
             self._manager.save(step, args=ocp.args.Composite(**items), metrics={_METRIC: loss})
 
@@ -151,12 +152,34 @@ class Checkpoints:
         with self._named_errors():
             self._manager.wait_until_finished()
 
+    def forget_missing(self) -> list[int]:
+        """Waits, and returns the steps of kept checkpoints that somebody else removed."""
+        self.wait()
+        kept = self._manager.all_steps()
+        missing = [step for step in kept if not (self._directory / str(step)).is_dir()]
+        if missing:
+            self._manager.reload()
+        return missing
+
     def close(self) -> None:
         """Waits and gives up the background threads."""
         try:
             self.wait()
         finally:
             self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        try:
+            self.close()
+        except OSError as late:
+            if isinstance(error, FolderLost):
+                return  # which is why
+            if not isinstance(error, ValueError | OSError):
+                raise
+            raise ValueError(f"{error}; besides, {late}") from error
 
     def _write_manifest(self) -> None:
         """Called by the main process, in the background, when all files of a save are complete.
@@ -173,9 +196,12 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            # orbax has struck off what it would have deleted after this save, and did not delete.
+            self._manager.reload()
             latest = self.latest_step
             kept = "there is no other" if latest is None else f"the newest is of step {latest}"
-            reason = " ".join(str(error).split()) or type(error).__name__
+            # tensorstore appends the places in its source.
+            reason = " ".join(str(error).split(" [source")[0].split()) or type(error).__name__
             raise OSError(
                 f"{self._directory}: the checkpoint of step {self._saving} could not be written, "
                 f"{kept}: {reason}"

@@ -8,6 +8,8 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -37,6 +39,13 @@ class _Owner:
     token: str
     """Of this ownership alone."""
 
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+
+class FolderLost(ValueError):
+    """The run's folder was deleted, renamed, made read-only or taken over under the run."""
+
 
 class FolderOwner:
     """The ownership of a run's folder, from construction to `release`.
@@ -54,7 +63,8 @@ class FolderOwner:
             OSError: it cannot be written to.
         """
         self._directory = directory
-        self._watched = [directory.absolute()]
+        self._watched: dict[Path, tuple[int, int]] = {}
+        self.watch(directory)
         self._file = directory.absolute() / OWNER_FILE
         self._me = _myself()
         self._is_main = False
@@ -86,10 +96,10 @@ class FolderOwner:
 
     def watch(self, folder: Path) -> None:
         """Losing `folder`, which is in the run's folder, is losing that one, from now on."""
-        self._watched.append(folder.absolute())
+        self._watched[folder.absolute()] = _identity(folder)
 
     def check(self, *, now: bool = False) -> None:
-        """Raises ValueError, one line, if the folder was lost since the last look.
+        """Raises FolderLost, one line, if the folder was lost since the last look.
 
         Args:
             now: looks itself, as before a save, instead of asking for the last heartbeat's result.
@@ -97,7 +107,27 @@ class FolderOwner:
         if now and self._is_main and self._problem is None:
             self._problem = self._find_problem()
         if self._problem is not None:
-            raise ValueError(f"{self._problem}; the run was stopped, what it had not saved is lost")
+            raise FolderLost(f"{self._problem}; the run was stopped, what it had not saved is lost")
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Checks before something is written; a write that failed since the folder was lost then
+        says that.
+        """
+        self.check(now=True)
+        try:
+            yield
+        except OSError:
+            # A write makes missing folders again. Only now: some file systems renumber files.
+            self._problem = self._problem or self._find_replaced_folder()
+            self.check(now=True)
+            raise
+
+    def _find_replaced_folder(self) -> str | None:
+        for folder, identity in self._watched.items():
+            if not folder.is_dir() or _identity(folder) != identity:
+                return _lost(folder)
+        return None
 
     def _take(self) -> str | None:
         taken_from = None
@@ -127,8 +157,7 @@ class FolderOwner:
         except FileNotFoundError:
             return None  # it was released in this moment
         silent = time.time() - heartbeat
-        who = "an unknown process" if owner is None else (
-            f"process {owner.pid} on {owner.host} since {owner.since}")  # fmt: skip
+        who = owner or "an unknown process"
         if _may_be_alive(owner, silent):
             raise ValueError(
                 f"{self._directory} is in use by {who}, last heartbeat {_ago(silent)}; wait for "
@@ -155,28 +184,30 @@ class FolderOwner:
         """Renews the heartbeat; says why the run can no longer write to its folder, if so."""
         for folder in self._watched:
             if not folder.is_dir():
-                return f"{folder} was deleted, renamed or replaced under the run"
+                return _lost(folder)
             if not os.access(folder, os.W_OK | os.X_OK):
                 return f"{folder} cannot be written to any more"
         try:
-            return self._renew()
+            owner = _read(self._file)
+            os.utime(self._file)
+        except FileNotFoundError:
+            return f"{_lost(self._directory)}, or its {OWNER_FILE} was removed"
         except OSError as error:
             if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
                 return f"{self._file} cannot be written any more: {error.strerror}"
             return None  # a full disk or a network that is away may come back before the next save
-
-    def _renew(self) -> str | None:
-        """Touches the file, or makes it again if somebody removed it; a line about a new owner."""
-        if not self._file.exists() and self._create():
-            return None
-        owner = _read(self._file)
-        if owner is not None and owner != self._me:
-            return (
-                f"{self._directory} was taken over by process {owner.pid} on {owner.host} since "
-                f"{owner.since}"
-            )
-        os.utime(self._file)
+        if owner not in (None, self._me):
+            return f"{self._directory} was taken over by {owner}"
         return None
+
+
+def _lost(folder: Path) -> str:
+    return f"{folder} was deleted, renamed or replaced under the run"
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _read(path: Path) -> _Owner | None:

@@ -109,8 +109,9 @@ class _Run:
         _make_folder(self.directory)
         self.owner = cleanup.enter_context(FolderOwner(self.directory))
         checkpoints = self.directory / "checkpoints"
-        self.checkpoints = Checkpoints(checkpoints, keep_last=config.keep_last)
-        cleanup.callback(self.checkpoints.close)
+        self.checkpoints = cleanup.enter_context(
+            Checkpoints(checkpoints, keep_last=config.keep_last)
+        )
         self.owner.watch(checkpoints)
         self.notices = [*filter(None, [self.owner.taken_from]), *self.checkpoints.damaged]
         self._restore_or_init()
@@ -193,7 +194,7 @@ class _Run:
             if stopped_by is not None:
                 self._report_pending()
                 self._save(validation_loss=None)
-                self.checkpoints.wait()
+                self._wait_for_save()
                 self.console.print(
                     f"{stopped_by}: saved a checkpoint at step {self.step}; the same command "
                     f"goes on from there"
@@ -212,7 +213,7 @@ class _Run:
             if stopped_by := stop.requested(self.step):
                 return stopped_by
             self._validate_and_save()
-        self.checkpoints.wait()
+        self._wait_for_save()
         return None
 
     def _to_global(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -303,14 +304,20 @@ class _Run:
         return {"depth_attention_mass": float(mass[1:, 1:].sum(axis=1).mean())}
 
     def _save(self, *, validation_loss: float | None) -> None:
-        self.owner.check(now=True)
-        self.checkpoints.save(
-            self.step,
-            self.state,
-            data=self.data.train.get_state(),
-            config=self.config,
-            validation_loss=validation_loss,
-        )
+        with self.owner.guard():
+            for step in self.checkpoints.forget_missing():
+                self.console.print(f"checkpoint {step} was removed; the run goes on without it")
+            self.checkpoints.save(
+                self.step,
+                self.state,
+                data=self.data.train.get_state(),
+                config=self.config,
+                validation_loss=validation_loss,
+            )
+
+    def _wait_for_save(self) -> None:
+        with self.owner.guard():
+            self.checkpoints.wait()
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self.writer is not None:
