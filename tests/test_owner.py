@@ -174,7 +174,7 @@ def test_a_lost_folder_is_one_line(tmp_path, fault, message):
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_a_folder_made_read_only_is_one_line(tmp_path, monkeypatch, number):
-    run, holder = lose(tmp_path, "run")
+    _, holder = lose(tmp_path, "run")
 
     def refuse(*_):
         raise OSError(number, os.strerror(number))
@@ -184,7 +184,7 @@ def test_a_folder_made_read_only_is_one_line(tmp_path, monkeypatch, number):
         expected = f"owner.json cannot be written any more: {os.strerror(number)}"
         with pytest.raises(ValueError, match=expected):
             holder.check(now=True)
-    run, holder = lose(tmp_path, "other")
+    _, holder = lose(tmp_path, "other")
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, _: path.name != "checkpoints")
         with pytest.raises(ValueError, match="other/checkpoints cannot be written to any more"):
@@ -226,15 +226,19 @@ def test_the_heartbeat_is_written_and_notices_by_itself(tmp_path, monkeypatch):
 
 def test_a_write_that_failed_since_the_folder_was_replaced_says_so(tmp_path):
     run, holder = lose(tmp_path, "run")
-    message = "run/checkpoints was deleted, renamed or replaced under the run"
-    with pytest.raises(ValueError, match=message), holder.guard():
-        (run / "checkpoints").rename(run / "gone")
-        (run / "checkpoints").mkdir()  # as tensorstore does
-        raise OSError("the checkpoint of step 8 could not be written")
-    holder.release()
-    run, holder = lose(tmp_path, "whole")
-    with pytest.raises(OSError, match="could not be written"), holder.guard():
-        raise OSError("the checkpoint of step 8 could not be written")
+    failure = OSError("the checkpoint of step 8 could not be written")
+
+    def save(*, is_replaced):
+        with holder.guard():
+            if is_replaced:
+                (run / "checkpoints").rename(run / "gone")
+                (run / "checkpoints").mkdir()  # as tensorstore does
+            raise failure
+
+    with pytest.raises(OSError, match="could not be written"):
+        save(is_replaced=False)
+    with pytest.raises(ValueError, match="run/checkpoints was deleted, renamed or replaced"):
+        save(is_replaced=True)
     holder.release()
 
 
