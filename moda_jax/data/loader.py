@@ -105,10 +105,10 @@ class TrainIterator(Iterator[Batch]):
         Raises ValueError if the state belongs to other data: it would give other batches.
         """
         saved = state["identity"]
-        for name in ("documents", "held_out"):
+        for name, which in (("documents", "training"), ("held_out", "held-out")):
             if saved.get(name) != self._identity[name]:
                 raise ValueError(
-                    f"data: expected the {name.replace('_', '-')} documents that the run began "
+                    f"data: expected the {which} documents that the run began "
                     f"with (fingerprint {saved.get(name)}), got others "
                     f"({self._identity[name]}): texts were edited, added, removed or renamed, or "
                     f"the split was changed; restore them, or start a new run under another --name"
