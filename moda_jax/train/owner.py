@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from moda_jax.train.processes import on_main
 
@@ -43,6 +43,13 @@ class _Owner:
         return f"process {self.pid} on {self.host} since {self.since}"
 
 
+class _Watched(NamedTuple):
+    """A folder as it was at first."""
+
+    identity: tuple[int, int]
+    is_writable: bool
+
+
 class FolderLost(ValueError):
     """The run's folder was deleted, renamed, made read-only or taken over under the run."""
 
@@ -63,8 +70,7 @@ class FolderOwner:
             OSError: it cannot be written to.
         """
         self._directory = directory
-        self._watched: dict[Path, tuple[int, int]] = {}
-        self.watch(directory)
+        self._watched: dict[Path, _Watched] = {}
         self._file = directory.absolute() / OWNER_FILE
         self._me = _myself()
         self._is_main = False
@@ -72,6 +78,7 @@ class FolderOwner:
         self._stop = threading.Event()
         self.taken_from: str | None = on_main(self._take)
         """A line about the dead owner before this one, if its run did not end in order."""
+        self.watch(directory)
         if self._is_main:
             self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
             self._thread.start()
@@ -96,7 +103,8 @@ class FolderOwner:
 
     def watch(self, folder: Path) -> None:
         """Losing `folder`, which is in the run's folder, is losing that one, from now on."""
-        self._watched[folder.absolute()] = _identity(folder)
+        if self._is_main:
+            self._watched[folder.absolute()] = _Watched(_identity(folder), _is_writable(folder))
 
     def check(self, *, now: bool = False) -> None:
         """Raises FolderLost, one line, if the folder was lost since the last look.
@@ -124,8 +132,8 @@ class FolderOwner:
             raise
 
     def _find_replaced_folder(self) -> str | None:
-        for folder, identity in self._watched.items():
-            if not folder.is_dir() or _identity(folder) != identity:
+        for folder, before in self._watched.items():
+            if not folder.is_dir() or _identity(folder) != before.identity:
                 return _lost(folder)
         return None
 
@@ -182,10 +190,10 @@ class FolderOwner:
 
     def _find_problem(self) -> str | None:
         """Renews the heartbeat; says why the run can no longer write to its folder, if so."""
-        for folder in self._watched:
+        for folder, before in self._watched.items():
             if not folder.is_dir():
                 return _lost(folder)
-            if not os.access(folder, os.W_OK | os.X_OK):
+            if before.is_writable and not _is_writable(folder):
                 return f"{folder} cannot be written to any more"
         try:
             owner = _read(self._file)
@@ -203,6 +211,11 @@ class FolderOwner:
 
 def _lost(folder: Path) -> str:
     return f"{folder} was deleted, renamed or replaced under the run"
+
+
+def _is_writable(folder: Path) -> bool:
+    """What the system says; some network file systems say no and let write nonetheless."""
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _identity(folder: Path) -> tuple[int, int]:

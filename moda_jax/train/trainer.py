@@ -106,6 +106,7 @@ class _Run:
         self.functions = make_train_functions(config, mesh)
         execution = describe_execution(config, self.functions.execution)
         self.mechanism = make_mechanism(config.model)
+        self.console = RunConsole(steps=config.steps, quiet=not self.is_main)
         _make_folder(self.directory)
         self.owner = cleanup.enter_context(FolderOwner(self.directory))
         checkpoints = self.directory / "checkpoints"
@@ -113,7 +114,10 @@ class _Run:
             Checkpoints(checkpoints, keep_last=config.keep_last)
         )
         self.owner.watch(checkpoints)
-        self.notices = [*filter(None, [self.owner.taken_from]), *self.checkpoints.damaged]
+        for line in (self.owner.taken_from, *self.checkpoints.damaged):
+            if line is not None:
+                self.console.print(line)
+        self.changes: list[str] = []
         self._restore_or_init()
         self.best_loss = self.checkpoints.best_loss()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -124,7 +128,6 @@ class _Run:
             devices=list(mesh.devices.flat),
         )
         self.writer = self._open_writer(cleanup)
-        self.console = RunConsole(steps=config.steps, quiet=not self.is_main)
         self.console.show_start(
             config,
             mesh,
@@ -133,8 +136,8 @@ class _Run:
             directory=self.directory,
             restored_step=self.step,
         )
-        for notice in self.notices:
-            self.console.print(notice)
+        for line in self.changes:
+            self.console.print(line)
 
     def _restore_or_init(self) -> None:
         restored = self.checkpoints.restore(self.functions.abstract_state, self.config)
@@ -146,7 +149,7 @@ class _Run:
         self.state = restored.state
         self.data.train.set_state(restored.data)
         self.step = int(self.state.step)
-        self.notices += describe_changes(restored.config, self.config, self.step)
+        self.changes = describe_changes(restored.config, self.config, self.step)
         # A signal comes before validation: a resumed run shows what an uninterrupted one would.
         self.owes_validation = self._is_validation_due() and not restored.is_validated
 
