@@ -1,5 +1,6 @@
 """Damaged checkpoints: each is named, none is used, and the newest one that is whole is."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from flax import nnx
 
 from moda_jax import load_trained
 from moda_jax.config import Config, ModelConfig
+from moda_jax.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from moda_jax.train import checkpoint
 from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.manifest import MANIFEST, find_damage
@@ -20,6 +22,7 @@ from moda_jax.train.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from moda_jax.train.run_folder import CONFIG_FILE, read_run_config
 from moda_jax.train.train_step import TrainState
 from moda_jax.train.trained import DamagedCheckpointWarning
+from tests.corpora import write_tokenizer
 from tests.models import FLOAT32, random_model
 
 CONFIG = Config(
@@ -255,6 +258,23 @@ def test_load_trained_of_a_whole_run_is_silent(run, states, recwarn, caplog):
     shutil.rmtree(run / "checkpoints" / "8" / "optimizer" / "d")  # which it does not read
     with pytest.warns(DamagedCheckpointWarning, match="optimizer/"):
         assert load_trained(run).step == 4
+
+
+def test_load_trained_refuses_another_tokenizer(tmp_path, states):
+    """The folder's copy is read, and compared with what the parameters were trained with."""
+    run = tmp_path / "run"
+    run.mkdir()
+    write_tokenizer(run / TOKENIZER_FILE, "ab")
+    gone = dataclasses.replace(CONFIG.data, tokenizer="gone.json")
+    config = dataclasses.replace(CONFIG, data=gone)
+    fingerprint = load_tokenizer(str(run / TOKENIZER_FILE)).fingerprint
+    data = DATA | {"identity": {"tokenizer": fingerprint}}
+    with Checkpoints(run / "checkpoints", keep_last=1) as checkpoints:
+        checkpoints.save(4, states[4], data=data, config=config, validation_loss=None)
+    assert load_trained(run).tokenizer.encode("b") == [1]
+    write_tokenizer(run / TOKENIZER_FILE, "ba")
+    with pytest.raises(ValueError, match="expected the tokenizer with which the model was trained"):
+        load_trained(run)
 
 
 def test_a_failed_save_costs_no_older_checkpoint(tmp_path, states, monkeypatch):

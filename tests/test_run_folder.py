@@ -6,7 +6,6 @@ import re
 import types
 
 import pytest
-import tokenizers
 
 from moda_jax.cli import parse_config
 from moda_jax.config import (
@@ -31,14 +30,7 @@ from moda_jax.train.run_folder import (
     read_run_config,
     write_run_folder,
 )
-
-
-def write_tokenizer(path, tokens):
-    vocabulary = {token: i for i, token in enumerate([*tokens, "<eos>"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
-    tokenizer.add_special_tokens(["<eos>"])
-    tokenizer.save(str(path))
-    return str(path)
+from tests.corpora import write_tokenizer
 
 
 def data_of(config):
