@@ -8,8 +8,8 @@ from moda_jax.model.transformer import Transformer
 from moda_jax.ops.attention import explain_attention, moda_attention
 from moda_jax.ops.backends import AttentionChoice, SlowAttentionWarning
 from moda_jax.ops.depth_cache import DepthCache
-from moda_jax.train.checkpoint import TrainedModel, load_trained
 from moda_jax.train.losses import next_token_loss
+from moda_jax.train.trained import TrainedModel, load_trained
 
 __all__ = [
     "AttentionChoice",

@@ -25,6 +25,7 @@ from moda_jax.train.errors import (
     EXIT_STOPPED,
     RunError,
 )
+from moda_jax.train.run_folder import read_run_config
 
 _PACKAGE = Path(__file__).resolve().parent
 _SHIPPED = next(
@@ -43,6 +44,8 @@ comes along, as tiny_moda; without it, tiny. Every setting overrides one field o
 defaults shown are that file's. --model.depth NAME takes another way of using depth, whose own
 settings are --model.depth.FIELD then; NAME is residual, dense, depth_attention, moda,
 attention_residuals, hyper_connections or mhc. --lr is --optimizer.learning-rate.
+CONFIG may also be the folder of a run, as in `train.py runs/NAME`: that run goes on, wherever its
+folder is now.
 A run that was stopped resumes when it is started again; outputs go to <output-dir>/<name>.
 
 SIGTERM, SIGHUP and Ctrl-C save and stop, SIGUSR1 saves and goes on, a second signal ends at once.
@@ -170,10 +173,12 @@ def _with_mechanism(config: Config, overrides: Sequence[str]) -> tuple[Config, l
 
 
 def load_config(path: Path) -> Config:
-    """Runs the local Python file `path` and returns its `config`.
+    """The `config` of the local Python file `path`, which is run; or of the run in folder `path`.
 
     Raises ValueError, naming the file, if it is missing, fails, or defines no `config: Config`.
     """
+    if path.is_dir():
+        return read_run_config(path)
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in _SHIPPED.glob("*.py")))
         raise ValueError(

@@ -4,6 +4,7 @@ import itertools
 import json
 
 import numpy as np
+import tokenizers
 
 from moda_jax.config import DataConfig
 from moda_jax.data.loader import load_data
@@ -31,6 +32,15 @@ def write_folder(folder, texts):
 def write_jsonl(path, texts, field="text"):
     lines = (json.dumps({field: text, "id": i}) for i, text in enumerate(texts))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def write_tokenizer(path, tokens):
+    """A tokenizer.json that gives `tokens` their place as id; "a" stands for unknown words."""
+    vocabulary = {token: i for i, token in enumerate([*tokens, "<eos>"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(path))
     return str(path)
 
 

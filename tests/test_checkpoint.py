@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from moda_jax import load_trained
 from moda_jax.config import Config, MeshConfig, MoDAConfig, ModelConfig, ResidualConfig, to_json
 from moda_jax.ops.sharding import make_mesh
 from moda_jax.train import checkpoint
@@ -159,7 +160,7 @@ def test_a_checkpoint_of_an_older_version_says_so(tmp_path, functions, state, mo
         checkpoints.restore(functions.abstract_state, CONFIG)
     checkpoints.close()
     with pytest.raises(ValueError, match=message):
-        checkpoint.load_trained(tmp_path)
+        load_trained(tmp_path)
 
 
 def test_a_run_may_go_on_with_another_execution(tmp_path, functions, state):
@@ -174,7 +175,7 @@ def test_a_run_may_go_on_with_another_execution(tmp_path, functions, state):
 
 def test_another_number_of_processes(tmp_path, functions, state, monkeypatch):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
-    monkeypatch.setattr("moda_jax.train.checkpoint._gather_json", lambda local: [local, local])
+    monkeypatch.setattr("moda_jax.train.checkpoint.gather_json", lambda local: [local, local])
     save(checkpoints, 1, state)
     with pytest.raises(ValueError, match="expected 2 processes.*got 1"):
         checkpoints.restore(functions.abstract_state, CONFIG)

@@ -229,3 +229,26 @@ def test_held_out_documents_without_tokens(tmp_path):
     texts = ["a" * n for n in (4, 8, 11)] + ["b" * 19]  # which has the smallest hash
     with pytest.raises(ValueError, match="expected tokens in the documents held out .* none in 1;"):
         load(write_folder(tmp_path / "c", texts), tokenizer=str(path), validation_fraction=1e-9)
+
+
+@pytest.mark.parametrize("is_held_out", [False, True])
+def test_a_text_edited_under_a_run_is_noticed(tmp_path, texts, is_held_out):
+    """By the run that reads it next, and by one that goes on; the length stays as it was."""
+    folder = write_folder(tmp_path, texts)
+    data = load(folder)
+    state = data.train.get_state()
+    edited = next(text for text in texts if (text in held_out_texts(data, texts)) == is_held_out)
+    for path in tmp_path.rglob("*.txt"):
+        if path.read_text() == edited:
+            path.write_text(edited[:-1] + "~")
+    with pytest.raises(ValueError, match="expected .*txt as it was when the run started"):
+        take(data.validation(10**6) if is_held_out else data.train, 1000)
+    data.train.close()
+    again = load(folder)
+    expected = (
+        "data: expected the (training|held-out) documents that the run began with .* were edited"
+    )
+    with pytest.raises(ValueError, match=expected) as caught:
+        again.train.set_state(state)
+    assert "\n" not in str(caught.value)
+    again.train.close()

@@ -92,6 +92,9 @@ def test_wandb_gets_the_metrics_and_the_same_run_again(tmp_path, monkeypatch):
         writer.close()
     assert calls == [(1, {"loss": 0.5}), "finish", (2, {"loss": 0.5}), "finish"]
     assert ids[0] == ids[1]
+    (tmp_path / "wandb_id.txt").write_bytes(b"\0\0")  # after a loss of power
+    open_writer(tmp_path, 2, wandb=True).close()
+    assert len(ids[2]) == 12
 
 
 def test_not_a_number_is_left_out(tmp_path):

@@ -138,5 +138,5 @@ def test_state_of_other_settings_is_refused(source, change, name):
 def test_state_of_other_documents_is_refused(tmp_path, texts):
     state = load(write_folder(tmp_path / "a", texts)).train.get_state()
     more = write_folder(tmp_path / "b", make_texts(50))
-    with pytest.raises(ValueError, match="expected the checkpoint's documents = "):
+    with pytest.raises(ValueError, match="expected the training documents that the run"):
         load(more).train.set_state(state)

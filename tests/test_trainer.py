@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from moda_jax import generate, load_trained
+from moda_jax.cli import parse_config
 from moda_jax.config import (
     AttentionResidualsConfig,
     MeshConfig,
@@ -21,6 +22,7 @@ from moda_jax.config import (
 from moda_jax.ops.sharding import make_mesh
 from moda_jax.train import trainer
 from moda_jax.train.errors import EXIT_STOPPED, DivergenceError
+from moda_jax.train.owner import FolderOwner
 from moda_jax.train.train_step import make_train_functions
 from moda_jax.train.trainer import train
 from tests.compiled_once import compiled_once  # noqa: F401  (a fixture)
@@ -82,6 +84,7 @@ def test_a_finished_run_leaves_everything(config, capsys, monkeypatch):
         "metrics.jsonl",
         "tensorboard",
         "config.json",
+        "corpus.json",
         "sample.txt",
         "loss.png",
         "attention_mass.png",
@@ -113,8 +116,14 @@ def test_a_run_of_another_mechanism(config):
 def test_a_reached_run_says_so_and_still_has_its_outputs(config, capsys):
     first = train(config)
     (first.directory / "loss.png").unlink()
-    second = train(config)
-    assert "step 6 of 6 is already reached" in capsys.readouterr().out
+    settings = (first.directory / "config.json").read_bytes()
+    # A setting of another run is not written down as if this one had been trained with it.
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-4)
+    second = train(dataclasses.replace(config, optimizer=optimizer))
+    assert (first.directory / "config.json").read_bytes() == settings
+    out = capsys.readouterr().out
+    assert "step 6 of 6 is already reached" in out
+    assert "nothing is trained, so the run's settings stay: optimizer.learning_rate 0.01 -> " in out
     assert (second.directory / "loss.png").exists()
     assert second.validation_loss == first.validation_loss
     assert len(metrics_of(config, "final_validation_loss")) == 1
@@ -160,16 +169,61 @@ def test_a_trained_model_is_found_again(config, caplog):
     assert sorted(result.directory.rglob("*")) == before
 
 
-def test_more_steps_continue_the_run(config):
+def test_more_steps_continue_the_run(config, capsys):
     train(config)
     longer = History()
     result = train(dataclasses.replace(config, steps=8), on_step=longer)
     assert result.step == 8
     assert list(longer.steps) == [7, 8]
     assert list(metrics_of(config, "loss")) == list(range(1, 9))
+    assert "changed at step 6: steps 6 -> 8: the learning rate goes on" in capsys.readouterr().out
     rates = metrics_of(config, "learning_rate")
     assert rates[7] > rates[6]  # the longer curve is higher there
     assert list(metrics_of(config, "final_validation_loss")) == [8]
+
+
+def test_a_damaged_newest_checkpoint_and_a_dead_owner(config, capsys):
+    """The run goes on from the checkpoint before, in a folder that was moved, without a flag."""
+    whole = train(config)
+    moved = whole.directory.with_name("moved")
+    whole.directory.rename(moved)
+    (moved / "checkpoints" / "6" / "run" / "metadata").write_bytes(b"")
+    (moved / "owner.json").write_text("{}")
+    os.utime(moved / "owner.json", (1, 1))
+    steps = History()
+    result = train(parse_config([str(moved)]), on_step=steps)
+    out = capsys.readouterr().out
+    assert "checkpoint 6 is damaged: run/metadata has 0 bytes" in out
+    assert "taken over from an unknown process" in out
+    assert "changed at step" not in out
+    assert result.directory == moved
+    assert list(steps.steps) == [5, 6]
+    assert result.validation_loss == whole.validation_loss
+    assert not (moved / "owner.json").exists()
+
+
+def test_a_second_run_of_one_name_is_refused_and_tidies_nothing_up(config):
+    folder = Path(config.output_dir, config.name)
+    half_written = folder / "checkpoints" / "4.orbax-checkpoint-tmp"
+    half_written.mkdir(parents=True)
+    with FolderOwner(folder), pytest.raises(ValueError, match="is in use by process"):
+        train(config)
+    assert half_written.is_dir()
+    assert not (folder / "config.json").exists()
+
+
+def test_a_folder_that_is_lost_under_the_run(config):
+    """Said at the next save, whose own failure is not what happened."""
+    folder = Path(config.output_dir, config.name)
+
+    def rename(step, metrics):
+        if step == 2:
+            folder.rename(folder.with_name("elsewhere"))
+
+    with pytest.raises(ValueError, match="run was deleted, renamed or replaced under") as caught:
+        train(config, on_step=rename)
+    assert "\n" not in str(caught.value)
+    assert "besides" not in str(caught.value)
 
 
 def test_ctrl_c_saves_and_ends_with_130(config, capsys):

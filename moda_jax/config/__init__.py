@@ -15,7 +15,7 @@ from moda_jax.config.depth import (
     MoDAConfig,
     ResidualConfig,
 )
-from moda_jax.config.files import from_json, to_json
+from moda_jax.config.files import dataclass_from_json, from_json, to_json
 from moda_jax.config.model import ExecutionConfig, ModelConfig
 from moda_jax.config.run import Config, DataConfig, MeshConfig, OptimizerConfig
 
@@ -35,6 +35,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ResidualConfig",
+    "dataclass_from_json",
     "from_json",
     "to_json",
 ]

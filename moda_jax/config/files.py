@@ -1,11 +1,15 @@
 """Configs as nested dicts of JSON, for config.json and checkpoints."""
 
 import dataclasses
+import difflib
+import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from moda_jax.config.depth import DEPTH_CONFIGS, DepthConfig
 from moda_jax.config.model import ModelConfig
+
+_T = TypeVar("_T")
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -18,16 +22,73 @@ def to_json(config: Any) -> dict[str, Any]:
     }
 
 
-def from_json(model: Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig that `to_json` wrote.
+def from_json(model: Any) -> ModelConfig:
+    """The ModelConfig that `to_json` wrote; see `dataclass_from_json`."""
+    if isinstance(model, Mapping):  # an older version is named first, not its settings' names
+        _depth_from_json(model.get("depth"), "model.depth.")
+    return dataclass_from_json(model, ModelConfig, "model.")
 
-    Raises ValueError if it was written before mechanisms had settings of their own.
+
+def dataclass_from_json(settings: Any, cls: type[_T], prefix: str = "") -> _T:
+    """The `cls`, a config dataclass, that `to_json` wrote.
+
+    A setting that is not there has its default: it is younger than the file.
+
+    Args:
+        settings: nested dicts.
+        cls: Config, or one of its parts.
+        prefix: stands before a field's name in errors: "model." for a ModelConfig.
+
+    Raises:
+        ValueError: an unknown setting, a missing one that has no default, or a value that `cls`
+            refuses; or a model written before mechanisms had settings of their own.
     """
-    depth = model.get("depth")
+    if not isinstance(settings, Mapping):
+        raise ValueError(
+            f"{prefix.rstrip('.') or cls.__name__}: expected settings by name, got {settings!r}"
+        )
+    types = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in settings.keys() - fields.keys():
+        close = difflib.get_close_matches(name, fields, n=1)
+        hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+        raise ValueError(
+            f"{prefix}{name}: expected a setting of {cls.__name__}, which has none of this name"
+            f"{hint}"
+        )
+    for name, field in fields.items():
+        has_default = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if name not in settings and not has_default:
+            raise ValueError(f"{prefix}{name}: expected a value, got none")
+    return cls(
+        **{
+            name: _value_from_json(value, types[name], f"{prefix}{name}.")
+            for name, value in settings.items()
+        }
+    )
+
+
+def _value_from_json(value: Any, kind: Any, prefix: str) -> Any:
+    if kind is DepthConfig:
+        return _depth_from_json(value, prefix)
+    is_part = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    return dataclass_from_json(value, kind, prefix) if is_part else value
+
+
+def _depth_from_json(depth: Any, prefix: str) -> DepthConfig:
     if not isinstance(depth, Mapping) or depth.get("name") not in DEPTH_CONFIGS:
         raise ValueError(
-            f"model.depth: expected the settings of one of {sorted(DEPTH_CONFIGS)}, got {depth!r}; "
-            "a checkpoint of an older version cannot be loaded"
+            f"{prefix.rstrip('.')}: expected the settings of one of {sorted(DEPTH_CONFIGS)}, got "
+            f"{depth!r}; a checkpoint of an older version cannot be loaded"
         )
     settings = {key: value for key, value in depth.items() if key != "name"}
-    return ModelConfig(**{**model, "depth": DEPTH_CONFIGS[depth["name"]](**settings)})
+    return dataclass_from_json(settings, DEPTH_CONFIGS[depth["name"]], prefix)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        nested = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat

@@ -28,6 +28,10 @@ class _Opened(NamedTuple):
     ignored: str = ""
 
 
+def _digest(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+
+
 def _open_stdlib() -> _Opened:
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [
@@ -99,7 +103,7 @@ class Corpus:
                 if text.strip():
                     content = encode_utf8(text, functools.partial(file.name, place))
                     places.extend((number, *place))
-                    digests.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()))
+                    digests.append(_digest(content))
                     sizes.append(len(content))
         if not sizes:
             raise ValueError(
@@ -115,8 +119,16 @@ class Corpus:
         return len(self._places)
 
     def __getitem__(self, index: int) -> str:
+        """Reads document `index`; ValueError if it is not the text that was there at the start."""
         file, offset, length = self._places[index].tolist()
-        return self._sources[file].read((offset, length))
+        text = self._sources[file].read((offset, length))
+        name = functools.partial(self.name, index)
+        if _digest(encode_utf8(text, name)) != self.digests[index]:
+            raise ValueError(
+                f"DataConfig.source: expected {name()} as it was when the run started, got another "
+                f"text; leave the corpus alone while a run reads it"
+            )
+        return text
 
     def name(self, index: int) -> str:
         """The file (and line) of document `index`, for messages."""

@@ -102,6 +102,14 @@ class TrainIterator(Iterator[Batch]):
         Raises ValueError if the state belongs to other data: it would give other batches.
         """
         saved = state["identity"]
+        for name, which in (("documents", "training"), ("held_out", "held-out")):
+            if saved.get(name) != self._identity[name]:
+                raise ValueError(
+                    f"data: expected the {which} documents that the run began "
+                    f"with (fingerprint {saved.get(name)}), got others "
+                    f"({self._identity[name]}): texts were edited, added, removed or renamed, or "
+                    f"the split was changed; restore them, or start a new run under another --name"
+                )
         for name, value in self._identity.items():
             if saved.get(name) != value:
                 raise ValueError(
@@ -122,6 +130,8 @@ class Data:
     tokenizer: Tokenizer
     train: TrainIterator
     source: str
+    fingerprint: str
+    """Of the texts of all documents, in their order."""
     train_documents: int
     validation_documents: int
     num_bytes: int
@@ -198,6 +208,10 @@ def _split(corpus: Corpus, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     return train, validation[np.argsort(digests[validation], kind="stable")]
 
 
+def _fingerprint(digests: np.ndarray) -> str:
+    return hashlib.blake2b(digests.tobytes(), digest_size=8).hexdigest()
+
+
 def _count_tokens(corpus: Corpus, indices: np.ndarray, tokenizer: Tokenizer) -> tuple[int, bool]:
     """Returns the targets in one epoch of the documents `indices`, and whether that is exact."""
     num_bytes = int(corpus.sizes[indices].sum())
@@ -270,7 +284,8 @@ def load_data(
     train_tokens, tokens_exact = _count_tokens(corpus, train, tokenizer)
     rows = batch_size // process_count
     identity = {
-        "documents": hashlib.blake2b(corpus.digests[train].tobytes(), digest_size=8).hexdigest(),
+        "documents": _fingerprint(corpus.digests[train]),
+        "held_out": _fingerprint(corpus.digests[validation]),
         "tokenizer": tokenizer.fingerprint,
         "seq_len": config.seq_len,
         "packing_bins": config.packing_bins,
@@ -286,6 +301,7 @@ def load_data(
         tokenizer=tokenizer,
         train=TrainIterator(_train_batches(local_train, config, rows, seed), identity),
         source=config.source,
+        fingerprint=_fingerprint(corpus.digests),
         train_documents=len(train),
         validation_documents=len(validation),
         num_bytes=int(corpus.sizes.sum()),

@@ -13,6 +13,9 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 
+TOKENIZER_FILE = "tokenizer.json"
+"""The name under which a run's folder keeps a tokenizer that needs a file."""
+
 # In order of preference: a BERT-like file has both [SEP] and others, GPT-like ones only the first.
 _END_OF_DOCUMENT_TOKENS = (
     "<|endoftext|>", "<|end_of_text|>", "<|endofdoc|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>",
@@ -29,6 +32,8 @@ class Tokenizer(Protocol):
     """The token between documents, which therefore also stands before each one."""
     fingerprint: str
     """Equal for equal tokenizers; a checkpoint compares it."""
+    content: bytes | None
+    """Of the file that `load_tokenizer` needs to make it again; None: it needs none."""
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of `text`, without any begin or end token."""
@@ -52,6 +57,7 @@ class ByteTokenizer:
     vocab_size = 257
     eos_id = 256
     fingerprint = "bytes"
+    content: bytes | None = None
 
     def encode(self, text: str) -> list[int]:
         """Returns the UTF-8 bytes of `text`, without an end-of-document token."""
@@ -90,6 +96,7 @@ class JsonTokenizer:
                 f"got {path!r}: {error.strerror}"
             ) from error
         self._path = path
+        self.content: bytes | None = content
         self._tokenizer = _parse(path, content)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -1,27 +1,27 @@
 """Checkpoints of a run: state, data iterators and config, saved together and restored exactly."""
 
-import contextlib
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
-from moda_jax.config import Config, ExecutionConfig, MeshConfig, from_json, to_json
-from moda_jax.data.tokenizer import Tokenizer, load_tokenizer
-from moda_jax.model.transformer import Transformer
-from moda_jax.ops.sharding import make_mesh, state_shardings
+from moda_jax.config import Config, from_json, to_json
+from moda_jax.config.files import flatten
+from moda_jax.train.manifest import find_damage, write_manifest
+from moda_jax.train.processes import gather_json, on_main
 from moda_jax.train.train_step import TrainState
 
 _METRIC = "validation_loss"
+METRICS_ITEM = "metrics"
+"""The part of a checkpoint, and its file, in which orbax keeps the validation loss."""
 
 
 class Restored(NamedTuple):
@@ -36,24 +36,20 @@ class Restored(NamedTuple):
     """Whether a validation loss was saved with it."""
 
 
-class TrainedModel(NamedTuple):
-    """What `load_trained` finds."""
-
-    model: Transformer
-    tokenizer: Tokenizer
-    step: int
-    """Optimizer steps done."""
-
-
 class Checkpoints:
     """The checkpoints of one run: the newest `keep_last` and the best by validation loss.
 
-    Saving is asynchronous: `save` copies the state from the devices and returns, writing goes on in
-    the background. A checkpoint gets its name when it is complete, so one whose writing was killed
-    is never seen.
+    Only the owner of the run's folder makes one: what looks half-written is tidied up, and damaged
+    checkpoints are moved aside. Saving is asynchronous: `save` copies the state from the devices
+    and returns, writing goes on in the background. A checkpoint gets its name when it is complete,
+    its manifest included, so one whose writing was killed is never seen.
     """
 
     def __init__(self, directory: Path, *, keep_last: int) -> None:
+        """Raises ValueError if there are checkpoints and all of them are damaged."""
+        self._directory = directory.absolute()
+        self.damaged: list[str] = on_main(lambda: _set_damaged_aside(self._directory))
+        """A line about each checkpoint that was moved aside, newest first."""
         newest = checkpoint_managers.LatestN(keep_last)
         best = checkpoint_managers.BestN(
             get_metric_fn=_validation_loss,
@@ -61,7 +57,7 @@ class Checkpoints:
             n=1,
             keep_checkpoints_without_metrics=False,
         )
-        self._directory = directory.absolute()
+        self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -69,6 +65,7 @@ class Checkpoints:
                 best_mode="min",
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
                 cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             ),
         )
 
@@ -104,15 +101,21 @@ class Checkpoints:
             data: this process's JSON-serialisable iterator state.
             config: kept beside the state, to recognise another model.
             validation_loss: of exactly this state, None if it was not validated.
+
+        Raises:
+            OSError: this or the one before could not be written; kept ones are untouched.
         """
         # Plain arrays in nested dicts: what is on disk does not depend on flax's classes.
         items = {
             "params": ocp.args.StandardSave(nnx.as_pure(state.params)),
             "optimizer": ocp.args.StandardSave(nnx.as_pure((state.step, state.optimizer))),
-            "run": ocp.args.JsonSave({"config": to_json(config), "data": _gather_json(data)}),
+            "run": ocp.args.JsonSave({"config": to_json(config), "data": gather_json(data)}),
         }
         loss = math.inf if validation_loss is None else validation_loss
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics={_METRIC: loss})
+        with self._named_errors():
+            self._manager.wait_until_finished()  # its error would be this step's
+            self._saving = step
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics={_METRIC: loss})
 
     def restore(self, abstract_state: TrainState, config: Config) -> Restored | None:
         """The newest checkpoint, placed as `abstract_state` says; None if there is none.
@@ -144,68 +147,105 @@ class Checkpoints:
         return Restored(state, run["data"][jax.process_index()], run["config"], is_validated)
 
     def wait(self) -> None:
-        """Waits for the writing to end; raises what went wrong in it."""
-        self._manager.wait_until_finished()
+        """Waits for the writing to end; raises OSError if something went wrong in it."""
+        with self._named_errors():
+            self._manager.wait_until_finished()
+
+    def forget_missing(self) -> list[int]:
+        """Waits, and returns the steps of kept checkpoints that somebody else removed."""
+        self.wait()
+        kept = self._manager.all_steps()
+        missing = [step for step in kept if not (self._directory / str(step)).is_dir()]
+        if missing:
+            self._manager.reload()
+        return missing
 
     def close(self) -> None:
         """Waits and gives up the background threads."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write_manifest(self) -> None:
+        """Called by the main process, in the background, when all files of a save are complete.
+
+        orbax then gives the folder its name, and only then deletes older checkpoints.
+        """
+        assert self._saving is not None
+        (unnamed,) = self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        write_manifest(unnamed, self._saving)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Turns whatever a write fails with into one line that names the checkpoint."""
+        try:
+            yield
+        except Exception as error:
+            # orbax has struck off what it would have deleted after this save, and did not delete.
+            self._manager.reload()
+            latest = self.latest_step
+            kept = "there is no other" if latest is None else f"the newest is of step {latest}"
+            # tensorstore appends the places in its source.
+            reason = " ".join(str(error).split(" [source")[0].split()) or type(error).__name__
+            raise OSError(
+                f"{self._directory}: the checkpoint of step {self._saving} could not be written, "
+                f"{kept}: {reason}"
+            ) from error
 
 
-def load_trained(
-    directory: str | Path, *, step: int | Literal["newest", "best"] = "newest",
-    mesh: Mesh | None = None,
-) -> TrainedModel:  # fmt: skip
-    """The model and tokenizer of a run, to generate or to go on with; the run may be in progress.
+def checkpoint_steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints in `directory`, damaged or not, newest first."""
+    names = (path.name for path in directory.iterdir() if path.is_dir())
+    return sorted((int(n) for n in names if n.isdecimal() and str(int(n)) == n), reverse=True)
 
-    Args:
-      directory: the run's folder, for instance runs/tiny.
-      step: of the checkpoint; "best" has the lowest validation loss.
-      mesh: places the parameters by their logical axes; None: on one device.
 
-    Raises:
-      ValueError: no run's folder, no such checkpoint, or its tokenizer.json is gone.
+def saved_loss(folder: Path) -> float:
+    """Validation loss of the undamaged checkpoint in `folder`; inf if it was not validated."""
+    return _validation_loss(json.loads((folder / METRICS_ITEM / METRICS_ITEM).read_bytes()))
+
+
+def _set_damaged_aside(directory: Path) -> list[str]:
+    """Renames damaged checkpoints, so that a run neither reads them nor stumbles on them.
+
+    The newest one that is left is checked whole; of older ones, which only count by their
+    validation loss until somebody loads them, that loss and the sizes of all files.
+
+    Returns a line about each one, newest first. Raises ValueError if no other is left.
     """
-    folder = Path(directory).absolute() / "checkpoints"
-    if not folder.is_dir():
+    if not directory.is_dir():
+        return []
+    damage: dict[int, str] = {}
+    found_good = False
+    for step in checkpoint_steps(directory):
+        items = (METRICS_ITEM,) if found_good else None
+        if problem := find_damage(directory / str(step), step, items):
+            damage[step] = problem
+        else:
+            found_good = True
+    if damage and not found_good:
         raise ValueError(
-            f"directory: expected a run's folder with checkpoints/ in it, got {str(directory)!r}"
+            f"{directory}: expected a checkpoint that is whole, got "
+            f"{'; '.join(f'{step}: {problem}' for step, problem in damage.items())}; repair one, "
+            f"or move them away to start anew"
         )
-    # It must not tidy up what a running training is writing. (`read_only` would do no more than
-    # `create` does for a manager that never saves, and warns of itself.)
-    options = ocp.CheckpointManagerOptions(create=False, best_fn=_validation_loss, best_mode="min")
-    with contextlib.closing(ocp.CheckpointManager(folder, options=options)) as manager:
-        step = _find_step(manager, step)
-        run = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
-        config = from_json(run["config"]["model"])
-        execution = ExecutionConfig(**run["config"]["execution"])
-        data = run["config"]["data"]
-        tokenizer = load_tokenizer(data["tokenizer"], data.get("eos_token"))
-        graph, shapes = nnx.split(
-            nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), execution=execution))
-        )
-        shardings = state_shardings(shapes, make_mesh(MeshConfig()) if mesh is None else mesh)
-        target = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            shapes, jax.tree.broadcast(shardings, shapes),
-        )  # fmt: skip
-        restore = ocp.args.StandardRestore(nnx.as_pure(target))
-        saved = manager.restore(step, args=ocp.args.Composite(params=restore)).params
-    params = jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(saved))
-    return TrainedModel(nnx.merge(graph, params), tokenizer, step)
+    return [_set_aside(directory, step, problem) for step, problem in damage.items()]
 
 
-def _find_step(manager: ocp.CheckpointManager, step: int | str) -> int:
-    steps = sorted(manager.all_steps())
-    validated = [n for n in steps if math.isfinite(_loss_of(manager, n))]
-    found = {
-        "newest": max(steps, default=None),
-        "best": min(validated, key=lambda n: _loss_of(manager, n), default=None),
-    } | {n: n for n in steps}
-    if (chosen := found.get(step)) is None:
-        raise ValueError(f'step: expected "newest", "best" or one of {steps}, got {step!r}')
-    return chosen
+def _set_aside(directory: Path, step: int, problem: str) -> str:
+    aside = directory / f"{step}.damaged"
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = directory / f"{step}.damaged-{number}"
+    os.rename(directory / str(step), aside)
+    return f"checkpoint {step} is damaged: {problem}; it is not used, and kept as {aside}"
 
 
 def _loss_of(manager: ocp.CheckpointManager, step: int) -> float:
@@ -224,8 +264,8 @@ def _check_model(saved: Mapping[str, Any], config: Config, directory: Path) -> N
 
     How a model is computed is no part of it: a run may go on with another `execution`.
     """
-    there = _flatten(to_json(from_json(saved)))
-    here = _flatten(to_json(config.model))
+    there = flatten(to_json(from_json(saved)))
+    here = flatten(to_json(config.model))
     differing = [
         f"model.{name} {there.get(name)!r} there, {here.get(name)!r} here"
         for name in sorted(there | here)
@@ -236,24 +276,3 @@ def _check_model(saved: Mapping[str, Any], config: Config, directory: Path) -> N
             f"{directory}: checkpoint of another model ({'; '.join(differing)}); choose another "
             f"--name or --output-dir, or remove the directory"
         )
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, by dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        nested = isinstance(value, Mapping)
-        flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat
-
-
-def _gather_json(local: Any) -> list[Any]:
-    """`local` of every process, in the order of the processes."""
-    if jax.process_count() == 1:
-        return [local]
-    text = np.frombuffer(json.dumps(local).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array(len(text)))
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: len(text)] = text
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -22,16 +23,23 @@ _FLUSH_SECONDS = 10.0
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The complete lines of a metrics file, in order, without one that a kill cut off."""
+    """The records of a metrics file, in order, without lines that are none.
+
+    A kill cuts the last line off, and a machine that loses power may leave zeros or anything else.
+    """
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    records = map(_parse_line, path.read_bytes().split(b"\n"))
+    return [record for record in records if record is not None]
+
+
+def _parse_line(line: bytes) -> dict[str, float] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, or no UTF-8
+        return None
+    has_step = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if has_step else None
 
 
 class MetricsWriter:
@@ -155,7 +163,7 @@ def _start_wandb(directory: Path, config: Mapping[str, Any]) -> Any:
             "install the extra `wandb` or leave --wandb out"
         ) from error
     id_file = directory / "wandb_id.txt"
-    if not id_file.exists():
+    if not id_file.exists() or not re.fullmatch(rb"[0-9a-f]{12}", id_file.read_bytes()):
         id_file.write_text(uuid.uuid4().hex[:12])
     return wandb.init(
         project="moda-jax",

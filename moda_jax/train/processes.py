@@ -1,9 +1,11 @@
 """The processes of a run: how they find each other, and how signals reach all of them together."""
 
+import json
 import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn, Self
 
@@ -143,3 +145,35 @@ class RunSignals:
 def _say(line: str) -> None:
     # os.write, since the main thread may be in the middle of a print.
     os.write(2, f"\n{line}\n".encode())
+
+
+def gather_json(local: Any) -> list[Any]:
+    """The JSON-serialisable `local` of every process, in the order of the processes."""
+    if jax.process_count() == 1:
+        return [local]
+    text = np.frombuffer(json.dumps(local).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(len(text)))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+
+def on_main(action: Callable[[], Any]) -> Any:
+    """The JSON-serialisable result of `action`, which the first process runs for all.
+
+    Raises its ValueError or OSError on every process, as ValueError where there are several: none
+    waits for one that has ended.
+    """
+    if jax.process_count() == 1:
+        return action()
+    outcome: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            outcome = {"result": action()}
+        except (ValueError, OSError) as error:
+            outcome = {"error": str(error)}
+    outcome = gather_json(outcome)[0]
+    if "error" in outcome:
+        raise ValueError(outcome["error"])
+    return outcome["result"]

@@ -1,13 +1,13 @@
-"""Checkpoints whose failing is one line that says what is left."""
+"""Checkpoints in a folder that this run owns; their failing is one line that says what is left."""
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.errors import SaveError
+from moda_jax.train.owner import FolderOwner
 
 _LOGGER = logging.getLogger("absl")
 
@@ -20,20 +20,24 @@ def _is_news(record: logging.LogRecord) -> bool:
 class Saver:
     """Saves in the background; each method raises SaveError for what failed there.
 
-    As a context manager it ends the background writing.
+    As a context manager it ends the background writing. `say` prints a line.
     """
 
-    def __init__(self, directory: Path, checkpoints: Checkpoints) -> None:
-        self._directory, self._checkpoints = directory, checkpoints
+    def __init__(
+        self, owner: FolderOwner, checkpoints: Checkpoints, say: Callable[[str], None]
+    ) -> None:
+        self._owner, self._checkpoints, self._say = owner, checkpoints, say
 
     def save(self, *args: Any, **kwargs: Any) -> None:
         """`Checkpoints.save`."""
-        with self._naming_failures():
+        with self._raising_save_errors():
+            for step in self._checkpoints.forget_missing():
+                self._say(f"checkpoint {step} was removed; the run goes on without it")
             self._checkpoints.save(*args, **kwargs)
 
     def wait(self) -> None:
         """Waits for the writing to end: `latest_step` is what is on disk then."""
-        with self._naming_failures():
+        with self._raising_save_errors():
             self._checkpoints.wait()
 
     def __enter__(self) -> "Saver":
@@ -42,24 +46,23 @@ class Saver:
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         try:
-            with self._naming_failures():
-                self._checkpoints.close()
-        except SaveError:
-            if error is None:  # else one line is enough, and the error's names the checkpoint
-                raise
+            self._checkpoints.close()
+        except OSError as late:
+            if error is None:
+                raise _save_error(late) from late
+            if not isinstance(error, SaveError):  # which is why
+                self._say(str(late))
         finally:
             _LOGGER.removeFilter(_is_news)
 
     @contextlib.contextmanager
-    def _naming_failures(self) -> Iterator[None]:
+    def _raising_save_errors(self) -> Iterator[None]:
         try:
-            yield
-        except Exception as error:  # of orbax and tensorstore, which have no common one
-            latest = self._checkpoints.latest_step
-            kept = "there is no complete one" if latest is None else (
-                f"the newest complete one is of step {latest}")  # fmt: skip
-            reason = " ".join(str(error).split())
-            raise SaveError(
-                f"{self._directory}: a checkpoint could not be written, {kept}; make room or "
-                f"repair the folder, then start the same command again ({reason})"
-            ) from error
+            with self._owner.guard():
+                yield
+        except OSError as error:
+            raise _save_error(error) from error
+
+
+def _save_error(error: OSError) -> SaveError:
+    return SaveError(f"{error}; make room or repair the folder, then start the same command again")

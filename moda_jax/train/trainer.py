@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,15 +19,18 @@ from moda_jax.depth import make_mechanism
 from moda_jax.model.execution import describe_execution
 from moda_jax.model.generation import generate
 from moda_jax.ops.sharding import batch_sharding, make_mesh
+from moda_jax.train.changes import describe_changes
 from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.console import RunConsole
 from moda_jax.train.divergence import SkippedSteps, divergence
 from moda_jax.train.errors import DivergenceError, SaveError
 from moda_jax.train.memory import describe_out_of_memory, is_out_of_memory
 from moda_jax.train.metrics import FINAL, METRICS_FILE, MetricsWriter, read_metrics
+from moda_jax.train.owner import FolderOwner
 from moda_jax.train.processes import SAVE, RunSignals, initialize_processes
 from moda_jax.train.profile import ProfiledStep
 from moda_jax.train.report import plot_attention_mass, plot_loss
+from moda_jax.train.run_folder import is_written, write_run_folder
 from moda_jax.train.saving import Saver
 from moda_jax.train.throughput import Throughput
 from moda_jax.train.train_step import make_train_functions, resolve
@@ -44,8 +46,9 @@ class TrainResult:
     """What a run left behind."""
 
     directory: Path
-    """Holds checkpoints/, metrics.jsonl, tensorboard/, config.json and, once the run is finished,
-    sample.txt, loss.png and, where attention reads depth slots, attention_mass.png."""
+    """Holds checkpoints/, metrics.jsonl, tensorboard/, config.json, corpus.json, the tokenizer's
+    file if it has one and, once the run is finished, sample.txt, loss.png and, where attention
+    reads depth slots, attention_mass.png."""
     step: int
     """Optimizer steps done."""
     finished: bool
@@ -80,11 +83,13 @@ def train(config: Config, *, on_step: OnStep | None = None) -> TrainResult:
             are not finite.
 
     Raises:
-        ValueError: mesh, data or checkpoint do not fit the config, or data cannot be read (the
-            steps until then are saved, unless several processes run).
+        ValueError: mesh, data or checkpoint do not fit the config; another run writes to the
+            folder; no checkpoint is whole; or data cannot be read (the steps until then are saved,
+            unless several processes run).
         DivergenceError: too many skipped steps, or a validation loss or a state to be saved is not
             finite; the newest checkpoint is from before.
-        SaveError: a checkpoint could not be written; the newest complete one stays.
+        SaveError: a checkpoint could not be written, or the folder was lost; the newest complete
+            checkpoint stays.
         MemoryError: the devices' memory is too small; the message says by how much what would help.
         KeyboardInterrupt: after Ctrl-C, when the checkpoint is complete.
     """
@@ -129,9 +134,17 @@ class _Run:
         self.functions = make_train_functions(config, mesh)
         execution = describe_execution(config, self.functions.execution)
         self.mechanism = make_mechanism(config.model)
+        self.console = RunConsole(steps=config.steps, quiet=not self.is_main)
         _make_folder(self.directory)
-        self.checkpoints = Checkpoints(self.directory / "checkpoints", keep_last=config.keep_last)
-        self.saver = cleanup.enter_context(Saver(self.directory, self.checkpoints))
+        self.owner = cleanup.enter_context(FolderOwner(self.directory))
+        folder = self.directory / "checkpoints"
+        self.checkpoints = Checkpoints(folder, keep_last=config.keep_last)
+        self.saver = cleanup.enter_context(Saver(self.owner, self.checkpoints, self.console.print))
+        self.owner.watch(folder)
+        for line in (self.owner.taken_from, *self.checkpoints.damaged):
+            if line is not None:
+                self.console.print(line)
+        self.changes: list[str] = []
         self._restore_or_init()
         self.saved_step = self.step
         self.best_loss = self.checkpoints.best_loss()
@@ -143,7 +156,6 @@ class _Run:
             seq_len=config.data.seq_len,
             devices=list(mesh.devices.flat),
         )
-        self.console = RunConsole(steps=config.steps, quiet=not self.is_main)
         self.writer = self._open_writer(cleanup)
         self.console.show_start(
             config,
@@ -153,6 +165,8 @@ class _Run:
             directory=self.directory,
             restored_step=self.step,
         )
+        for line in self.changes:
+            self.console.print(line)
 
         self.train_step = ProfiledStep(
             self.functions.train_step,
@@ -173,18 +187,20 @@ class _Run:
         self.state = restored.state
         self.data.train.set_state(restored.data)
         self.step = int(self.state.step)
+        self.changes = describe_changes(restored.config, self.config, self.step)
         # A signal comes before validation: a resumed run shows what an uninterrupted one would.
         self.owes_validation = self._is_validation_due() and not restored.is_validated
 
     def _open_writer(self, cleanup: contextlib.ExitStack) -> MetricsWriter | None:
         if not self.is_main:
             return None
-        settings = to_json(self.config)
-        (self.directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        # Where nothing is trained the settings of what was trained stay.
+        if self.step < self.config.steps or not is_written(self.directory):
+            write_run_folder(self.directory, self.config, self.data)
         writer = MetricsWriter(
             self.directory,
             restored_step=self.step,
-            config=settings,
+            config=to_json(self.config),
             wandb=self.config.wandb,
             say=self.console.print,
         )
@@ -238,6 +254,7 @@ class _Run:
             # The previous step's numbers are there by now: the device computes while we print.
             self._report_pending()
             self.pending = (self.step, metrics, rows)
+            self.owner.check()
             request = self.signals.requested(self.step)
             if request not in (None, SAVE):
                 return request

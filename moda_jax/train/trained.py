@@ -1,0 +1,124 @@
+"""`load_trained`: the model and tokenizer that a run left, or is still writing."""
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from moda_jax.config import ExecutionConfig, MeshConfig, ModelConfig, dataclass_from_json, from_json
+from moda_jax.data.tokenizer import Tokenizer
+from moda_jax.model.transformer import Transformer
+from moda_jax.ops.sharding import make_mesh, state_shardings
+from moda_jax.train.checkpoint import METRICS_ITEM, checkpoint_steps, saved_loss
+from moda_jax.train.manifest import find_damage
+from moda_jax.train.run_folder import load_folder_tokenizer
+
+# The optimizer's state, two thirds of a checkpoint, is neither read nor checked.
+_ITEMS = (METRICS_ITEM, "params", "run")
+
+
+class DamagedCheckpointWarning(UserWarning):
+    """A checkpoint that would have been loaded is damaged; an older one is loaded instead."""
+
+
+class TrainedModel(NamedTuple):
+    """What `load_trained` finds."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    step: int
+    """Optimizer steps done."""
+
+
+def load_trained(
+    directory: str | Path, *, step: int | Literal["newest", "best"] = "newest",
+    mesh: Mesh | None = None,
+) -> TrainedModel:  # fmt: skip
+    """The model and tokenizer of a run, to generate or to go on with; the run may be in progress.
+
+    Everything comes from the folder, wherever it was moved. A damaged checkpoint is passed over
+    with a `DamagedCheckpointWarning` that says what is wrong.
+
+    Args:
+      directory: the run's folder, for instance runs/tiny.
+      step: of the checkpoint; "best" has the lowest validation loss.
+      mesh: places the parameters by their logical axes; None: on one device.
+
+    Raises:
+      ValueError: no run's folder, no such checkpoint, one that was asked for by its number is
+        damaged or all are, or the tokenizer is gone or another than the model was trained with.
+    """
+    folder = Path(directory).absolute() / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(
+            f"directory: expected a run's folder with checkpoints/ in it, got {str(directory)!r}"
+        )
+    step = _find_step(folder, step)
+    run = _restore(folder / str(step), run=ocp.args.JsonRestore()).run
+    config = from_json(run["config"]["model"])
+    execution = dataclass_from_json(run["config"]["execution"], ExecutionConfig, "execution.")
+    tokenizer = load_folder_tokenizer(
+        folder.parent, run["config"]["data"], expected=run["data"][0]["identity"].get("tokenizer")
+    )
+    model = _restore_model(folder / str(step), config, execution, mesh)
+    return TrainedModel(model, tokenizer, step)
+
+
+def _restore_model(
+    folder: Path, config: ModelConfig, execution: ExecutionConfig, mesh: Mesh | None
+) -> Transformer:
+    graph, shapes = nnx.split(
+        nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), execution=execution))
+    )
+    shardings = state_shardings(shapes, make_mesh(MeshConfig()) if mesh is None else mesh)
+    target = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes, jax.tree.broadcast(shardings, shapes),
+    )  # fmt: skip
+    saved = _restore(folder, params=ocp.args.StandardRestore(nnx.as_pure(target))).params
+    params = jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(saved))
+    return nnx.merge(graph, params)
+
+
+def _restore(folder: Path, **items: Any) -> Any:
+    """Items of one checkpoint. Nothing is tidied up: a training may be writing next to it."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(folder, args=ocp.args.Composite(**items))
+
+
+def _find_step(folder: Path, step: int | str) -> int:
+    """The chosen checkpoint; whole, after warnings about better ones that are not."""
+    steps = checkpoint_steps(folder)
+    # A damaged one might have been the best: it is looked at first, so that it is named.
+    losses = {
+        n: -math.inf
+        if find_damage(folder / str(n), n, (METRICS_ITEM,))
+        else saved_loss(folder / str(n))
+        for n in steps
+    }
+    candidates = {
+        "newest": steps,
+        "best": sorted((n for n in steps if losses[n] < math.inf), key=lambda n: losses[n]),
+    } | {n: [n] for n in steps}
+    if not candidates.get(step):
+        raise ValueError(f'step: expected "newest", "best" or one of {steps[::-1]}, got {step!r}')
+    damage = []
+    for candidate in candidates[step]:
+        problem = find_damage(folder / str(candidate), candidate, _ITEMS)
+        if problem is None:
+            break
+        damage.append(f"checkpoint {candidate} is damaged: {problem}")
+    else:
+        raise ValueError(f"{folder}: expected a checkpoint that is whole, got {'; '.join(damage)}")
+    for line in damage:
+        warnings.warn(
+            f"{folder}: {line}; checkpoint {candidate} is loaded instead",
+            DamagedCheckpointWarning,
+            stacklevel=3,
+        )
+    return candidate
