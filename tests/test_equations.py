@@ -75,7 +75,13 @@ def test_scanned_model_in_float32(name):
     assert_close("logits", at_real_tokens(case, logits(state)), expected, EQUATIONS_FLOAT32)
 
 
-FAST = ("moda_row5_bias_pre", "moda_every2_bounded_reordered", "dense_matrix_post", "mhc_pre")
+FAST = (
+    "moda_row5_bias_pre",
+    "moda_every2_bounded_reordered",
+    "dense_scalar_pre",
+    "dense_matrix_post",
+    "mhc_pre",
+)
 
 
 @pytest.mark.parametrize(
