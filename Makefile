@@ -15,7 +15,7 @@ RUN_STAMP := $(VENV)/.installed-run$(if $(EXTRAS),-$(EXTRAS))
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help train bench test test-fast test-slow test-newer test-all lint format clean gpu-python
+.PHONY: help train bench test test-fast test-slow test-newer test-all mutants lint format clean gpu-python
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ test-newer: $(DEV_STAMP)  ## what an older JAX skips, and some of the fast tests
 
 test-all: lint $(DEV_STAMP)  ## lint, then every test
 	@$(PYTEST) $(ARGS)
+
+mutants: $(DEV_STAMP)  ## make errors that a fast test must find; ARGS="-k rope" narrows it
+	@$(PYTEST) -m slow -rfEp tests/test_mutants.py $(ARGS)
 
 lint: $(DEV_STAMP)  ## ruff and mypy, changing nothing
 	@$(BIN)/ruff check .

@@ -77,6 +77,13 @@ def test_validation_repeats_itself_and_ends_with_padding(source):
         list(data.validation(0))
 
 
+def test_split_by_hand():
+    """Of the hashes 9, 2, 6 and 1 sixteenths, those below 0.3 are held out, smallest first."""
+    digests = np.array([9, 2, 6, 1], np.uint64) << np.uint64(60)
+    train, held_out = moda_jax.data.loader._split(digests, 0.3)
+    assert (train.tolist(), held_out.tolist()) == ([0, 2], [3, 1])
+
+
 def test_split_stays_when_documents_come_and_keeps_equal_ones_together(tmp_path, texts):
     few = load(write_folder(tmp_path / "few", texts), seq_len=64)
     more_texts = [*make_texts(30, seed=9, longest=50), *texts, *texts]

@@ -77,10 +77,16 @@ def test_scanned_model_in_float32(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["moda_row5_bias_pre", "moda_every2_bounded_reordered", "dense_matrix_post", "mhc_pre"],
+    [
+        "moda_row5_bias_pre",
+        "moda_every2_bounded_reordered",
+        "dense_scalar_pre",
+        "dense_matrix_post",
+        "mhc_pre",
+    ],
 )
 def test_derivatives_of_the_scanned_model(name):
-    """Of four; tests/test_mechanisms.py compares all gradients with the reference's."""
+    """Of five; tests/test_mechanisms.py compares all gradients with the reference's."""
     case = equations.load(name)
     state, logits = scanned(case)
     _, derivatives = value_and_derivatives(case, logits, state)

@@ -92,6 +92,14 @@ def test_seed_decides_the_sample(model):
     assert draw(1) != draw(2)
 
 
+def test_every_token_is_drawn_anew():
+    """Of 37 equally likely tokens 60 draws find 30 on average; one draw for all finds 1."""
+    model = build()
+    model.head.kernel[...] = jnp.zeros_like(model.head.kernel[...])
+    (new,) = generation.generate(model, [[1]], max_new_tokens=60, temperature=1.0)
+    assert len(set(new)) > 20
+
+
 def frequencies(logits, **kwargs):
     settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0} | kwargs
     batch = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (4000, len(logits)))

@@ -1,6 +1,8 @@
 """The model's parts, its counts against the paper's printed numbers, and the loss."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import chex
 import jax
@@ -9,11 +11,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moda_jax.config import MoDAConfig, ModelConfig, ResidualConfig
+from moda_jax.config import (
+    DenseConfig,
+    MeshConfig,
+    MHCConfig,
+    MoDAConfig,
+    ModelConfig,
+    ResidualConfig,
+)
 from moda_jax.depth import make_mechanism
 from moda_jax.layers import RMSNorm, rope_table, rotate
 from moda_jax.model.flops import count_flops, count_parameters
 from moda_jax.model.transformer import Transformer
+from moda_jax.ops.sharding import make_mesh
 from moda_jax.train import losses
 from moda_jax.train.losses import next_token_loss
 from pallas_kernels import platforms
@@ -144,6 +154,21 @@ def test_logits_and_mass_have_their_shapes():
     assert (np.asarray(mass[2, 1:]) > 0).all()
 
 
+def test_mass_by_hand():
+    """Of one token: to the second layer's query the first layer's key scores log 3, its own 0."""
+    depth = MoDAConfig(ffn_kv="none")
+    config = dataclasses.replace(SMALL, num_layers=2, depth=depth, qk_norm="none", use_bias=True)
+    model = build(config)
+    query, key = model.layers.query, model.layers.key_value.key
+    for linear in (query, key):
+        linear.kernel[...] = jnp.zeros(linear.kernel.shape)
+        linear.bias[...] = jnp.zeros(linear.bias.shape)
+    query.bias[...] = query.bias[...].at[1, :, 0].set(SMALL.head_dim**0.5)
+    key.bias[...] = key.bias[...].at[0, :, 0].set(np.log(3.0))
+    mass = model.attention_mass(jnp.zeros((1, 1), jnp.int32))
+    np.testing.assert_allclose(mass, [[1.0, 0.0], [0.25, 0.75]], rtol=1e-6)
+
+
 def test_mass_with_bounded_slots_keeps_every_slots_place():
     depth = MoDAConfig(window=3, reserved=1)
     config = dataclasses.replace(SMALL, num_layers=5, depth=depth)
@@ -161,10 +186,36 @@ def test_mass_without_a_real_token_is_zero():
 
 
 def test_initialisation_is_cut_at_three_deviations():
+    """Of the embedding and of every matrix; a normal cut there has 0.9866 of its deviation."""
     config = dataclasses.replace(SMALL, init_std=0.02, vocab_size=512, embed_dim=128)
-    table = np.asarray(Transformer(config, rngs=nnx.Rngs(0)).embedding[...])
-    assert np.abs(table).max() <= 0.06
-    assert abs(table.std() - 0.02) < 0.001
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
+    found = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    matrices = {name: x for name, x in found.items() if "scale" not in name}
+    assert len(matrices) == 11  # embedding, q, k, v, o, three of the FFN, two of depth, head
+    for name, matrix in matrices.items():
+        assert np.abs(matrix).max() <= 0.06, name
+        assert abs(matrix.std() - 0.9866 * 0.02) < 0.0005, name
+
+
+@pytest.mark.parametrize("form", ["scalar", "matrix"])
+def test_dense_connections_start_as_the_plain_model(form):
+    """Weight 1, or the identity, on the newest of one, two and three entries."""
+    config = dataclasses.replace(SMALL, num_layers=3, depth=DenseConfig(form))
+    weights = make_mechanism(config).shared_parameters(nnx.Rngs(0))["weights"][...]
+    newest = [1.0, 0.0, 1.0, 0.0, 0.0, 1.0]
+    one = 1.0 if form == "scalar" else np.eye(SMALL.embed_dim)
+    np.testing.assert_array_equal(weights, np.multiply.outer(newest, one))
+
+
+def test_manifold_constrained_streams_start_as_documented():
+    """The mean of all four streams is read, what is written is added once, and few are mixed."""
+    config = dataclasses.replace(SMALL, depth=MHCConfig(num_streams=4))
+    start = make_mechanism(config).layer_parameters(nnx.Rngs(0))
+    sigmoid = lambda x: 1 / (1 + np.exp(-np.asarray(x[...])))  # noqa: E731
+    np.testing.assert_allclose(sigmoid(start.pre_bias), np.full((2, 4), 0.25), rtol=1e-6)
+    np.testing.assert_array_equal(2 * sigmoid(start.post_bias), np.ones((2, 4)))
+    np.testing.assert_array_equal(start.residual_bias[...], np.stack([4 * np.eye(4)] * 2))
 
 
 def test_rms_norm_and_rope():
@@ -179,6 +230,14 @@ def test_rms_norm_and_rope():
     q, k = rotate(same, rope), rotate(same[:, ::-1], rope)
     scores = jnp.einsum("btnh,bsnh->bnts", q, k)
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-4, atol=1e-5)
+
+
+def test_rms_norm_of_16_bits_is_computed_in_32():
+    """300² is no float16."""
+    x = jnp.asarray([[300.0, -300.0, 300.0, 0.0]], jnp.float16)
+    got = RMSNorm((4,), (None,), 1e-6)(x)
+    assert got.dtype == jnp.float16
+    np.testing.assert_allclose(got, x / (300 * np.sqrt(0.75)), rtol=2**-10)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
@@ -229,6 +288,32 @@ def test_chunked_loss_equals_the_plain_one(monkeypatch, changes):
     plain = nnx.value_and_grad(lambda m: plain_loss(m, inputs, 0.1))(model)
     for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(plain), strict=True):
         assert np.abs(a - b).max() <= SAME_MODEL * max(np.abs(b).max(), 1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_loss_by_hand(devices):
+    """Every token has the probabilities 1/2, 1/4, 1/4, and a logsumexp of 3."""
+    probability, z_loss = np.array([0.5, 0.25, 0.25]), 0.1
+    bias = jnp.asarray(np.log(probability) + 3.0, jnp.float32)
+    zeros = np.zeros((8, 2), np.int32)
+    inputs = {"tokens": zeros, "positions": zeros}
+    inputs["segment_ids"] = np.array([[1, 1]] * 7 + [[1, 0]], np.int32)  # 15 targets
+    inputs["targets"] = np.array([[0, 1]] * 7 + [[2, 2]], np.int32)  # 7, 7 and 1 of each
+
+    @jax.value_and_grad
+    def loss(bias):
+        model: Any = SimpleNamespace(
+            config=SimpleNamespace(vocab_size=3),
+            hidden=lambda *_, **__: jnp.zeros((8, 2, 4)),
+            head_weights=lambda: (jnp.zeros((4, 3)), bias),
+        )
+        return next_token_loss(model, inputs, z_loss=z_loss)[0]
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=devices))):
+        total, gradient = jax.jit(loss)(bias)
+    np.testing.assert_allclose(total, (7 + 2 * 8) * np.log(2) + 15 * z_loss * 9, rtol=1e-6)
+    expected = 15 * probability * (1 + 2 * z_loss * 3) - [7, 7, 1]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
 def test_chunks_of_the_loss():

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from moda_jax.data.packing import cut_into_pieces
 from tests.corpora import (
     assert_batches_equal,
     expected_pieces,
@@ -36,6 +37,12 @@ def test_validation_holds_every_target_of_its_documents_once(source, texts):
     held_out = held_out_texts(data, texts)
     assert len(held_out) == data.validation_documents > 3
     assert pieces == collections.Counter(expected_pieces(held_out))
+
+
+def test_pieces_by_hand():
+    """Five pairs in rows of four: the last token is predicted, too, in a piece of its own."""
+    pieces = [piece["pairs"].tolist() for piece in cut_into_pieces(np.arange(6), 4)]
+    assert pieces == [[[0, 1], [1, 2], [2, 3], [3, 4]], [[4, 5]]]
 
 
 def test_rows_are_numbered_and_padded_with_zeros(source):

@@ -33,7 +33,8 @@ CONFIG = Config(
         mlp_dim=48,
     ),
     execution=FLOAT32,
-    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+    # The default z-loss, 1e-5, would not show in the gradient's norm.
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, z_loss=1e-2),
     steps=8,
     batch_size=8,
 )

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import chex
 import numpy as np
@@ -140,6 +142,18 @@ def test_a_signal_just_before_a_validation_does_not_lose_it(config):
     train(config)
     for name in ("validation_loss", "depth_attention_mass", "final_validation_loss"):
         assert metrics_of(config, name) == metrics_of(whole, name), name
+
+
+def test_validation_is_a_mean_over_targets():
+    """2.5 nats over 4 targets and 1 over 2 are 2 over 6; the mean of the batches' is 1.75."""
+    sums = [{"cross_entropy": 10.0, "targets": 4.0}, {"cross_entropy": 2.0, "targets": 2.0}]
+    run: Any = SimpleNamespace(
+        functions=SimpleNamespace(eval_step=lambda params, batch: batch),
+        state=SimpleNamespace(params=None),
+        data=SimpleNamespace(validation=lambda num_batches: sums[:num_batches]),
+        _to_global=lambda batch: batch,
+    )
+    assert trainer._Run._validation_loss(run, 2) == 2.0
 
 
 def test_a_trained_model_is_found_again(config, caplog):
