@@ -146,7 +146,7 @@ def _weights(scores, d_weights, rows: _RowsByHead, mask) -> tuple[jax.Array, jax
     """p and ds / scale of the keys in the last axis; exactly 0 where masked."""
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
-    p = jnp.exp(scores - rows.lse[..., None])
+    p = tiles.weights(scores, rows.lse[..., None])
     return p, p * (d_weights - rows.delta[..., None])
 
 

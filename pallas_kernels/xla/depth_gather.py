@@ -66,7 +66,7 @@ def gather_depth_grads(
         rows = kept.rows[layer].reshape(batch, kv_heads, 2, length, -1)
         lse, delta = (jnp.moveaxis(rows[:, :, i], 1, 2) for i in (0, 1))
         scores = scale * tiles.dot("btkgh,sbtkh->sbtkg", query, key)
-        p = jnp.exp(scores - lse)
+        p = tiles.weights(scores, lse)
         ds = scale * p * (tiles.dot("btkgh,sbtkh->sbtkg", d_out, value) - delta)
         d_key = jnp.sum(ds[..., None] * query, axis=4)
         return grads[0] + d_key, grads[1] + jnp.sum(p[..., None] * d_out, axis=4)
