@@ -126,9 +126,11 @@ def _visible_depth(operands: Operands, options: Options, dtype) -> tuple[jax.Arr
 
 def _depth_part(operands: Operands, options: Options, query: jax.Array):
     key, value, slots = _visible_depth(operands, options, query.dtype)
+    valid = query_tokens(operands).valid
+    if valid is not None:  # padding may be NaN
+        key, value = (jnp.where(valid[:, :, None, None], x, 0) for x in (key, value))
     score = jnp.einsum("btkgh,sbtkh->bkgts", query, key, precision="highest")
     mask = jnp.broadcast_to(slots, score.shape)
-    valid = query_tokens(operands).valid
     if valid is not None:
         mask &= valid[:, None, None, :, None]
     return score, mask, value.transpose(1, 3, 2, 0, 4)

@@ -243,6 +243,37 @@ class AttentionSuite:
             assert mine.any(), name
             assert not others.any(), name
 
+    @pytest.mark.parametrize("chunk", [None, 8])
+    def test_padding_may_hold_anything(self, chunk):
+        """NaN at tokens of segment 0 changes no bit of any other token's results."""
+        case = self.sized(
+            Case("padding", q_len=20, batch=1, slots=2, options={"depth_chunk": chunk})
+        )
+        problem, real = make_problem(case), np.arange(20) % 7 != 3
+        segments = {"segment_ids": real.astype(np.int32)[None]}
+        d_out, d_lse = problem.cotangents
+        mask, run = real[:, None, None], self.compiled(case)
+        # GPU kernels multiply tiles of several tokens' slots.
+        slots_too = chunk is not None or self.implementation in ("xla", "mosaic_tpu")
+
+        def results(padding):
+            arrays = {
+                name: np.where(mask, x, padding if slots_too or "depth" not in name else 0)
+                for name, x in problem.arrays.items()
+            }
+            cotangents = np.where(mask, d_out, padding), d_lse
+            out, lse, grads = run(_cast(arrays, self.dtypes[0]), cotangents, segments, None)
+            assert not np.asarray(out)[:, ~real].any()
+            np.testing.assert_array_equal(np.asarray(lse)[:, ~real], -np.inf)
+            for name, grad in grads.items():
+                axis = 2 if name.startswith("depth") else 1
+                if axis == 1 or chunk is not None or self.implementation == "xla":
+                    assert not np.compress(~real, grad, axis).any(), name
+                grads[name] = np.compress(real, grad, axis)
+            return np.asarray(out)[:, real], np.asarray(lse)[:, real], grads
+
+        chex.assert_trees_all_equal(results(np.nan), results(0.0))
+
     @pytest.mark.parametrize(
         ("chunk", "grads_dtype"), [(None, "float32"), (None, "bfloat16"), (4, "bfloat16")]
     )

@@ -147,7 +147,8 @@ def _weights(scores, d_weights, rows: _RowsByHead, mask) -> tuple[jax.Array, jax
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     p = tiles.weights(scores, rows.lse[..., None])
-    return p, p * (d_weights - rows.delta[..., None])
+    ds = p * (d_weights - rows.delta[..., None])
+    return p, ds if mask is None else jnp.where(mask, ds, 0.0)  # padding's values may be NaN
 
 
 def _slots(rows: _RowsByHead, operands: Operands, options: Options, grads):
