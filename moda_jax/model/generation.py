@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from moda_jax.model.stack import TokenInfo, implementation, scan_layers
 from moda_jax.model.transformer import Transformer
 from moda_jax.ops.checks import check_int, fail, plain
+from moda_jax.ops.explicit import left_to_the_compiler
 from moda_jax.ops.sharded_attention import ShardedAttention
 
 BUCKET = 64
@@ -177,6 +179,16 @@ def _generate(
     graph, room, top_k, state, tokens, lengths, limit, temperature, top_p, stop_tokens, key
 ):
     """(new tokens [B, room], how many count [B]); the loop ends when every row has."""
+    run = functools.partial(_decode, graph, room, top_k)
+    whole = PartitionSpec(), PartitionSpec()
+    return left_to_the_compiler(run, whole)(
+        state, tokens, lengths, limit, temperature, top_p, stop_tokens, key
+    )
+
+
+def _decode(
+    graph, room, top_k, state, tokens, lengths, limit, temperature, top_p, stop_tokens, key
+):
     model = nnx.merge(graph, state)
     batch, padded = tokens.shape
     logits, cache = prefill(model, tokens, lengths, padded + room)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from moda_jax.config import ExecutionConfig, ModelConfig
 from moda_jax.depth import make_mechanism
@@ -22,6 +23,7 @@ from moda_jax.model.stack import (
     scan_layers,
 )
 from moda_jax.ops.checks import check_array, check_integers, check_range, is_concrete
+from moda_jax.ops.explicit import left_to_the_compiler, spec_of
 from moda_jax.ops.history import History
 from moda_jax.ops.sharded_attention import ShardedAttention
 from moda_jax.ops.sharding import constrain
@@ -87,8 +89,14 @@ class Transformer(nnx.Module):
     ) -> jax.Array:
         """The normed residual stream [B, T, D] that the head reads, in the compute dtype."""
         tokens, info = self._door(tokens, segment_ids, positions)
-        spec, params = self.stack(tokens.shape)
-        return self.final_norm(run_stack(spec, params, self.embed(tokens), info))
+        graph, state = nnx.split(self)
+
+        def run(state, tokens, info):
+            model = nnx.merge(graph, state)
+            spec, params = model.stack(tokens.shape)
+            return model.final_norm(run_stack(spec, params, model.embed(tokens), info))
+
+        return left_to_the_compiler(run, PartitionSpec(*spec_of(tokens), None))(state, tokens, info)
 
     def _door(self, tokens, segment_ids, positions) -> tuple[jax.Array, TokenInfo]:
         """Checked tokens, id 0 where there is padding, and where they stand."""

@@ -18,7 +18,9 @@ from moda_jax.ops.checks import (
     fail,
     to_jax,
 )
+from moda_jax.ops.explicit import per_explicit_shard
 from pallas_kernels.operands import Operands, Options, depth_tokens
+from pallas_kernels.varying import vary_like
 
 SegmentIds = jax.Array | tuple[jax.Array, jax.Array]
 
@@ -109,14 +111,19 @@ def moda_attention(
         implementation=implementation,
     )
     _warn_of_heads_before_tokens(operands)
-    backend = backends.resolve(operands, options, implementation)
-    operands = _without_padding(operands, options)
-    if backend.backward is None:
-        out, lse = backend.forward(operands, options)
-    elif return_lse:
-        out, lse = _attend(backend, options, operands)
-    else:
+
+    def attend(operands: Operands):
+        backend = backends.resolve(operands, options, implementation)
+        if backend.backward is None:
+            return backend.forward(operands, options)
+        if return_lse:
+            return _attend(backend, options, operands)
         out = _attend_without_lse(backend, options, operands)
+        return out, jnp.zeros(out.shape[:3])  # which nobody sees
+
+    # Under `shard_map` all vary over the same axes: where one did not, gradients are summed.
+    operands = vary_like(_without_padding(operands, options), operands)
+    out, lse = per_explicit_shard(attend, operands)
     if operands.query_segments is not None:
         out = _where_real(out, operands.query_segments)
     return (out, lse) if return_lse else out
@@ -195,11 +202,15 @@ def explain_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(backend: backends.Backend, options: Options, operands: Operands):
-    return backend.forward(operands, options)
+    return _run(backend, options, operands)
+
+
+def _run(backend: backends.Backend, options: Options, operands: Operands):
+    return vary_like(backend.forward(operands, options), operands)
 
 
 def _attend_forward(backend: backends.Backend, options: Options, operands: Operands):
-    out, lse = backend.forward(operands, options)
+    out, lse = _run(backend, options, operands)
     return (out, lse), (operands, out, lse)
 
 
@@ -207,7 +218,9 @@ def _attend_backward(backend: backends.Backend, options: Options, residuals, cot
     operands, out, lse = residuals
     assert backend.backward is not None
     grads = backend.backward(operands, options, out, lse, *cotangents)
-    return (Operands(**grads._asdict()),)  # the integer operands have no cotangent: None
+    return (
+        Operands(**vary_like(grads, operands)._asdict()),
+    )  # the integer operands have no cotangent: None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -216,11 +229,11 @@ _attend.defvjp(_attend_forward, _attend_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend_without_lse(backend: backends.Backend, options: Options, operands: Operands):
     """o alone: its backward gets d_lse = None, which saves a pass over lse."""
-    return backend.forward(operands, options)[0]
+    return _run(backend, options, operands)[0]
 
 
 def _attend_without_lse_forward(backend, options, operands):
-    out, lse = backend.forward(operands, options)
+    out, lse = _run(backend, options, operands)
     return out, (operands, out, lse)
 
 

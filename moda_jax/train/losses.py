@@ -11,6 +11,7 @@ from jax import lax
 from moda_jax.model.transformer import Transformer
 from moda_jax.ops.checks import check_integers, check_range, is_concrete
 from moda_jax.ops.sharding import constrain, per_row_shard
+from pallas_kernels.varying import vary_like
 
 CHUNK_BYTES = (64 * 2**20, 512 * 2**20)
 """float32 logits per device that are alive at a time: a 16th of all of them, in these bounds. The
@@ -59,7 +60,7 @@ def next_token_loss(
 
     # Every device keeps its own sum of the head's gradient while it goes through the chunks of its
     # own rows: left to itself, the compiler gathers the head and reduces that gradient per chunk.
-    parts = per_row_shard(loss)(model.head_weights(), hidden, targets, real)
+    parts = per_row_shard(loss)(vary_like(model.head_weights(), hidden), hidden, targets, real)
     total, sums = jax.tree.map(jnp.sum, parts)
     return total, sums._asdict() | {"targets": real.sum(dtype=jnp.float32)}
 
@@ -78,7 +79,8 @@ def _chunked_loss(
         _, _, new = _logits(padded, bias_V, table_DxV.shape[1], *parts)
         return jax.tree.map(jnp.add, sums, new), None
 
-    sums, _ = lax.scan(body, _Sums(jnp.float32(0), jnp.float32(0)), chunks)
+    zeros = vary_like(_Sums(jnp.float32(0), jnp.float32(0)), chunks)
+    sums, _ = lax.scan(body, zeros, chunks)
     return sums.cross_entropy + z_loss * sums.z, sums
 
 
@@ -107,7 +109,8 @@ def _loss_forward(z_loss, chunk, table_DxV, bias_V, hidden_BxTxD, targets_BxT, r
     sums = _Sums(jnp.float32(0), jnp.float32(0))
     d_table = constrain(jnp.zeros(padded.shape, jnp.float32), "embed", "vocab")
     d_bias = None if bias_V is None else jnp.zeros_like(bias_V)
-    (sums, d_table, d_bias), d_hidden = lax.scan(body, (sums, d_table, d_bias), chunks)
+    init = vary_like((sums, d_table, d_bias), chunks)
+    (sums, d_table, d_bias), d_hidden = lax.scan(body, init, chunks)
     batch, length, width = hidden_BxTxD.shape
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(batch, -1, width)
     grads = d_table[:, :vocab], d_bias, d_hidden[:, :length]

@@ -18,6 +18,7 @@ from pallas_kernels.operands import (
     num_kv_heads,
     row_delta,
 )
+from pallas_kernels.varying import vary_like
 from pallas_kernels.xla import tiles
 
 
@@ -75,6 +76,7 @@ def gather_depth_grads(
     if so_far is not None:
         parts = (lax.dynamic_slice_in_dim(x, offset, count) for x in so_far)
         sums = tuple(part.astype(total.dtype) for part, total in zip(parts, sums, strict=True))
+    sums = vary_like(sums, (kept, slots))
     start, stop = (jnp.int32(x) for x in layers)
     d_key, d_value = lax.fori_loop(start, stop, body, sums)
     return d_key.astype(dtype), d_value.astype(dtype)

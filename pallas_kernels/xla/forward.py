@@ -17,6 +17,7 @@ from pallas_kernels.operands import (
     query_tokens,
     visible_slots,
 )
+from pallas_kernels.varying import vary_like
 from pallas_kernels.xla import tiles
 
 
@@ -45,6 +46,7 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
         jnp.full(query.shape[:-1], -jnp.inf, dtype),
         jnp.zeros(query.shape[:-1], dtype),
     )
+    state = vary_like(state, operands)
     if operands.depth_key is not None and operands.depth_key.shape[0]:
         attend = _attend_slots if options.depth_chunk is None else _attend_chunks
         state = attend(state, query, operands, dataclasses.replace(options, scale=scale))
