@@ -113,7 +113,7 @@ def moda_attention(
     _warn_of_heads_before_tokens(operands)
 
     def attend(operands: Operands):
-        backend = backends.resolve(operands, options, implementation)
+        backend = backends.resolve(operands, options, implementation, stacklevel=6)
         if backend.backward is None:
             return backend.forward(operands, options)
         if return_lse:

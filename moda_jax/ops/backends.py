@@ -189,14 +189,16 @@ def choose(operands: Operands, options: Options, implementation: str | None) -> 
 
 
 @functools.cache
-def warn_once(message: str) -> None:
-    """A `SlowAttentionWarning` that points at the caller of the caller's caller."""
-    warnings.warn(message, SlowAttentionWarning, stacklevel=4)
+def warn_once(message: str, stacklevel: int = 4) -> None:
+    """A `SlowAttentionWarning` that points at the caller of the caller's caller, or beyond."""
+    warnings.warn(message, SlowAttentionWarning, stacklevel=stacklevel)
 
 
-def resolve(operands: Operands, options: Options, implementation: str | None) -> Backend:
+def resolve(
+    operands: Operands, options: Options, implementation: str | None, stacklevel: int = 4
+) -> Backend:
     """`choose`, with a warning (once per reason) where it had to choose a slow backend."""
     choice = choose(operands, options, implementation)
     if choice.is_slow and implementation is None:
-        warn_once(f"slow attention: {choice}")
+        warn_once(f"slow attention: {choice}", stacklevel)
     return BACKENDS[choice.name]
