@@ -5,7 +5,7 @@ from moda_jax.model.custom import depth_stack
 from moda_jax.model.flops import count_flops, count_parameters
 from moda_jax.model.generation import generate
 from moda_jax.model.transformer import Transformer
-from moda_jax.ops.attention import explain_attention, moda_attention
+from moda_jax.ops.attention import HeadsBeforeTokensWarning, explain_attention, moda_attention
 from moda_jax.ops.backends import AttentionChoice, SlowAttentionWarning
 from moda_jax.ops.depth_cache import DepthCache
 from moda_jax.train.losses import next_token_loss
@@ -16,6 +16,7 @@ __all__ = [
     "Config",
     "DepthCache",
     "ExecutionConfig",
+    "HeadsBeforeTokensWarning",
     "ModelConfig",
     "SlowAttentionWarning",
     "TrainedModel",

@@ -35,7 +35,9 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     batch, q_len, heads, head_dim = operands.query.shape
     kv_heads = num_kv_heads(operands)
     grouped = (batch, q_len, kv_heads, heads // kv_heads, head_dim)
-    query_BxTxKxGxH = operands.query.astype(dtype).reshape(grouped)
+    # The query is scaled, not the score: compilers fuse scale·s - max into one operation, whose
+    # product is not rounded, as the one in the maximum was.
+    query_BxTxKxGxH = options.scale * operands.query.astype(dtype).reshape(grouped)
 
     parts = []  # per key set: scores and mask [B, K, G, Tq, keys], values [B, K, Tq or 1, keys, H]
     if operands.key is not None:
@@ -44,24 +46,31 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
         part = _depth_part if options.depth_chunk is None else _chunk_part
         parts.append(part(operands, options, query_BxTxKxGxH))
 
-    scores = [jnp.where(mask, options.scale * score, -jnp.inf) for score, mask, _ in parts]
-    lse = _log_sum_exp(jnp.concatenate(scores, axis=-1)) if parts else None
-    if lse is None:
+    if not parts:
         return jnp.zeros_like(operands.query), jnp.full((batch, q_len, heads), -jnp.inf, dtype)
-    safe_lse = jnp.where(jnp.isneginf(lse), 0.0, lse)  # -inf - (-inf) is NaN
-    out = jnp.zeros((batch, kv_heads, heads // kv_heads, q_len, head_dim), dtype)
-    for score, (_, mask, value) in zip(scores, parts, strict=True):
-        weight = jnp.where(mask, jnp.exp(score - safe_lse[..., None]), 0.0)
-        out += jnp.einsum("bkgts,bktsh->bkgth", weight, value, precision="highest")
+    scores = jnp.concatenate([jnp.where(mask, score, -jnp.inf) for score, mask, _ in parts], -1)
+    weights, lse = _softmax(scores)
+    out, start = jnp.zeros((batch, kv_heads, heads // kv_heads, q_len, head_dim), dtype), 0
+    for _, mask, value in parts:
+        share = weights[..., start : start + mask.shape[-1]]
+        out += jnp.einsum("bkgts,bktsh->bkgth", share, value, precision="highest")
+        start += mask.shape[-1]
     out = out.transpose(0, 3, 1, 2, 4).reshape(batch, q_len, heads, head_dim)
     return out.astype(operands.query.dtype), lse.transpose(0, 3, 1, 2).reshape(batch, q_len, heads)
 
 
-def _log_sum_exp(scores: jax.Array) -> jax.Array:
-    """logsumexp over the last axis whose gradient is 0, not NaN, where every score is -inf."""
-    seen = jnp.any(~jnp.isneginf(scores), axis=-1)
-    safe = jnp.where(seen[..., None], scores, 0.0)
-    return jnp.where(seen, jax.nn.logsumexp(safe, axis=-1), -jnp.inf)
+def _softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights that sum to 1 and logsumexp, over the last axis; 0 and -inf where all are -inf.
+
+    The weights are not e^(z - lse): at large scores lse, rounded, loses the sum's logarithm.
+    """
+    maximum = jax.lax.stop_gradient(scores.max(axis=-1, initial=-jnp.inf))
+    seen = ~jnp.isneginf(maximum)
+    maximum = jnp.where(seen, maximum, 0.0)  # -inf - (-inf) is NaN
+    exponentials = jnp.exp(scores - maximum[..., None])
+    total = jnp.where(seen, exponentials.sum(axis=-1), 1.0)
+    lse = jnp.where(seen, maximum + jnp.log(total), -jnp.inf)
+    return exponentials / total[..., None], lse
 
 
 def _token_mask(
@@ -117,9 +126,11 @@ def _visible_depth(operands: Operands, options: Options, dtype) -> tuple[jax.Arr
 
 def _depth_part(operands: Operands, options: Options, query: jax.Array):
     key, value, slots = _visible_depth(operands, options, query.dtype)
+    valid = query_tokens(operands).valid
+    if valid is not None:  # padding may be NaN
+        key, value = (jnp.where(valid[:, :, None, None], x, 0) for x in (key, value))
     score = jnp.einsum("btkgh,sbtkh->bkgts", query, key, precision="highest")
     mask = jnp.broadcast_to(slots, score.shape)
-    valid = query_tokens(operands).valid
     if valid is not None:
         mask &= valid[:, None, None, :, None]
     return score, mask, value.transpose(1, 3, 2, 0, 4)

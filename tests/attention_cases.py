@@ -280,6 +280,40 @@ def differentiate(case: Case, implementation: str):
     return run
 
 
+LARGE_SCORES = Case(
+    "large_scores",
+    q_len=5,
+    batch=1,
+    heads=2,
+    kv_heads=1,
+    slots=3,
+    depth_lengths=(0, 3),
+    options={"scale": 1.0},
+)
+"""With length 0 the first query sees one key."""
+
+
+def large_scores(offset: float, spread: int) -> Problem:
+    """Inputs for LARGE_SCORES with scores offset + (0 … spread), exact in float32.
+
+    offset: a power of 2 or its negative. Values are small integers: means of equal ones are exact.
+    """
+    problem, rng = make_problem(LARGE_SCORES), np.random.default_rng(0)
+
+    def integers(x):
+        return rng.integers(-2, 3, x.shape).astype(np.float32)
+
+    arrays = {name: integers(x) for name, x in problem.arrays.items()}
+    size = 2.0 ** (round(np.log2(abs(offset))) // 2)
+    for name, first in (("query", size), ("key", offset / size), ("depth_key", offset / size)):
+        x = arrays[name]
+        x[...] = 0
+        x[..., 0] = first
+        x[..., 1] = 1 if name == "query" else rng.integers(0, spread + 1, x.shape[:-1])
+    d_out, d_lse = map(integers, problem.cotangents)
+    return Problem(arrays, {}, (d_out, d_lse))
+
+
 def compile_quickly(function):
     """jax.jit, on the CPU without LLVM's optimisations: compiling is most of these tests' time."""
     on_cpu = jax.default_backend() == "cpu"
@@ -295,11 +329,19 @@ def to_float64(results: Any) -> Results:
 @functools.cache
 def expected_results(case: Case) -> dict[int | None, Results]:
     """The float64 reference, by depth length."""
-    problem = make_problem(case)
+    return expected_of(case, make_problem(case))
+
+
+def expected_of(case: Case, problem: Problem) -> dict[int | None, Results]:
+    """As `expected_results`, for other inputs of the case's shapes."""
     with jax.enable_x64(True):
-        run = compile_quickly(differentiate(case, "reference"))
         arrays, cotangents = jax.tree.map(np.float64, (problem.arrays, problem.cotangents))
         return {
-            length: to_float64(run(arrays, cotangents, problem.integers, length))
+            length: to_float64(_reference(case)(arrays, cotangents, problem.integers, length))
             for length in case.depth_lengths or (None,)
         }
+
+
+@functools.cache
+def _reference(case: Case):
+    return compile_quickly(differentiate(case, "reference"))

@@ -1,17 +1,43 @@
 """The xla implementation: the shared suite, and memory that is linear in T."""
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from attention_cases import compile_quickly
 from attention_suite import AttentionSuite
+from tolerances import RELATIVE
 
 from moda_jax import moda_attention
 
 
 class TestXla(AttentionSuite):
     implementation = "xla"
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_weights_sum_to_one_at_any_finite_score(implementation):
+    """Scores that are rounded otherwise where the maximum is subtracted give inf, and o NaN."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    query, key, depth_key = normal(1, 5, 4, 16), normal(1, 5, 2, 16), normal(3, 1, 5, 2, 16)
+
+    def attend(size, query, scale):
+        keys = size * key, jnp.ones_like(key), size * depth_key, jnp.ones_like(depth_key)
+        out = moda_attention(size * query, *keys, scale=scale, implementation=implementation)
+        return out.sum(), out
+
+    run = compile_quickly(jax.value_and_grad(functools.partial(attend, scale=0.3), 1, has_aux=True))
+    for size in (1e3, 1e5, 1e12):
+        (_, out), gradient = run(size, query)
+        np.testing.assert_allclose(out, 1, rtol=RELATIVE["float32"])
+        assert jnp.isfinite(gradient).all()
+    for scale in (-0.3, 0.0):
+        out = compile_quickly(functools.partial(attend, scale=scale))(1e5, query)[1]
+        np.testing.assert_allclose(out, 1, rtol=RELATIVE["float32"])
 
 
 def compile_gradient(length: int, **kwargs):

@@ -136,10 +136,16 @@ def test_extreme_temperatures(temperature):
     np.testing.assert_allclose(got, expected, atol=0.03)
 
 
-def test_prompts_as_an_array(model):
+def test_prompts_and_numbers_as_arrays(model):
     prompts = [[1, 2], [3, 4]]
-    expected = generation.generate(model, prompts, max_new_tokens=3)
-    assert generation.generate(model, np.array(prompts), max_new_tokens=3) == expected
+    settings = {"temperature": 2.0, "top_k": 5, "top_p": 0.5, "seed": 2**32 - 1}
+    expected = generation.generate(model, prompts, max_new_tokens=3, **settings)
+    for wrap in (np.array, jnp.array):
+        wrapped = {
+            name: np.uint32(x) if name == "seed" else wrap(x) for name, x in settings.items()
+        }
+        got = generation.generate(model, wrap(prompts), max_new_tokens=wrap(3), **wrapped)
+        assert got == expected
 
 
 @pytest.mark.parametrize(
@@ -159,6 +165,9 @@ def test_prompts_as_an_array(model):
         ({"top_k": 2.0}, "top_k: expected None or 1 … 37, got 2.0"),
         ({"top_p": 1.5}, "top_p: expected"),
         ({"top_p": 0.0}, "top_p: expected"),
+        ({"seed": 2**32}, r"seed: expected an int in 0 … 2\^32 - 1, got 4294967296"),
+        ({"seed": -1}, r"seed: expected an int in 0 … 2\^32 - 1, got -1"),
+        ({"stop_tokens": [37]}, r"stop_tokens: expected ids in 0 … 36, got \[37\]"),
     ],
 )
 def test_bad_input(model, kwargs, message):

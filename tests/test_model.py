@@ -333,6 +333,62 @@ def test_loss_without_targets_is_zero():
     chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, grads))
 
 
+@pytest.fixture(scope="module")
+def one_layer():
+    return build(dataclasses.replace(SMALL, num_layers=1))
+
+
+@pytest.mark.parametrize("bad", [-1, 37, 2**32])
+def test_ids_outside_the_vocabulary(one_layer, bad):
+    """An error where they are known, else NaN; in padding they do not matter."""
+    inputs = batch(SMALL)
+    tokens = np.asarray(inputs["tokens"], np.int64)
+    real, padding = tokens.copy(), tokens.copy()
+    real[1, 2] = padding[0, 5] = bad
+    with pytest.raises(ValueError, match=f"^tokens: expected values in 0 … 36, got {bad}$"):
+        one_layer(real)
+    run = nnx.jit(lambda m, x: m(x, segment_ids=inputs["segment_ids"]))
+    if bad != 2**32:  # jit itself cuts it
+        logits = run(one_layer, real.astype(np.int32))
+        assert jnp.isnan(logits[1, 2:]).all()
+        assert jnp.isfinite(logits[0]).all()
+    segments = np.asarray(inputs["segment_ids"], np.int64)
+    got = one_layer(padding, segment_ids=segments)
+    assert jnp.abs(got - run(one_layer, tokens))[segments != 0].max() <= SAME_MODEL
+
+
+def test_other_integers_of_a_model_are_checked(one_layer):
+    tokens, wide = jnp.zeros((1, 3), jnp.int32), np.full((1, 3), 2**32)
+    for name in ("segment_ids", "positions"):
+        with pytest.raises(ValueError, match=f"^{name}: expected values in .*, got 4294967296$"):
+            one_layer(tokens, **{name: wide})
+
+
+def test_a_target_of_minus_100_does_not_count(one_layer):
+    inputs = batch(SMALL)
+    some = inputs["targets"].at[1, 2:].set(losses.NO_TARGET)
+    loss = nnx.jit(nnx.value_and_grad(lambda m, x: next_token_loss(m, x, z_loss=0.1), has_aux=True))
+    segments = inputs["segment_ids"].at[1, 2:].set(0)  # at the end of a row it is the same
+    got, expected = (
+        loss(one_layer, inputs | change)
+        for change in ({"targets": some}, {"segment_ids": segments})
+    )
+    assert got[0][1]["targets"] == 6
+    chex.assert_trees_all_close(got, expected, rtol=SAME_MODEL, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [-1, 37])
+def test_targets_outside_the_vocabulary(one_layer, bad):
+    inputs = batch(SMALL)
+    inputs["targets"] = inputs["targets"].at[0, 6].set(bad)  # padding
+    run = nnx.jit(lambda m, x: next_token_loss(m, x, z_loss=0.0)[0])
+    assert jnp.isfinite(run(one_layer, inputs))
+    inputs["targets"] = inputs["targets"].at[1, 2].set(bad)
+    assert jnp.isnan(run(one_layer, inputs))
+    with pytest.raises(ValueError, match=f"^targets: expected values in 0 … 36, got {bad}$"):
+        next_token_loss(one_layer, inputs, z_loss=0.0)
+
+
 def test_loss_never_holds_all_logits():
     """At V = 50k, the temporaries stay far below one [B, T, V] float32 array."""
     config = dataclasses.replace(SMALL, vocab_size=50_000)

@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import Case, compile_quickly, differentiate, make_problem
+from attention_cases import (
+    LARGE_SCORES,
+    Case,
+    compile_quickly,
+    differentiate,
+    expected_of,
+    large_scores,
+    make_problem,
+)
+from attention_suite import assert_results_close
 
 from moda_jax.ops import backends
 from pallas_kernels.operands import Operands, Options
@@ -158,6 +167,16 @@ def test_the_loop_by_hand():
     out, lse = literal_attention(case, make_problem(case), arrays, 1)
     np.testing.assert_allclose(out.ravel(), [7.0, 1 + 20 + 300])
     np.testing.assert_allclose(lse.ravel(), np.log([2.0, 6.0]))
+
+
+@pytest.mark.parametrize("offset", [2.0**21, -(2.0**83)])
+def test_large_scores_in_float32(offset):
+    """The weights are e^(z - max) over their sum: with e^(z - lse) they would sum to up to 9."""
+    problem = large_scores(offset, 0)
+    run = compile_quickly(differentiate(LARGE_SCORES, "reference"))
+    for length, expected in expected_of(LARGE_SCORES, problem).items():
+        got = run(problem.arrays, problem.cotangents, {}, length)
+        assert_results_close(got, expected, "float32", exact_zeros=False)
 
 
 def test_gradients_are_added_in_the_running_dtype():

@@ -1,5 +1,6 @@
 """Whole runs: outputs, exact resume after a signal, meshes, divergence, bad checkpoints."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -150,7 +151,9 @@ def test_validation_is_a_mean_over_targets():
     run: Any = SimpleNamespace(
         functions=SimpleNamespace(eval_step=lambda params, batch: batch),
         state=SimpleNamespace(params=None),
-        data=SimpleNamespace(validation=lambda num_batches: sums[:num_batches]),
+        data=SimpleNamespace(validation=lambda num_batches: iter(sums[:num_batches])),
+        signals=SimpleNamespace(stop=None),
+        _saving_if_data_fails=contextlib.nullcontext,
         _to_global=lambda batch: batch,
     )
     assert trainer._Run._validation_loss(run, 2) == 2.0

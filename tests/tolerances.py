@@ -4,6 +4,8 @@ An error is max|got - expected| / max|expected| over an array: the rounding of a
 its largest terms, so small entries of a large array carry the error of the large ones.
 """
 
+import math
+
 # float32: 24-bit products and sums over up to about a thousand keys; 2e-6 measured.
 # bfloat16: o, dq, dk, dv and the weights p, ds are rounded to 8 bits (2^-9 = 2e-3 each), and a
 # gradient sums several of them; 5e-3 measured.
@@ -12,6 +14,16 @@ RELATIVE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2.5e-3}
 
 # lse is float32 whatever the inputs are: products of 16-bit numbers are exact in float32.
 LSE_RELATIVE = 2e-5
+
+
+def lse_rounding(lse: float) -> float:
+    """Of weights e^(z - lse) with a float32 lse: up to four roundings of numbers like it.
+
+    They are lse itself, its and the score's product with log2(e), and their difference; 1.5 times
+    |lse| 2^-24 measured.
+    """
+    return math.expm1(4 * abs(lse) * 2.0**-24)
+
 
 # A whole stack's gradients in float32, computed in another order (gathered or added, on a mesh),
 # per leaf, relative to its largest entry: the operator's rounding, carried through four layers;

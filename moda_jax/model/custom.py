@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from moda_jax.config import ExecutionConfig
 from moda_jax.depth.mechanism import DepthView, GatherLayout, Step
 from moda_jax.model.stack import StackParams, StackSpec, TokenInfo, run_stack
+from moda_jax.ops.checks import check_integers, to_jax
 from moda_jax.ops.history import History
 
 Before = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
@@ -45,7 +46,8 @@ def depth_stack(
       weights: a pytree of arrays with a leading axis [L, ...]; gradients have its dtypes.
       x: [B, T, ...], in the dtype that the layers compute in.
       positions: [B, T] int32; None: 0 … T−1.
-      segment_ids: [B, T] int32, packed documents, 0 is padding; None: one document a row.
+      segment_ids: [B, T] int32, packed documents, 0 is padding, where x may hold anything; None:
+        one document a row.
       depth: False: attention reads the sequence alone, the plain model to compare with.
       window, reserved: bounded slots: only the last `window` slots and the first `reserved` ones
         are visible (section 6.2 of the paper).
@@ -61,8 +63,15 @@ def depth_stack(
             f"{execution.compute_dtype!r}"
         )
     num_layers = _num_layers(weights)
+    x, weights = to_jax(x), jax.tree.map(to_jax, weights)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    else:
+        positions = check_integers("positions", positions, x.shape[:2])
+    if segment_ids is not None:
+        segment_ids = check_integers("segment_ids", segment_ids, x.shape[:2])
+        real = (segment_ids != 0).reshape(*x.shape[:2], *[1] * (x.ndim - 2))
+        x = jnp.where(real, x, 0)
     program = _program(before, after, weights, x, positions, num_layers, depth, window, reserved)
     remat = "save_attention" if execution.remat == "auto" else execution.remat
     dtype: Any = str(x.dtype)

@@ -6,7 +6,6 @@ between steps is the sequence cache alone, the same bytes per token as a plain t
 
 import functools
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,9 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from moda_jax.model.stack import TokenInfo, implementation, scan_layers
 from moda_jax.model.transformer import Transformer
+from moda_jax.ops.checks import check_int, fail, plain
+from moda_jax.ops.explicit import left_to_the_compiler
 from moda_jax.ops.sharded_attention import ShardedAttention
 
 BUCKET = 64
@@ -60,7 +62,11 @@ def prefill(
         return out, state, (key, value)
 
     x, _, (key, value) = scan_layers(
-        spec, params, model.embed(tokens), TokenInfo(positions, segment_ids), attend
+        spec,
+        params,
+        model.embed(jnp.where(segment_ids != 0, tokens, 0)),
+        TokenInfo(positions, segment_ids),
+        attend,
     )
     last = x[jnp.arange(batch), jnp.maximum(lengths - 1, 0)]
     room = ((0, 0), (0, 0), (0, capacity - padded), (0, 0), (0, 0))
@@ -117,11 +123,15 @@ def generate(
       top_k: sample among the k likeliest tokens only.
       top_p: sample among the likeliest tokens that together reach this probability only.
       stop_tokens: a row ends with the first of these.
-      seed: of the sampling.
+      seed: of the sampling, 0 … 2^32 - 1.
 
-    Raises ValueError on bad values, on an empty prompt, on ids outside the vocabulary.
+    Numbers may be scalars, prompts arrays of NumPy or JAX. Raises ValueError on bad values, on an
+    empty prompt, on ids outside the vocabulary.
     """
-    _check(prompts, max_new_tokens, temperature, top_k, top_p, model.config.vocab_size)
+    prompts = [[plain(x) for x in prompt] for prompt in prompts]
+    stop_tokens, top_k, top_p = [plain(x) for x in stop_tokens], plain(top_k), plain(top_p)
+    max_new_tokens, seed = check_int("max_new_tokens", max_new_tokens, 0), plain(seed)
+    _check(prompts, temperature, top_k, top_p, stop_tokens, seed, model.config.vocab_size)
     if len(prompts) == 0 or max_new_tokens == 0:
         return [[] for _ in prompts]
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -140,24 +150,28 @@ def generate(
     return [row[:count] for row, count in rows]
 
 
-def _check(prompts, max_new_tokens, temperature, top_k, top_p, vocab_size) -> None:
+def _check(prompts, temperature, top_k, top_p, stop_tokens, seed, vocab_size: int) -> None:
     def require(name: str, ok: bool, expected: str, got: Any) -> None:
         if not ok:
-            raise ValueError(f"{name}: expected {expected}, got {got}")
+            fail(name, expected, got)
 
-    def is_int(x: Any) -> bool:
-        return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+    def is_int_in(x: Any, start: int, stop: int) -> bool:
+        return isinstance(x, int) and not isinstance(x, bool) and start <= x < stop
 
-    count_ok = is_int(max_new_tokens) and max_new_tokens >= 0
-    require("max_new_tokens", count_ok, "an int >= 0", max_new_tokens)
+    def require_ids(name: str, ids: Sequence[Any]) -> None:
+        outside = [x for x in ids if not is_int_in(x, 0, vocab_size)]
+        require(name, not outside, f"ids in 0 … {vocab_size - 1}", outside[:1])
+
     require("temperature", 0 <= temperature < math.inf, "a finite number >= 0", temperature)
-    top_k_ok = top_k is None or (is_int(top_k) and 1 <= top_k <= vocab_size)
+    top_k_ok = top_k is None or is_int_in(top_k, 1, vocab_size + 1)
     require("top_k", top_k_ok, f"None or 1 … {vocab_size}", top_k)
     require("top_p", top_p is None or 0 < top_p <= 1, "None or 0 < top_p <= 1", top_p)
+    # JAX keeps the lower 32 bits: 2^32 would draw what 0 draws.
+    require("seed", is_int_in(seed, 0, 2**32), "an int in 0 … 2^32 - 1", seed)
+    require_ids("stop_tokens", stop_tokens)
     for n, prompt in enumerate(prompts):
         require(f"prompts[{n}]", len(prompt) > 0, "at least one token", "none")
-        outside = [x for x in prompt if not (is_int(x) and 0 <= x < vocab_size)]
-        require(f"prompts[{n}]", not outside, f"ids in 0 … {vocab_size - 1}", outside[:1])
+        require_ids(f"prompts[{n}]", prompt)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -165,6 +179,16 @@ def _generate(
     graph, room, top_k, state, tokens, lengths, limit, temperature, top_p, stop_tokens, key
 ):
     """(new tokens [B, room], how many count [B]); the loop ends when every row has."""
+    run = functools.partial(_decode, graph, room, top_k)
+    whole = PartitionSpec(), PartitionSpec()
+    return left_to_the_compiler(run, whole)(
+        state, tokens, lengths, limit, temperature, top_p, stop_tokens, key
+    )
+
+
+def _decode(
+    graph, room, top_k, state, tokens, lengths, limit, temperature, top_p, stop_tokens, key
+):
     model = nnx.merge(graph, state)
     batch, padded = tokens.shape
     logits, cache = prefill(model, tokens, lengths, padded + room)

@@ -22,6 +22,7 @@ from moda_jax.model.slot_gradients import choose_strategy
 from moda_jax.ops.history import History, Thread, known
 from moda_jax.ops.memory import stacked_memory, uninitialized_entries
 from moda_jax.ops.sharded_attention import ShardedAttention
+from pallas_kernels.varying import vary_like
 
 
 class StackParams(NamedTuple):
@@ -105,9 +106,14 @@ SAVED_BY_ATTENTION = frozenset({"query", "key", "value", "attention", "lse"})
 there alone."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_stack(spec: StackSpec, params: StackParams, x_BxTxD: jax.Array, tokens: TokenInfo):
     """y [B, T, D] after all layers, differentiable in `params` and `x`; memory linear in L."""
+    # Under `shard_map`: gradients of parameters that are the same everywhere are summed.
+    return _run_stack(spec, *vary_like((params, x_BxTxD, tokens), (params, x_BxTxD, tokens)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run_stack(spec: StackSpec, params: StackParams, x_BxTxD: jax.Array, tokens: TokenInfo):
     return _forward(spec, params, x_BxTxD, tokens, save=False)[0]
 
 
@@ -121,7 +127,7 @@ def _run_stack_backward(spec: StackSpec, residuals, dy):
     return *_backward(spec, params, tokens, carry, saved, buffers, dy), None
 
 
-run_stack.defvjp(_run_stack_forward, _run_stack_backward)
+_run_stack.defvjp(_run_stack_forward, _run_stack_backward)
 
 
 def _forward(spec: StackSpec, params: StackParams, x, tokens: TokenInfo, *, save: bool):
@@ -193,6 +199,7 @@ def _stacking(body, carry, length: int):
         )
 
     memory = jax.tree.map(lambda x: stacked_memory(length, x), shapes)
+    memory = vary_like(memory, carry)
     return lax.fori_loop(0, length, step, (carry, memory))
 
 
@@ -225,12 +232,12 @@ def _backward(
             return out, history.thread
 
         # The thread's value is never used, only its cotangent.
-        value = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), thread)
+        value = jax.tree.map(lambda x: vary_like(jnp.zeros(x.shape, x.dtype), x), thread)
         _, vjp = jax.vjp(run, value, *differentiated)
         thread, *gradients = vjp((cotangent, thread))
         return gradients, thread
 
-    thread = Thread(strategy.start(), shared)
+    thread = vary_like(Thread(strategy.start(), shared), dy)
     (d_carry,), thread = replay(program.finish, (carry,), thread, strategy, dy)
 
     def visit(n, state):
@@ -261,6 +268,7 @@ def _backward(
         lambda p: stacked_memory(num_layers, jax.ShapeDtypeStruct(p.shape[1:], p.dtype)),
         params.layers,
     )
+    d_layers = vary_like(d_layers, dy)
     d_carry, thread, d_layers = lax.fori_loop(0, num_layers, visit, (d_carry, thread, d_layers))
     x = jnp.zeros_like(dy)  # for the stack's input: `start` is linear, no gradient depends on x
     (dx,), thread = replay(program.start, (x,), thread, strategy, d_carry)
@@ -372,7 +380,7 @@ def empty_buffers(program: Program, x: jax.Array, capacity: int) -> tuple[jax.Ar
     """Uninitialized buffers [capacity, B, T, ...] for a pass over x [B, T, D]."""
     shapes = program.entry_shapes(*x.shape[:2])
     like = tuple(jax.ShapeDtypeStruct((capacity, *shape), x.dtype) for shape in shapes)
-    return uninitialized_entries(like)
+    return vary_like(uninitialized_entries(like), x)
 
 
 def _rope(spec: StackSpec, tokens: TokenInfo) -> tuple[jax.Array, jax.Array] | None:
@@ -406,6 +414,7 @@ def scan_layers(
     share this scan. Bounded slots live in a ring buffer, which nobody could differentiate; with
     `keep_entries` every entry keeps its own slot.
     """
+    params, x_BxTxD, tokens = vary_like((params, x_BxTxD, tokens), (params, x_BxTxD, tokens))
     program, rope = spec.program, _rope(spec, tokens)
 
     def body(loop, layer_and_weights):

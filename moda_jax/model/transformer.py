@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from moda_jax.config import ExecutionConfig, ModelConfig
 from moda_jax.depth import make_mechanism
@@ -21,6 +22,8 @@ from moda_jax.model.stack import (
     run_stack,
     scan_layers,
 )
+from moda_jax.ops.checks import check_array, check_integers, check_range, is_concrete
+from moda_jax.ops.explicit import left_to_the_compiler, spec_of
 from moda_jax.ops.history import History
 from moda_jax.ops.sharded_attention import ShardedAttention
 from moda_jax.ops.sharding import constrain
@@ -69,7 +72,11 @@ class Transformer(nnx.Module):
         """Logits [B, T, V], float32, of the token after each of `tokens` [B, T] int32.
 
         segment_ids [B, T] int32: packed documents, 0 is padding; positions [B, T] int32: where the
-        tokens stand in their document; None: 0 … T−1.
+        tokens stand in their document; None: 0 … T−1. Tokens of segment 0 may have any id; their
+        logits mean nothing.
+
+        Raises ValueError on an id outside of 0 … V−1. Where ids are traced it cannot: then such a
+        token's embedding is NaN, and so are logits of its row.
         """
         return self.logits(self.hidden(tokens, segment_ids=segment_ids, positions=positions))
 
@@ -81,9 +88,25 @@ class Transformer(nnx.Module):
         positions: jax.Array | None = None,
     ) -> jax.Array:
         """The normed residual stream [B, T, D] that the head reads, in the compute dtype."""
-        spec, params = self.stack(tokens.shape)
-        x = run_stack(spec, params, self.embed(tokens), _token_info(tokens, segment_ids, positions))
-        return self.final_norm(x)
+        tokens, info = self._door(tokens, segment_ids, positions)
+        graph, state = nnx.split(self)
+
+        def run(state, tokens, info):
+            model = nnx.merge(graph, state)
+            spec, params = model.stack(tokens.shape)
+            return model.final_norm(run_stack(spec, params, model.embed(tokens), info))
+
+        return left_to_the_compiler(run, PartitionSpec(*spec_of(tokens), None))(state, tokens, info)
+
+    def _door(self, tokens, segment_ids, positions) -> tuple[jax.Array, TokenInfo]:
+        """Checked tokens, id 0 where there is padding, and where they stand."""
+        check_array("tokens", tokens, ("B", "T"))
+        real = True if segment_ids is None else segment_ids != 0
+        if is_concrete(tokens, real):
+            check_range("tokens", tokens, 0, self.config.vocab_size - 1, where=real)
+        info = _token_info(tokens, segment_ids, positions)
+        tokens = tokens if segment_ids is None else jnp.where(info.segment_ids != 0, tokens, 0)
+        return check_integers("tokens", tokens, ("B", "T")), info
 
     @property
     def compute_dtype(self) -> Any:
@@ -91,9 +114,10 @@ class Transformer(nnx.Module):
         return jnp.dtype(resolve_compute_dtype(self.execution).compute_dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """[B, T, D] in the compute dtype."""
+        """[B, T, D] in the compute dtype; NaN for ids outside of 0 … V−1, negative ones, too."""
         table = self.embedding[...].astype(self.compute_dtype)
-        return constrain(jnp.take(table, tokens, axis=0), "batch", None, None)
+        ids = jnp.where(tokens < 0, table.shape[0], tokens)  # NumPy's -1 would be the last row
+        return constrain(jnp.take(table, ids, axis=0, mode="fill"), "batch", None, None)
 
     def logits(self, hidden_BxTxD: jax.Array) -> jax.Array:
         """[B, T, V]: products in the compute dtype, accumulated and returned in float32."""
@@ -148,8 +172,9 @@ class Transformer(nnx.Module):
         Means over heads and real tokens; each row sums to 1 (0 if there is no real token). A slot
         that a layer does not see has mass 0. S is 0 where attention reads no depth slots.
         """
+        tokens, token_info = self._door(tokens, segment_ids, positions)
         spec, params = self.stack(tokens.shape)
-        token_info = _token_info(tokens, segment_ids, positions)
+        segment_ids = token_info.segment_ids
         real = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
         num_slots = len(make_mechanism(self.config).slot_labels())
 
@@ -266,4 +291,8 @@ def _mass(query_BxTxNxH, depth, num_slots: int, lse_BxTxN, real_BxT) -> jax.Arra
 def _token_info(tokens, segment_ids, positions) -> TokenInfo:
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    else:
+        positions = check_integers("positions", positions, tokens.shape)
+    if segment_ids is not None:
+        segment_ids = check_integers("segment_ids", segment_ids, tokens.shape)
     return TokenInfo(positions, segment_ids)

@@ -16,6 +16,7 @@ from pallas_kernels.contract import (
     UnsupportedReason,
 )
 from pallas_kernels.operands import Gradients, Operands, Options
+from pallas_kernels.varying import axes as varying_axes
 
 
 class SlowAttentionWarning(UserWarning):
@@ -37,6 +38,8 @@ class Backend:
     """Platforms where it runs (interpreted, for tests) but `implementation=None` never takes it."""
     gathering: GatheringKernels | None = None
     """None: the layer stack adds the slots' gradients to a running cache instead."""
+    checks_varying: bool = True
+    """Whether it runs inside `jax.shard_map` with its default `check_vma=True`."""
 
     def gradients(
         self,
@@ -83,6 +86,7 @@ BACKENDS: dict[str, Backend] = {
             mosaic_gpu.forward,
             mosaic_gpu.backward,
             mosaic_gpu.unsupported_reason,
+            checks_varying=False,
             fast_on=("gpu",),
             only_by_name_on=("cpu",),
             gathering=mosaic_gpu.GATHERING,
@@ -100,6 +104,7 @@ BACKENDS: dict[str, Backend] = {
             mosaic_tpu.forward,
             mosaic_tpu.backward,
             mosaic_tpu.unsupported_reason,
+            checks_varying=False,
             fast_on=("tpu",),
             only_by_name_on=("cpu",),
         ),
@@ -158,6 +163,16 @@ def choose(operands: Operands, options: Options, implementation: str | None) -> 
         for name, backend in BACKENDS.items()
         if (reason := backend.unsupported_reason(operands, options, platform)) is not None
     }
+    if varying := varying_axes(operands):
+        reason = (
+            f"Pallas kernels do not say over which axes of the mesh ({', '.join(sorted(varying))}) "
+            "their results vary: pass check_vma=False to jax.shard_map"
+        )
+        unsupported |= {
+            name: reason
+            for name, backend in BACKENDS.items()
+            if name not in unsupported and not backend.checks_varying
+        }
     if implementation is None:
         unsupported |= {
             name: f"interpreted on {platform}, so only when asked for by name"
@@ -174,14 +189,16 @@ def choose(operands: Operands, options: Options, implementation: str | None) -> 
 
 
 @functools.cache
-def warn_once(message: str) -> None:
-    """A `SlowAttentionWarning` that points at the caller of the caller's caller."""
-    warnings.warn(message, SlowAttentionWarning, stacklevel=4)
+def warn_once(message: str, stacklevel: int = 4) -> None:
+    """A `SlowAttentionWarning` that points at the caller of the caller's caller, or beyond."""
+    warnings.warn(message, SlowAttentionWarning, stacklevel=stacklevel)
 
 
-def resolve(operands: Operands, options: Options, implementation: str | None) -> Backend:
+def resolve(
+    operands: Operands, options: Options, implementation: str | None, stacklevel: int = 4
+) -> Backend:
     """`choose`, with a warning (once per reason) where it had to choose a slow backend."""
     choice = choose(operands, options, implementation)
     if choice.is_slow and implementation is None:
-        warn_once(f"slow attention: {choice}")
+        warn_once(f"slow attention: {choice}", stacklevel)
     return BACKENDS[choice.name]

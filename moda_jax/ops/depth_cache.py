@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moda_jax.ops.explicit import spec_of
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,8 @@ class DepthCache:
         A ring holds reserved + window slots and takes any number of appends; where `num_slots` is
         no more than that, nothing is ever evicted and the cache is the bounded kind.
 
+        Inside `jax.shard_map` its arrays vary over all manual axes, so that a loop can carry them.
+
         Raises ValueError on negative sizes, on `reserved` or `ring` without a `window`.
         """
         for name, size in (("num_slots", num_slots), ("reserved", reserved)):
@@ -69,6 +73,10 @@ class DepthCache:
         shape = (num_slots, batch, length, num_kv_heads, head_dim)
         # Two buffers, not one twice: the cache may be donated.
         key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        # Inside `shard_map` a loop's carry must vary over the axes that what is appended does.
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        if manual:
+            key, value = (lax.pcast(x, manual, to="varying") for x in (key, value))
         return cls(key, value, jnp.int32(0), window, reserved, ring)
 
     @property
@@ -162,6 +170,8 @@ class DepthCache:
 
 def _write(buffer: jax.Array, slots: jax.Array, index: jax.Array, where: jax.Array | bool):
     """buffer[index : index + n] = slots if `where`; touches nothing else: it stays in place."""
+    if spec_of(slots) != spec_of(buffer):  # a loop's carry keeps its type
+        slots = jax.sharding.reshard(slots, spec_of(buffer))
     if where is True:
         return lax.dynamic_update_slice_in_dim(buffer, slots.astype(buffer.dtype), index, 0)
     if buffer.shape[0] < slots.shape[0]:

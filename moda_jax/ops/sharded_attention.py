@@ -16,26 +16,13 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from moda_jax.ops import attention, backends
+from moda_jax.ops.explicit import OPERAND_AXES
 from moda_jax.ops.sharding import compiler_axes, partition_spec
 from pallas_kernels.contract import ArrayPair, GatheringKernels
 from pallas_kernels.operands import Gradients, KeptLayers, Operands, Options, num_kv_heads
+from pallas_kernels.varying import vary_like
 
-_TOKENS, _ROWS = ("batch", None), ("batch",)
-_QUERY = (*_TOKENS, "heads", None)
-_KEY = (*_TOKENS, "kv_heads", None)
-_DEPTH = (None, *_KEY)
-_AXES: dict[str, tuple[str | None, ...]] = {
-    "query": _QUERY,
-    "key": _KEY,
-    "value": _KEY,
-    "depth_key": _DEPTH,
-    "depth_value": _DEPTH,
-    "depth_length": (),
-    "query_segments": _TOKENS,
-    "key_segments": _TOKENS,
-    "query_offset": _ROWS,
-    "kv_length": _ROWS,
-}
+_QUERY, _KEY = OPERAND_AXES["query"], OPERAND_AXES["key"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +49,7 @@ class ShardedAttention:
         """
 
         def attend(operands: Operands) -> tuple[jax.Array, jax.Array]:
-            return self.backend_for(operands).forward(operands, self.options)
+            return vary_like(self.backend_for(operands).forward(operands, self.options), operands)
 
         specs = self.specs()
         return _per_shard(attend, (self.operands,), (specs,), (specs.query, _of_lse(specs)))
@@ -81,9 +68,10 @@ class ShardedAttention:
             chex.assert_shape(depth_grads, self.operands.depth_key.shape)
 
         def attend(operands, out, lse, d_out, depth_grads) -> Gradients:
-            return self.backend_for(operands).gradients(
+            gradients = self.backend_for(operands).gradients(
                 operands, self.options, out, lse, d_out, None, depth_grads
             )
+            return vary_like(gradients, operands)
 
         specs = self.specs()
         query, lse_spec, depth = specs.query, _of_lse(specs), specs.depth_key
@@ -130,7 +118,7 @@ class ShardedAttention:
                 f"{kv_heads}; make mesh.tensor smaller and mesh.fsdp larger"
             )
         specs: Any = {
-            name: None if x is None else partition_spec(_AXES[name], x.shape, sizes)
+            name: None if x is None else partition_spec(OPERAND_AXES[name], x.shape, sizes)
             for name, x in self.operands._asdict().items()
         }
         return Operands(**specs)
@@ -175,7 +163,8 @@ class ShardedGathering:
             grads = call.backend_for(operands).gradients(
                 operands, call.options, out, lse, d_out, None, depth=False
             )
-            return grads, self.kernels.keep(operands, out, lse, d_out, None)
+            kept = self.kernels.keep(operands, out, lse, d_out, None)
+            return vary_like((grads, kept), operands)
 
         specs = call.specs()
         query, key, value = specs[:3]
@@ -215,7 +204,7 @@ class ShardedGathering:
 
         def on_shard(kept, depth_key, depth_value, scalars, so_far):
             start, stop, first, offset = scalars
-            return self.kernels.gather(
+            gradients = self.kernels.gather(
                 kept,
                 depth_key,
                 depth_value,
@@ -227,6 +216,7 @@ class ShardedGathering:
                 so_far=so_far,
                 offset=offset,
             )
+            return vary_like(gradients, kept)
 
         scalars = tuple(jnp.int32(x) for x in (*layers, first, offset))
         pair = depth, depth

@@ -9,11 +9,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from moda_jax.model.transformer import Transformer
+from moda_jax.ops.checks import check_integers, check_range, is_concrete
 from moda_jax.ops.sharding import constrain, per_row_shard
+from pallas_kernels.varying import vary_like
 
 CHUNK_BYTES = (64 * 2**20, 512 * 2**20)
 """float32 logits per device that are alive at a time: a 16th of all of them, in these bounds. The
 gradient of the output matrix is read and written once a chunk, so that small chunks cost time."""
+
+
+NO_TARGET = -100
+"""A target that does not count."""
 
 
 class _Sums(NamedTuple):
@@ -30,8 +36,10 @@ def next_token_loss(
     """Sum over target tokens of cross-entropy + z_loss · logsumexp(logits)², float32, in nats.
 
     `batch` holds int32 arrays [B, T]: tokens, targets, segment_ids (0 is padding: no target there)
-    and positions. Logits are computed for a part of each row at a time. The first result alone is
-    differentiable. The caller divides by the number of targets of the whole optimizer step.
+    and positions. A target of -100 (`NO_TARGET`) does not count, as in PyTorch; for any other id
+    outside of 0 … V−1 a ValueError is raised, or, where ids are traced, the loss is NaN. Logits are
+    computed for a part of each row at a time. The first result alone is differentiable. The caller
+    divides by the number of targets of the whole optimizer step.
 
     Returns:
       (total, {"cross_entropy": sum, "z": sum of logsumexp², "targets": count}), float32 scalars.
@@ -39,7 +47,10 @@ def next_token_loss(
     hidden = model.hidden(
         batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"]
     )
-    real = batch["segment_ids"] != 0
+    targets = check_integers("targets", batch["targets"], batch["tokens"].shape)
+    real = (batch["segment_ids"] != 0) & (targets != NO_TARGET)
+    if is_concrete(targets, real):
+        check_range("targets", targets, 0, model.config.vocab_size - 1, where=real)
     rows, length = real.shape
     chunk = chunk_length(rows, length, model.config.vocab_size)
 
@@ -49,7 +60,7 @@ def next_token_loss(
 
     # Every device keeps its own sum of the head's gradient while it goes through the chunks of its
     # own rows: left to itself, the compiler gathers the head and reduces that gradient per chunk.
-    parts = per_row_shard(loss)(model.head_weights(), hidden, batch["targets"], real)
+    parts = per_row_shard(loss)(vary_like(model.head_weights(), hidden), hidden, targets, real)
     total, sums = jax.tree.map(jnp.sum, parts)
     return total, sums._asdict() | {"targets": real.sum(dtype=jnp.float32)}
 
@@ -68,7 +79,8 @@ def _chunked_loss(
         _, _, new = _logits(padded, bias_V, table_DxV.shape[1], *parts)
         return jax.tree.map(jnp.add, sums, new), None
 
-    sums, _ = lax.scan(body, _Sums(jnp.float32(0), jnp.float32(0)), chunks)
+    zeros = vary_like(_Sums(jnp.float32(0), jnp.float32(0)), chunks)
+    sums, _ = lax.scan(body, zeros, chunks)
     return sums.cross_entropy + z_loss * sums.z, sums
 
 
@@ -97,7 +109,8 @@ def _loss_forward(z_loss, chunk, table_DxV, bias_V, hidden_BxTxD, targets_BxT, r
     sums = _Sums(jnp.float32(0), jnp.float32(0))
     d_table = constrain(jnp.zeros(padded.shape, jnp.float32), "embed", "vocab")
     d_bias = None if bias_V is None else jnp.zeros_like(bias_V)
-    (sums, d_table, d_bias), d_hidden = lax.scan(body, (sums, d_table, d_bias), chunks)
+    init = vary_like((sums, d_table, d_bias), chunks)
+    (sums, d_table, d_bias), d_hidden = lax.scan(body, init, chunks)
     batch, length, width = hidden_BxTxD.shape
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(batch, -1, width)
     grads = d_table[:, :vocab], d_bias, d_hidden[:, :length]
@@ -123,6 +136,8 @@ def _logits(padded_DxV, bias_V, vocab: int, hidden_BxCxD, targets_BxC, real_BxC)
         logits = jnp.where(jnp.arange(padded_DxV.shape[1]) < vocab, logits, -jnp.inf)
     lse = jax.nn.logsumexp(logits, axis=-1)
     correct = jnp.sum(jnp.where(_hit(logits, targets_BxC), logits, 0.0), axis=-1)
+    inside = (targets_BxC >= 0) & (targets_BxC < vocab)
+    correct = jnp.where(inside, correct, jnp.nan)
     cross_entropy = jnp.sum(jnp.where(real_BxC, lse - correct, 0.0))
     return logits, lse, _Sums(cross_entropy, jnp.sum(jnp.where(real_BxC, jnp.square(lse), 0.0)))
 

@@ -24,6 +24,7 @@ from pallas_kernels.operands import (
     row_delta,
     visible_slots,
 )
+from pallas_kernels.varying import vary_like
 from pallas_kernels.xla import tiles
 
 
@@ -51,6 +52,7 @@ def backward(
     assert depth or depth_grads is None
     if depth and depth_grads is None and operands.depth_key is not None:
         depth_grads = jnp.zeros_like(operands.depth_key), jnp.zeros_like(operands.depth_value)
+    depth_grads = vary_like(depth_grads, (operands, d_out))
     kv_heads = num_kv_heads(operands)
     delta = row_delta(out, lse, d_out, d_lse)
     safe_lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
@@ -60,7 +62,7 @@ def backward(
             for x in (operands.query, d_out.astype(operands.query.dtype), safe_lse, delta)
         )
     )
-    d_query = jnp.zeros(rows.query.shape, delta.dtype)
+    d_query = vary_like(jnp.zeros(rows.query.shape, delta.dtype), (operands, d_out))
     d_key = d_value = None
     d_depth_key, d_depth_value = (None, None) if depth_grads is None else depth_grads
     if operands.depth_key is not None and operands.depth_key.shape[0]:
@@ -137,6 +139,7 @@ def tokens_backward(
         )
 
     init = (d_query, jnp.zeros(key.shape, dtype), jnp.zeros(value.shape, dtype))
+    init = vary_like(init, (rows, key, value, sides))
     d_query, d_key, d_value = tiles.for_each_pair(schedule, len(schedule), body, init)
     d_key, d_value = (jnp.moveaxis(x[:, :, :k_len], 1, 2) for x in (d_key, d_value))
     return d_query[:, :, :q_len], d_key, d_value
@@ -146,8 +149,9 @@ def _weights(scores, d_weights, rows: _RowsByHead, mask) -> tuple[jax.Array, jax
     """p and ds / scale of the keys in the last axis; exactly 0 where masked."""
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
-    p = jnp.exp(scores - rows.lse[..., None])
-    return p, p * (d_weights - rows.delta[..., None])
+    p = tiles.weights(scores, rows.lse[..., None])
+    ds = p * (d_weights - rows.delta[..., None])
+    return p, ds if mask is None else jnp.where(mask, ds, 0.0)  # padding's values may be NaN
 
 
 def _slots(rows: _RowsByHead, operands: Operands, options: Options, grads):

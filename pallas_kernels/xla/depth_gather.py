@@ -18,6 +18,7 @@ from pallas_kernels.operands import (
     num_kv_heads,
     row_delta,
 )
+from pallas_kernels.varying import vary_like
 from pallas_kernels.xla import tiles
 
 
@@ -66,7 +67,7 @@ def gather_depth_grads(
         rows = kept.rows[layer].reshape(batch, kv_heads, 2, length, -1)
         lse, delta = (jnp.moveaxis(rows[:, :, i], 1, 2) for i in (0, 1))
         scores = scale * tiles.dot("btkgh,sbtkh->sbtkg", query, key)
-        p = jnp.exp(scores - lse)
+        p = tiles.weights(scores, lse)
         ds = scale * p * (tiles.dot("btkgh,sbtkh->sbtkg", d_out, value) - delta)
         d_key = jnp.sum(ds[..., None] * query, axis=4)
         return grads[0] + d_key, grads[1] + jnp.sum(p[..., None] * d_out, axis=4)
@@ -75,6 +76,7 @@ def gather_depth_grads(
     if so_far is not None:
         parts = (lax.dynamic_slice_in_dim(x, offset, count) for x in so_far)
         sums = tuple(part.astype(total.dtype) for part, total in zip(parts, sums, strict=True))
+    sums = vary_like(sums, (kept, slots))
     start, stop = (jnp.int32(x) for x in layers)
     d_key, d_value = lax.fori_loop(start, stop, body, sums)
     return d_key.astype(dtype), d_value.astype(dtype)

@@ -1,5 +1,6 @@
 """Forward: one online softmax over the depth slots, then over the sequence tiles."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from pallas_kernels.operands import (
     query_tokens,
     visible_slots,
 )
+from pallas_kernels.varying import vary_like
 from pallas_kernels.xla import tiles
 
 
@@ -23,7 +25,7 @@ class OnlineSoftmax(NamedTuple):
     """Running state of an online softmax: o = total / denominator."""
 
     total: jax.Array  # [B, K, T, G, H], float32 or wider
-    maximum: jax.Array  # [B, K, T, G]
+    maximum: jax.Array  # [B, K, T, G], of the products q·k, before they are scaled
     denominator: jax.Array  # [B, K, T, G]
 
 
@@ -36,16 +38,18 @@ def unsupported_reason(operands: Operands, options: Options, platform: str) -> s
 
 def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
     """See `contract.Forward`."""
-    query = tiles.to_heads_first(operands.query, num_kv_heads(operands))
+    query, scale = _positive_scale(operands.query, options.scale)
+    query = tiles.to_heads_first(query, num_kv_heads(operands))
     dtype = accumulator_dtype(query.dtype)
     state = OnlineSoftmax(
         jnp.zeros(query.shape, dtype),
         jnp.full(query.shape[:-1], -jnp.inf, dtype),
         jnp.zeros(query.shape[:-1], dtype),
     )
+    state = vary_like(state, operands)
     if operands.depth_key is not None and operands.depth_key.shape[0]:
         attend = _attend_slots if options.depth_chunk is None else _attend_chunks
-        state = attend(state, query, operands, options)
+        state = attend(state, query, operands, dataclasses.replace(options, scale=scale))
     if operands.key is not None:
         state = attend_tokens(
             state,
@@ -54,7 +58,7 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
             operands.value,
             query_tokens(operands),
             key_tokens(operands),
-            scale=options.scale,
+            scale=scale,
             causal=options.is_causal,
             chunk=None,
             offset_known=operands.query_offset is None,
@@ -63,17 +67,28 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     seen = state.denominator > 0
     denominator = jnp.where(seen, state.denominator, 1.0)
     out = state.total / denominator[..., None]
-    lse = jnp.where(seen, state.maximum + jnp.log(denominator), -jnp.inf)
+    lse = jnp.where(seen, scale * state.maximum + jnp.log(denominator), -jnp.inf)
     return tiles.to_tokens_first(out.astype(query.dtype)), tiles.to_tokens_first(lse)
 
 
-def _update(state: OnlineSoftmax, scores: jax.Array, weigh_values) -> OnlineSoftmax:
-    """Adds the keys of scores' last axis; weigh_values maps their weights to weighted sums."""
-    maximum = jnp.maximum(state.maximum, scores.max(axis=-1))
+def _positive_scale(query: jax.Array, scale: float) -> tuple[jax.Array, float]:
+    """A query and a scale > 0 with the same scores: the largest product has the largest score."""
+    if scale > 0:
+        return query, scale
+    return (-query, -scale) if scale else (0 * query, 1.0)
+
+
+def _update(state: OnlineSoftmax, products: jax.Array, scale: float, weigh_values) -> OnlineSoftmax:
+    """Adds the keys of the last axis; weigh_values maps their weights to weighted sums.
+
+    Subtracts before it scales. XLA fuses scale·x - max into one operation, which rounds the product
+    otherwise than max was: at scores of 1e10 weights would be inf, and o NaN.
+    """
+    maximum = jnp.maximum(state.maximum, products.max(axis=-1))
     # A row that has seen nothing yet has maximum -inf: subtract 0, not -inf, to get 0, not NaN.
     shift = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
-    weights = jnp.exp(scores - shift[..., None])
-    decay = jnp.exp(state.maximum - shift)
+    weights = jnp.exp(scale * (products - shift[..., None]))
+    decay = jnp.exp(scale * (state.maximum - shift))
     return OnlineSoftmax(
         state.total * decay[..., None] + weigh_values(weights),
         maximum,
@@ -125,14 +140,15 @@ def attend_tokens(
         mask = tiles.tile_mask(
             tiles.take_side(sides[0], i, q_block), key_here, causal=causal, chunk=chunk
         )
-        scores = scale * tiles.dot("bktgh,bksh->bktgs", query_tile, key_tile)
+        products = tiles.dot("bktgh,bksh->bktgs", query_tile, key_tile)
         if mask is not None:
-            scores = jnp.where(mask, scores, -jnp.inf)
+            products = jnp.where(mask, products, -jnp.inf)
         if kv_length is not None:  # uninitialized keys may be NaN, and 0 * NaN is NaN
             value_tile = jnp.where(key_here.valid[:, None, :, None], value_tile, 0)
         new = _update(
             here,
-            scores,
+            products,
+            scale,
             lambda p: tiles.dot("bktgs,bksh->bktgh", p.astype(value.dtype), value_tile),
         )
         return OnlineSoftmax(
@@ -157,11 +173,11 @@ def _attend_slots(state: OnlineSoftmax, query: jax.Array, operands: Operands, op
 
     def body(slot, state: OnlineSoftmax) -> OnlineSoftmax:
         key, value = operands.depth_key[slot], operands.depth_value[slot]  # [B, T, K, H]
-        scores = options.scale * tiles.dot("btkgh,btkh->btkg", query, key)
+        products = tiles.dot("btkgh,btkh->btkg", query, key)
         if valid is not None:
-            scores = jnp.where(valid[:, :, None, None], scores, -jnp.inf)
-        value = value[:, :, :, None].astype(scores.dtype)
-        return _update(state, scores[..., None], lambda p: p * value)
+            products = jnp.where(valid[:, :, None, None], products, -jnp.inf)
+        value = value[:, :, :, None].astype(products.dtype)
+        return _update(state, products[..., None], options.scale, lambda p: p * value)
 
     state = OnlineSoftmax(*(jnp.moveaxis(x, 1, 2) for x in state))
     state = tiles.for_each_slot(visible_slots(operands, options), body, state)

@@ -174,3 +174,11 @@ def dot(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     accumulator = accumulator_dtype(x.dtype)
     precision = lax.Precision.HIGHEST if x.dtype == accumulator else None
     return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=accumulator)
+
+
+def weights(scores: jax.Array, lse: jax.Array) -> jax.Array:
+    """e^(scores - lse), the weights of a softmax; see `contract.Backward` for their error.
+
+    At most 1: where |lse| passes 1e9, rounding alone would make them infinite, and gradients NaN.
+    """
+    return jnp.exp(jnp.minimum(scores - lse, 0.0))
