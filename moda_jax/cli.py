@@ -39,19 +39,17 @@ _TRACEBACK_SWITCH = "MODA_JAX_TRACEBACK"
 
 _DESCRIPTION = f"""Trains a language model with Mixture-of-Depths Attention.
 
-CONFIG is a Python file that defines `config`, a moda_jax.config.Config, or the name of one that
-comes along, as tiny_moda; without it, tiny. Every setting overrides one field of it, and the
-defaults shown are that file's. --model.depth NAME takes another way of using depth, whose own
-settings are --model.depth.FIELD then; NAME is residual, dense, depth_attention, moda,
-attention_residuals, hyper_connections or mhc. --lr is --optimizer.learning-rate.
-CONFIG may also be the folder of a run, as in `train.py runs/NAME`: that run goes on, wherever its
-folder is now.
-A run that was stopped resumes when it is started again; outputs go to <output-dir>/<name>.
-
+CONFIG is a Python file that defines `config`, a moda_jax.config.Config, the name of one that comes
+along, as tiny_moda (without it, tiny), or the folder of a run, which then goes on. Every setting
+overrides one field of it, and the defaults shown are that file's. --model.depth NAME takes another
+way of using depth, whose own settings are --model.depth.FIELD then; NAME is residual, dense,
+depth_attention, moda, attention_residuals, hyper_connections or mhc. --lr is
+--optimizer.learning-rate. A stopped run resumes when it is started again; outputs go to
+<output-dir>/<name>.
 SIGTERM, SIGHUP and Ctrl-C save and stop, SIGUSR1 saves and goes on, a second signal ends at once.
-Exit status: {EXIT_FINISHED} finished; {EXIT_STOPPED} saved and stopped by SIGTERM or SIGHUP
-({EXIT_INTERRUPTED}: by Ctrl-C), the same command goes on; {EXIT_BAD_INPUT} bad input;
-{EXIT_DIVERGED} diverged; {EXIT_NOT_SAVED} a checkpoint or the metrics could not be written.
+Exit status: {EXIT_FINISHED} finished; {EXIT_STOPPED} saved and stopped ({EXIT_INTERRUPTED}: by
+Ctrl-C), the same command goes on; {EXIT_BAD_INPUT} bad input; {EXIT_DIVERGED} diverged;
+{EXIT_NOT_SAVED} a checkpoint or the metrics could not be written.
 {_TRACEBACK_SWITCH}=1 shows the traceback of an error."""
 
 
@@ -139,10 +137,10 @@ def parse_config(arguments: Sequence[str], *, program: str = "train.py") -> Conf
 def _find_config(name: str) -> Path:
     """The path `name`, or the shipped config of that name."""
     path = Path(name)
-    shipped = _SHIPPED / path.with_suffix(".py")
-    if path.exists() or path.is_absolute() or not shipped.is_file():
+    if path.exists() or path.is_absolute():
         return path
-    return shipped
+    shipped = _SHIPPED / path.with_suffix(".py")
+    return shipped if shipped.is_file() else path
 
 
 def _with_mechanism(config: Config, overrides: Sequence[str]) -> tuple[Config, list[str]]:

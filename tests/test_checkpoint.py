@@ -32,7 +32,7 @@ CONFIG = Config(
     ),
     execution=FLOAT32,
 )
-DATA = {"identity": {"seq_len": 256}, "grain": {"position": 7}}
+DATA = {"identity": {"seq_len": 256, "tokenizer": "bytes"}, "grain": {"position": 7}}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_keeps_the_newest_and_the_best(tmp_path, state):
     assert checkpoints.latest_step == 5
     assert checkpoints.best_loss() == 1.0
     checkpoints.close()
-    assert checkpoint.load_trained(tmp_path, step="best").step == 2
+    assert load_trained(tmp_path, step="best").step == 2
 
 
 def test_not_a_number_is_never_the_best(tmp_path, state):

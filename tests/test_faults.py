@@ -172,7 +172,9 @@ def test_no_room_for_a_checkpoint_and_room_made(small, whole, limit_file_size, c
                 time.sleep(0.01)
             limit_file_size(8192)
 
-    with pytest.raises(SaveError, match="not be written, the newest .* is of step 2; ") as caught:
+    with pytest.raises(
+        SaveError, match="not be written, the newest is of step 2: .*; make room"
+    ) as caught:
         train(saving, on_step=fill_disk)
     assert "\n" not in str(caught.value)
     assert "Traceback" not in capfd.readouterr().err

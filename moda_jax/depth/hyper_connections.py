@@ -72,8 +72,8 @@ class HyperConnections(Mechanism[HyperConnectionsConfig]):
     def initialize(self, stacked) -> None:
         """Sets a_m, which depends on the layer."""
         n, layers = self.settings.num_streams, self.config.num_layers
-        unit = jax.nn.one_hot(jnp.arange(2 * layers) % n, n).reshape(layers, 2, n)
-        stacked.mix_bias[...] = unit
+        unit = jax.nn.one_hot(jnp.arange(2 * layers) % n, n, dtype=jnp.float32)
+        stacked.mix_bias[...] = unit.reshape(layers, 2, n)
 
     def num_parameters(self) -> int:
         n, width = self.settings.num_streams, self.config.embed_dim
