@@ -39,7 +39,13 @@ def assert_derivatives_close(case, derivatives, tolerance):
         assert error < tolerance, f"{name}: error {error:.1e} of {scale:.1e}"
 
 
-@pytest.mark.parametrize("name", equations.CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name.endswith("_pre") else pytest.mark.slow)
+        for name in equations.CASES
+    ],
+)
 def test_reference_in_float64(name):
     case = equations.load(name)
     with jax.enable_x64(True):

@@ -221,7 +221,7 @@ def signal_when_called(owner, name, number, monkeypatch):
     monkeypatch.setattr(owner, name, send_first)
 
 
-@pytest.mark.parametrize("where", ["save", "validation"])
+@pytest.mark.parametrize("where", [pytest.param("save", marks=pytest.mark.slow), "validation"])
 def test_a_signal_during(where, small, whole, monkeypatch):
     """The step that is being saved or validated is the last one; a resumed run makes up for it."""
     with monkeypatch.context() as patch:

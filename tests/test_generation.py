@@ -23,7 +23,7 @@ def model():
     return build()
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *MECHANISMS])
+@pytest.mark.parametrize("variant", ["residual", "every3-row5", "bounded", "pre-head-bias", "tied"])
 def test_decode_equals_the_full_forward_at_every_position(variant):
     model = build(**(VARIANTS | MECHANISMS)[variant])
     tokens = np.random.default_rng(0).integers(0, 37, (3, 12)).astype(np.int32)

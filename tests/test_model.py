@@ -273,9 +273,9 @@ def plain_loss(model, inputs, z_loss):
     "changes",
     [
         {},
-        {"tie_embeddings": True},
-        {"use_bias": True},
         {"vocab_size": 4100},  # padded to whole tiles
+        pytest.param({"tie_embeddings": True}, marks=pytest.mark.slow),
+        pytest.param({"use_bias": True}, marks=pytest.mark.slow),
     ],
 )
 def test_chunked_loss_equals_the_plain_one(monkeypatch, changes):

@@ -63,7 +63,9 @@ def both(options, implementation, arrays, length):
     return out, gradients
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("reference", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_operator(implementation, name):
     options, length = OPTIONS[name]

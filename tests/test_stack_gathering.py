@@ -63,9 +63,7 @@ def gathered(changes, size, **execution):
 FAST_GATHERING = (
     ("row4", "full", 2),
     ("row5", "save_attention", 3),
-    ("row3", "save_products", 1),
     ("every2", "full", 2),
-    ("two-layer", "full", 2),
 )
 
 
@@ -84,6 +82,8 @@ def added(variant):
                 *covering((2, 3, LAYERS)),
                 ("row4", "save_products", 1),
                 ("row5", "full", 1),
+                ("row3", "save_products", 1),
+                ("two-layer", "full", 2),
             )
             if values not in FAST_GATHERING
         ),

@@ -160,7 +160,10 @@ MESHES = {
 
 
 @pytest.mark.usefixtures("traced_once")
-@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize(
+    "mesh_name",
+    [pytest.param(name, marks=pytest.mark.slow if name.endswith("=8") else []) for name in MESHES],
+)
 def test_mesh_gives_the_losses_of_one_device(mesh_name, single_device):
     config = dataclasses.replace(CONFIG, mesh=MESHES[mesh_name])
     history, state, _ = run_steps(config)

@@ -106,6 +106,7 @@ def test_a_finished_run_leaves_everything(config, capsys, monkeypatch):
     assert losses[6] < losses[1] - 0.1  # it learns
 
 
+@pytest.mark.slow
 def test_a_run_of_another_mechanism(config):
     """Nothing of it is a depth slot that attention reads."""
     model = dataclasses.replace(config.model, depth=AttentionResidualsConfig())
