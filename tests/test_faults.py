@@ -54,8 +54,9 @@ def steps_of(config):
 
 @pytest.mark.parametrize(
     "eval_every",
-    [pytest.param(1, id="validated"), pytest.param(100, id="saved", marks=pytest.mark.slow)],
+    [pytest.param(1, id="validated"), pytest.param(100, id="saved")],
 )
+@pytest.mark.slow
 def test_a_diverged_state_is_never_saved(small, eval_every):
     """Its parameters are huge, but finite."""
     sane = dataclasses.replace(
@@ -133,6 +134,7 @@ def test_a_parameter_that_is_not_finite_is_not_saved(small, monkeypatch):
     assert steps_of(small) == [4]
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_read_any_more(small, whole, monkeypatch, capsys):
     read, count = TrainIterator.__next__, 0
 
@@ -162,6 +164,7 @@ def limit_file_size():
 
 # orbax's threads outlive the event loop in which their writing failed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.slow
 def test_no_room_for_a_checkpoint_and_room_made(small, whole, limit_file_size, capfd):
     saving = dataclasses.replace(small, checkpoint_every=2)
     saved = Path(small.output_dir, "run/checkpoints/2")

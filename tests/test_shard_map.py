@@ -139,6 +139,7 @@ def test_an_empty_cache_is_a_carry():
         np.testing.assert_array_equal(jax.jit(fill)(placed), entries)
 
 
+@pytest.mark.slow
 def test_model():
     """Logits, loss and gradients; parameters are whole on every device."""
     execution = dataclasses.replace(FLOAT32, slot_gradients="add")

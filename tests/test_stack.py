@@ -67,6 +67,7 @@ def slow_unless(fast, *values):
     return pytest.param(*values, marks=[] if fast else pytest.mark.slow)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_stay_near_float32():
     x, tokens = batch()
     dy = jnp.asarray(np.random.default_rng(2).normal(size=x.shape), jnp.float32)
@@ -141,7 +142,7 @@ def test_no_layer_copies_what_is_kept_of_all(ffn_kv, remat):
 
 
 MEMORY = [
-    slow_unless((remat, dtype) == ("full", "float32"), remat, dtype)
+    slow_unless(False, remat, dtype)
     for dtype in ("float32", "bfloat16")
     for remat in ("full", "save_attention", "save_products")
 ]

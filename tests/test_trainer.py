@@ -134,6 +134,7 @@ def test_a_reached_run_says_so_and_still_has_its_outputs(config, capsys):
     assert len(metrics_of(config, "final_validation_loss")) == 1
 
 
+@pytest.mark.slow
 def test_a_signal_just_before_a_validation_does_not_lose_it(config, monkeypatch):
     """And the trace of steps that never came is closed; test_profile.py has the real profiler."""
     whole = renamed(config, "whole")
@@ -192,6 +193,7 @@ def test_a_trained_model_is_found_again(config, caplog):
     assert sorted(result.directory.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_more_steps_continue_the_run(config, capsys):
     train(config)
     longer = History()
@@ -205,6 +207,7 @@ def test_more_steps_continue_the_run(config, capsys):
     assert list(metrics_of(config, "final_validation_loss")) == [8]
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_and_a_dead_owner(config, capsys):
     """The run goes on from the checkpoint before, in a folder that was moved, without a flag."""
     whole = train(config)
