@@ -42,9 +42,9 @@ _DESCRIPTION = f"""Trains a language model with Mixture-of-Depths Attention.
 CONFIG is a Python file that defines `config`, a moda_jax.config.Config, the name of one that comes
 along, as tiny_moda (without it, tiny), or the folder of a run, which then goes on. Every setting
 overrides one field of it, and the defaults shown are that file's. --model.depth NAME takes another
-way of using depth, whose own settings are --model.depth.FIELD then; NAME is residual, dense,
-depth_attention, moda, attention_residuals, hyper_connections or mhc. --lr is
---optimizer.learning-rate. A stopped run resumes when it is started again; outputs go to
+way of using depth, whose own settings are --model.depth.FIELD then:
+{", ".join(DEPTH_CONFIGS)}.
+--lr is --optimizer.learning-rate. A stopped run resumes when it is started again; outputs go to
 <output-dir>/<name>.
 SIGTERM, SIGHUP and Ctrl-C save and stop, SIGUSR1 saves and goes on, a second signal ends at once.
 Exit status: {EXIT_FINISHED} finished; {EXIT_STOPPED} saved and stopped ({EXIT_INTERRUPTED}: by

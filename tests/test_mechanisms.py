@@ -132,7 +132,7 @@ def check_against_reference(config, execution=FLOAT32, packed=True):
     assert_close(gradients, wanted_gradients, MECHANISM)
 
 
-def is_fast(name, placement="pre"):
+def is_fast(name, placement):
     return placement == "reordered" or name == "moda-row4"
 
 

@@ -88,7 +88,7 @@ class Transformer(nnx.Module):
         positions: jax.Array | None = None,
     ) -> jax.Array:
         """The normed residual stream [B, T, D] that the head reads, in the compute dtype."""
-        tokens, info = self._door(tokens, segment_ids, positions)
+        tokens, info = self._checked(tokens, segment_ids, positions)
         graph, state = nnx.split(self)
 
         def run(state, tokens, info):
@@ -98,7 +98,7 @@ class Transformer(nnx.Module):
 
         return left_to_the_compiler(run, PartitionSpec(*spec_of(tokens), None))(state, tokens, info)
 
-    def _door(self, tokens, segment_ids, positions) -> tuple[jax.Array, TokenInfo]:
+    def _checked(self, tokens, segment_ids, positions) -> tuple[jax.Array, TokenInfo]:
         """Checked tokens, id 0 where there is padding, and where they stand."""
         check_array("tokens", tokens, ("B", "T"))
         real = True if segment_ids is None else segment_ids != 0
@@ -172,7 +172,7 @@ class Transformer(nnx.Module):
         Means over heads and real tokens; each row sums to 1 (0 if there is no real token). A slot
         that a layer does not see has mass 0. S is 0 where attention reads no depth slots.
         """
-        tokens, token_info = self._door(tokens, segment_ids, positions)
+        tokens, token_info = self._checked(tokens, segment_ids, positions)
         spec, params = self.stack(tokens.shape)
         segment_ids = token_info.segment_ids
         real = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0

@@ -119,12 +119,12 @@ def moda_attention(
         if return_lse:
             return _attend(backend, options, operands)
         out = _attend_without_lse(backend, options, operands)
-        return out, jnp.zeros(out.shape[:3])  # which nobody sees
+        return out, jnp.zeros(out.shape[:3])  # in the place of lse; not returned
 
     # Under `shard_map` all vary over the same axes: where one did not, gradients are summed.
     operands = vary_like(_without_padding(operands, options), operands)
     out, lse = per_explicit_shard(attend, operands)
-    if operands.query_segments is not None:
+    if operands.query_segments is not None:  # for the gradient: d_out may be NaN at padding, too
         out = _where_real(out, operands.query_segments)
     return (out, lse) if return_lse else out
 

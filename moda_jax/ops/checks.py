@@ -1,4 +1,4 @@
-"""Checks at the door: what is converted, and the errors that name argument, expectation, value."""
+"""Checks of arguments: what is converted, and errors that name argument, expectation, value."""
 
 import math
 import numbers

@@ -304,8 +304,9 @@ class _Run:
         is_best = loss is not None and loss < self.best_loss
         is_due = self.step == config.steps or self.step % config.checkpoint_every == 0
         if is_due or is_best or requested:
+            # Huge parameters are finite, but not their loss: one batch raises DivergenceError.
             if loss is None and self._validation_loss(1) is None:
-                return
+                return  # stopped, and saved by the caller
             self._save(validation_loss=loss)
             self.throughput.pause()
             if requested:

@@ -103,12 +103,13 @@ class RowPlan(NamedTuple):
     def pads_heads(self) -> bool:
         """Whether a tile has rows for more heads than the group, so that all heads share it.
 
-        Without them a group of 3 is three tiles, which read the slots three times and have one
-        pair in 64 of one token, not one in 16. With them every fourth row is of no use, which costs
-        products with the keys. A depth key and value have as many bytes as they take operations in
-        a row, and the chip does a hundred operations in the time that a byte takes from L2.
+        Otherwise a group of 3 is three tiles of one head, and each reads all slots again. A tile
+        for 4 heads reads them once, but a quarter of its products with the keys is of no use. For
+        one row, a key and value have as many bytes as their products take FLOP (4 H each), so
+        bytes read again are weighed with `_FLOP_PER_BYTE` against the useless products.
 
-        Those rows are loaded with the others in one copy: a copy must be shorter than its axis.
+        One copy loads the rows of all 4 heads, and must be shorter than its axis: with one key
+        head it would not be.
         """
         padded = common.next_power_of_two(self.group)
         if padded > TOKEN_ALIGNMENT or self.kv_heads == 1 or self.q_len <= TOKEN_ALIGNMENT:
