@@ -212,8 +212,10 @@ def test_slots_go_along(capfd, group, num_slots, slots, running, documents):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("want_slots", [True, False])
-def test_tiles_with_rows_for_more_heads_than_a_group_has(capfd, want_slots):
+@pytest.mark.parametrize(
+    ("want_slots", "depth_warpgroups"), [(True, None), slow(False, False), (False, True)]
+)
+def test_tiles_with_rows_for_more_heads_than_a_group_has(capfd, want_slots, depth_warpgroups):
     """Two groups of three: their gradients are those of either alone."""
     length, slots, segments = 40, (0, 2, 3, 8), packed(1, 40, 3)
     mades = [make(length, length, 3, 64, seed=seed) for seed in (0, 1)]
@@ -227,7 +229,8 @@ def test_tiles_with_rows_for_more_heads_than_a_group_has(capfd, want_slots):
     key, value = (join(part[i] for part, *_ in alone) for i in (0, 1))
     depth = DepthPart(key, value, alone[0][0].slots, None, want_slots)
     wanted = [join(x) for x in zip(*(want for *_, want in alone), strict=True)]
-    *got, grads = run(operands, lse, delta, segments, True, None, depth=depth)
+    config = SequenceBackwardConfig(depth_warpgroups=depth_warpgroups)
+    *got, grads = run(operands, lse, delta, segments, True, config, depth=depth)
     for gradient, want in zip((*got, *(grads or ())), wanted, strict=want_slots):
         close(gradient, want, RELATIVE["bfloat16"])
     assert "RACE DETECTED" not in "".join(capfd.readouterr())

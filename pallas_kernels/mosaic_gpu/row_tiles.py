@@ -114,9 +114,13 @@ class RowPlan(NamedTuple):
         padded = common.next_power_of_two(self.group)
         if padded > TOKEN_ALIGNMENT or self.kv_heads == 1 or self.q_len <= TOKEN_ALIGNMENT:
             return False
-        keys = self.kv_len // 2 if self.causal else self.kv_len
         read_again = self.group // tile_heads(self.group) - 1
-        return read_again * self.slots * _FLOP_PER_BYTE > (padded - self.group) * keys
+        return read_again * self.slots * _FLOP_PER_BYTE > (padded - self.group) * self.mean_keys
+
+    @property
+    def mean_keys(self) -> int:
+        """Sequence keys that a row sees, on average."""
+        return self.kv_len // 2 if self.causal else self.kv_len
 
     @property
     def heads(self) -> int:

@@ -29,7 +29,8 @@ class SequenceBackwardConfig:
     dkv_stages: int = 2
     dkv_warpgroups: int = 2
     dq_piles: int | None = None  # sorted tiles are dealt from so many piles; None: by the shapes
-    depth_warpgroups: bool = True  # for dq's slots, where their gradients are not wanted
+    depth_warpgroups: bool | None = None
+    """For dq's slots, where their gradients are not wanted; None: where keys hide their loads."""
     depth_block_kv: int = 64  # dq_block_kv with depth warpgroups
     depth_stages: int = 3  # dq_stages with depth warpgroups
     depth_piles: int = 2  # dq_piles with depth warpgroups
