@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -10,6 +12,7 @@ from moda_jax.config import DataConfig
 from moda_jax.data.loader import load_data
 
 EOS = 256
+_CACHE = tempfile.TemporaryDirectory(prefix="moda-jax-tests-")
 
 
 def make_texts(count, *, longest=40, seed=0):
@@ -45,15 +48,24 @@ def write_tokenizer(path, tokens):
 
 
 def load(source, *, batch_size=4, vocab_size=257, seed=0, process_index=0, process_count=1, **data):
-    data = {"seq_len": 16, "packing_bins": 4, "validation_fraction": 0.3, **data}
+    data = {"seq_len": 16, "validation_fraction": 0.3, **data}
+    if source is not None:
+        data["source"] = source
     return load_data(
-        DataConfig(source=source, **data),
+        DataConfig(**data),
         batch_size=batch_size,
         vocab_size=vocab_size,
         seed=seed,
+        cache_dir=Path(_CACHE.name),
         process_index=process_index,
         process_count=process_count,
+        say=lambda line: None,
     )
+
+
+def joined(parts):
+    """The global batch of several processes' ones."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def pieces_of(batch):

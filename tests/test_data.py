@@ -1,26 +1,26 @@
-"""The split, the share of each process, the tokenizer's fit, and the thread that prefetches."""
+"""The split, the rows of each process, the tokenizer's fit, and the thread that prefetches."""
 
 import itertools
 import subprocess
 import sys
 import threading
-import tracemalloc
-import types
 
 import numpy as np
 import pytest
 import tokenizers
 
-import moda_jax.data.loader
+import moda_jax.data.prepared
 from tests.corpora import (
     assert_batches_equal,
     expected_pieces,
     held_out_texts,
+    joined,
     load,
     make_texts,
     pieces_of,
     take,
     write_folder,
+    write_jsonl,
 )
 
 
@@ -34,21 +34,19 @@ def source(tmp_path, texts):
     return write_folder(tmp_path / "corpus", texts)
 
 
-def test_processes_read_disjoint_documents(source, texts):
-    """T holds a whole document, so a piece names its document."""
-    whole = load(source, seq_len=64)
+@pytest.mark.parametrize("packing", ["documents", "contiguous"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_every_process_count_gives_the_same_global_batches(source, packing, count):
+    whole = load(source, batch_size=8, packing=packing)
     parts = [
-        load(source, seq_len=64, batch_size=6, process_index=i, process_count=3) for i in range(3)
+        load(source, batch_size=8, packing=packing, process_index=i, process_count=count)
+        for i in range(count)
     ]
-    seen = []
-    for part in parts:
-        batches = take(part.train, 30)
-        assert {batch["tokens"].shape for batch in batches} == {(2, 64)}
-        seen.append(set(itertools.chain(*map(pieces_of, batches))))
-    for a, b in itertools.combinations(seen, 2):
-        assert a.isdisjoint(b)
-    training = set(texts) - held_out_texts(whole, texts, 64)
-    assert set.union(*seen) == set(expected_pieces(training, 64))
+    for batch, *local in zip(
+        take(whole.train, 40), *(take(part.train, 40) for part in parts), strict=True
+    ):
+        assert {len(part["tokens"]) for part in local} == {8 // count}
+        assert_batches_equal(joined(local), batch)
 
 
 def test_validation_does_not_depend_on_the_number_of_processes(source):
@@ -59,8 +57,7 @@ def test_validation_does_not_depend_on_the_number_of_processes(source):
     ]
     assert len(whole) == 3
     for batch, *local in zip(whole, *parts, strict=True):
-        joined = {name: np.concatenate([part[name] for part in local]) for name in batch}
-        assert_batches_equal(joined, batch)
+        assert_batches_equal(joined(local), batch)
 
 
 def test_validation_repeats_itself_and_ends_with_padding(source):
@@ -79,11 +76,10 @@ def test_validation_repeats_itself_and_ends_with_padding(source):
 
 
 def test_split_by_hand():
-    """Of the hashes 9, 2, 6 and 1 sixteenths, those below 0.3 are held out, smallest first."""
+    """Of the hashes 9, 2, 6 and 1 sixteenths, those below 0.3 are held out."""
     digests = np.array([9, 2, 6, 1], np.uint64) << np.uint64(60)
-    corpus = types.SimpleNamespace(digests=digests)
-    train, held_out = moda_jax.data.loader._split(corpus, 0.3)
-    assert (train.tolist(), held_out.tolist()) == ([0, 2], [3, 1])
+    held_out = moda_jax.data.prepared._held_out(digests, 0.3)
+    assert held_out.tolist() == [False, True, False, True]
 
 
 def test_split_stays_when_documents_come_and_keeps_equal_ones_together(tmp_path, texts):
@@ -92,7 +88,7 @@ def test_split_stays_when_documents_come_and_keeps_equal_ones_together(tmp_path,
     more = load(write_folder(tmp_path / "more", more_texts), seq_len=64)
     before, after = held_out_texts(few, texts, 64), held_out_texts(more, texts, 64)
     assert before == after
-    assert len(before) == few.validation_documents
+    assert len(before) == few.sources[0].validation_documents
     trained = set(itertools.chain(*map(pieces_of, take(more.train, 200))))
     assert trained.isdisjoint(expected_pieces(before, seq_len=64))
     assert trained.issuperset(expected_pieces(set(texts) - before, seq_len=64))
@@ -101,7 +97,7 @@ def test_split_stays_when_documents_come_and_keeps_equal_ones_together(tmp_path,
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_both_parts_get_a_document(tmp_path, fraction):
     data = load(write_folder(tmp_path, ["one", "two"]), validation_fraction=fraction)
-    assert (data.train_documents, data.validation_documents) == (1, 1)
+    assert (data.sources[0].train_documents, data.sources[0].validation_documents) == (1, 1)
     assert len(list(data.validation(5))) == 1
     assert len(take(data.train, 5)) == 5
 
@@ -110,10 +106,9 @@ def test_sizes_are_exact_for_bytes(source, texts):
     data = load(source)
     held_out = held_out_texts(data, texts)
     training = [text for text in texts if text not in held_out]
-    assert data.tokens_exact
-    assert data.train_documents == len(training)
+    assert data.sources[0].train_documents == len(training)
     assert data.train_tokens == sum(len(text.encode()) + 1 for text in training)
-    assert data.num_bytes == sum(len(text.encode()) for text in texts)
+    assert data.sources[0].num_bytes == sum(len(text.encode()) for text in texts)
     assert f"{len(training)} documents, {data.train_tokens} tokens an epoch" in data.describe()
 
 
@@ -135,11 +130,9 @@ def test_tokenizer_json(tmp_path, word_tokenizer):
     tokens = np.concatenate([b["tokens"][b["segment_ids"] > 0] for b in take(data.train, 40)])
     assert set(tokens.tolist()) <= set(range(100))
     assert 0 in tokens
-    assert not data.tokens_exact
     held_out = np.concatenate([b["segment_ids"].ravel() for b in data.validation(10**6)])
-    exact = sum(len(text.split()) + 1 for text in texts) - np.count_nonzero(held_out)
-    assert data.train_tokens == pytest.approx(exact, rel=0.1)  # a sample of the documents
-    assert "about" in data.describe()
+    total = sum(len(text.split()) + 1 for text in texts)
+    assert data.train_tokens == total - np.count_nonzero(held_out)
 
 
 def test_tokenizer_larger_than_the_model(source, word_tokenizer):
@@ -149,54 +142,9 @@ def test_tokenizer_larger_than_the_model(source, word_tokenizer):
         load(source, vocab_size=256)
 
 
-def test_tokenizer_that_knows_no_character(source, tmp_path):
-    """Without this error the search for a training token would never end."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.add_special_tokens(["<eos>"])
-    tokenizer.save(str(tmp_path / "empty.json"))
-    with pytest.raises(ValueError, match="expected tokens from the documents, got none"):
-        load(source, tokenizer=str(tmp_path / "empty.json"))
-
-
 def test_tokenizer_that_cannot_encode(source, word_tokenizer):
     with pytest.raises(ValueError, match=r"cannot encode .*UNK.*use a tokenizer that"):
         load(source, tokenizer=word_tokenizer)
-
-
-def test_ids_outside_the_vocabulary_name_the_document(tmp_path, monkeypatch):
-    texts = ["東", "東京"]
-    source = write_folder(tmp_path, texts)
-    truthful = held_out_texts(load(source, vocab_size=300), texts)
-
-    class Lying(moda_jax.data.loader.ByteTokenizer):
-        def encode_document(self, text):
-            if text in truthful:
-                return super().encode_document(text)
-            return np.array([256, *map(ord, text), 256], np.uint32)
-
-    monkeypatch.setattr(moda_jax.data.loader, "load_tokenizer", lambda *_: Lying())
-    data = load(source, vocab_size=300)
-    message = (
-        r"expected token ids in \[0, 300\), got (26481|20140) in .*\.txt; raise --model\.vocab-size"
-    )
-    with pytest.raises(ValueError, match=message):
-        take(data.train, 5)
-    truthful.clear()
-    with pytest.raises(ValueError, match=message):  # held-out documents are read at the start
-        load(source, vocab_size=300)
-
-
-def test_a_long_document_takes_few_bytes_a_token(tmp_path):
-    """Read, encoded and dealt in pieces; as a list of integers it took 20 bytes a token."""
-    long = 10**6
-    source = write_folder(tmp_path, ["a line of text\n" * (long // 15), "b" * long])
-    tracemalloc.start()
-    try:
-        take(load(source, seq_len=256).train, 3)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 8 * long
 
 
 @pytest.mark.parametrize(
@@ -205,7 +153,6 @@ def test_a_long_document_takes_few_bytes_a_token(tmp_path):
         ({"batch_size": 3, "process_count": 2}, "multiple of the 2 processes, got 3"),
         ({"batch_size": 0}, "batch_size: expected a positive multiple"),
         ({"seed": -1}, r"seed: expected 0 <= seed < 2\*\*32, got -1"),
-        ({"batch_size": 99, "process_count": 99}, "a training document for each of the 99"),
     ],
 )
 def test_bad_arguments(source, arguments, message):
@@ -224,47 +171,58 @@ def test_close_stops_the_thread(source):
         next(data.train)
 
 
-def test_a_script_that_never_closes_its_data_exits_silently(source):
+def test_a_script_that_never_closes_its_data_exits_silently(source, tmp_path):
     code = (
         "import sys; from moda_jax.config import DataConfig;"
         "from moda_jax.data.loader import load_data;"
-        "data = load_data(DataConfig(source=sys.argv[1]), batch_size=2, vocab_size=257, seed=0);"
+        "from pathlib import Path;"
+        "data = load_data(DataConfig(source=sys.argv[1]), batch_size=2, vocab_size=257, seed=0,"
+        " cache_dir=Path(sys.argv[2]));"
         "next(data.train)"
     )
-    command = [sys.executable, "-W", "error", "-c", code, source]
+    command = [sys.executable, "-W", "error", "-c", code, source, str(tmp_path / "cache")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_held_out_documents_without_tokens(tmp_path):
-    """Said at the start, not at the first validation."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
-    tokenizer.add_special_tokens(["<eos>"])
-    path = tmp_path / "a.json"
-    tokenizer.save(str(path))
-    texts = ["a" * n for n in (4, 8, 11)] + ["b" * 19]  # which has the smallest hash
-    with pytest.raises(ValueError, match="expected tokens in the documents held out .* none in 1;"):
-        load(write_folder(tmp_path / "c", texts), tokenizer=str(path), validation_fraction=1e-9)
-
-
 @pytest.mark.parametrize("is_held_out", [False, True])
-def test_a_text_edited_under_a_run_is_noticed(tmp_path, texts, is_held_out):
-    """By the run that reads it next, and by one that goes on; the length stays as it was."""
+def test_an_edited_text_is_another_run(tmp_path, texts, is_held_out):
+    """A run reads the text as it was prepared; one that goes on sees that it was edited since."""
     folder = write_folder(tmp_path, texts)
     data = load(folder)
+    before = take(load(folder).train, 9)
     state = data.train.get_state()
     edited = next(text for text in texts if (text in held_out_texts(data, texts)) == is_held_out)
     for path in tmp_path.rglob("*.txt"):
         if path.read_text() == edited:
             path.write_text(edited[:-1] + "~")
-    with pytest.raises(ValueError, match="expected .*txt as it was when the run started"):
-        take(data.validation(10**6) if is_held_out else data.train, 1000)
+    for a, b in zip(take(data.train, 9), before, strict=True):
+        assert_batches_equal(a, b)
     data.train.close()
     again = load(folder)
     expected = (
         "data: expected the (training|held-out) documents that the run began with .* were edited"
     )
     with pytest.raises(ValueError, match=expected) as caught:
-        again.train.set_state(state)
+        again.train.set_states([state])
     assert "\n" not in str(caught.value)
     again.train.close()
+
+
+def test_appended_documents_are_another_run(tmp_path, texts):
+    folder = write_folder(tmp_path, texts)
+    state = load(folder).train.get_state()
+    (tmp_path / "part0" / "new.txt").write_text("appended")
+    with pytest.raises(ValueError, match="were edited, added, removed .* --init-from FOLDER"):
+        load(folder).train.set_states([state])
+
+
+def test_a_validation_text_of_its_own(tmp_path, texts):
+    train = write_folder(tmp_path / "train", texts[:30])
+    other = write_jsonl(tmp_path / "other.jsonl", texts[30:])
+    data = load(train, validation=other)
+    assert held_out_texts(data, texts) == set(texts[30:])
+    pieces = set(itertools.chain(*map(pieces_of, take(data.train, 200))))
+    assert pieces == set(expected_pieces(texts[:30]))
+    (source,) = data.sources
+    assert (source.train_documents, source.validation_documents) == (30, 10)

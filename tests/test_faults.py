@@ -231,7 +231,7 @@ def test_a_signal_during(where, small, whole, monkeypatch):
         if where == "save":
             signal_when_called(Checkpoints, "save", signal.SIGTERM, patch)
         else:
-            signal_when_called(trainer._Run, "_validation_loss", signal.SIGHUP, patch)
+            signal_when_called(trainer._Run, "_validation", signal.SIGHUP, patch)
         result = train(small)
     assert (result.step, result.finished) == (4, False)
     assert bool(metrics_of(small, "validation_loss")) == (where == "save")
@@ -287,7 +287,7 @@ def test_a_prompt_is_read_before_the_first_step(small, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "load_data", load)
     with pytest.raises(ValueError, match="cannot encode 'def '"):
         train(small)
-    assert not Path(small.output_dir).exists()
+    assert not Path(small.output_dir, small.name).exists()
 
 
 def test_metrics_that_cannot_be_written(small, monkeypatch):

@@ -23,6 +23,7 @@ from moda_jax.config import (
 from moda_jax.config.files import flatten
 from moda_jax.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from moda_jax.train.changes import EFFECTS, PLACE, REFUSED, describe_changes
+from moda_jax.data.loader import Source
 from moda_jax.train.run_folder import (
     CONFIG_FILE,
     CORPUS_FILE,
@@ -37,10 +38,22 @@ def data_of(config):
     """What a folder is told about the data."""
     return types.SimpleNamespace(
         tokenizer=load_tokenizer(config.data.tokenizer),
-        fingerprint="0123",
-        train_documents=3,
-        validation_documents=1,
-        num_bytes=40,
+        sources=[
+            Source(
+                name=text.name,
+                path=text.path,
+                weight=text.weight,
+                validation=text.validation,
+                fingerprint="0123",
+                train_documents=3,
+                validation_documents=1,
+                num_bytes=40,
+                train_tokens=9,
+                is_one_text=False,
+                notes="",
+            )
+            for text in config.data.texts
+        ],
     )
 
 
@@ -112,8 +125,25 @@ def test_a_folder_is_moved_with_its_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here" / "y")
     assert parse_config(["."]).name == "y"
     corpus = json.loads((tmp_path / "here" / "y" / CORPUS_FILE).read_text())
-    assert corpus["fingerprint"] == "0123"
+    assert [source["fingerprint"] for source in corpus["sources"]] == ["0123"]
     assert parse_config([".", "--data.source", "other"]).data.source == "other"
+
+
+def test_a_mixture_is_found_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sources = (
+        SourceConfig("a", "a.jsonl", validation="v.txt"),
+        SourceConfig("python", "stdlib", weight=2),
+    )
+    data = DataConfig(source=None, sources=sources)
+    write(tmp_path / "runs" / "x", Config(name="x", data=data))
+    monkeypatch.chdir("/")
+    found = read_run_config(tmp_path / "runs" / "x").data.sources
+    assert [(source.path, source.validation) for source in found] == [
+        (str(tmp_path / "a.jsonl"), str(tmp_path / "v.txt")),
+        ("stdlib", None),
+    ]
+    assert [source.weight for source in found] == [1, 2]
 
 
 def test_the_folders_tokenizer_is_the_trained_one_or_an_error(tmp_path):

@@ -301,13 +301,14 @@ def test_another_model_under_the_same_name(config):
 def test_another_mesh_than_the_devices(config):
     with pytest.raises(ValueError, match="mesh data=1 fsdp=16 tensor=1 needs 16 devices"):
         train(dataclasses.replace(config, batch_size=16, mesh=MeshConfig(fsdp=16)))
-    assert not Path(config.output_dir).exists()
+    assert not Path(config.output_dir, config.name).exists()
 
 
-def test_another_batch_size(config):
+def test_another_batch_size_reads_on_in_the_same_order(config, capsys):
     train(config)
-    with pytest.raises(ValueError, match="checkpoint's batch_size = 8, got 16; .* --name"):
-        train(dataclasses.replace(config, batch_size=16, steps=8))
+    result = train(dataclasses.replace(config, batch_size=16, steps=8))
+    assert result.finished
+    assert "batch_size 8 -> 16: the same rows in the same order" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_made(config, tmp_path):

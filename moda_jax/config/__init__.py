@@ -4,6 +4,7 @@ A config file in `configs/` builds one `Config`; the command line overrides sing
 names (`--model.num-layers 4`). Values are checked once, here, and an error names the field.
 """
 
+from moda_jax.config.data import DataConfig, SourceConfig
 from moda_jax.config.depth import (
     DEPTH_CONFIGS,
     AttentionResidualsConfig,
@@ -17,7 +18,7 @@ from moda_jax.config.depth import (
 )
 from moda_jax.config.files import dataclass_from_json, from_json, to_json
 from moda_jax.config.model import ExecutionConfig, ModelConfig
-from moda_jax.config.run import Config, DataConfig, MeshConfig, OptimizerConfig
+from moda_jax.config.run import Config, MeshConfig, OptimizerConfig
 
 __all__ = [
     "DEPTH_CONFIGS",
@@ -35,6 +36,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ResidualConfig",
+    "SourceConfig",
     "dataclass_from_json",
     "from_json",
     "to_json",

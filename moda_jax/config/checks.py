@@ -49,6 +49,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return value is None
     if typing.get_origin(kind) is typing.Literal:
         return isinstance(value, str) and value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(x, typing.get_args(kind)[0]) for x in value)
     if kind not in _KINDS:
         return isinstance(value, kind)
     ok = isinstance(value, _KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
@@ -60,4 +62,6 @@ def _describe(kind: Any) -> str:
         return "None"
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {typing.get_args(kind)}"
+    if typing.get_origin(kind) is tuple:
+        return f"a tuple, each {_describe(typing.get_args(kind)[0])}"
     return _KINDS[kind][1] if kind in _KINDS else f"a {kind.__name__}"

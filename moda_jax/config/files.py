@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from moda_jax.config.depth import DEPTH_CONFIGS, DepthConfig
@@ -16,10 +16,13 @@ def to_json(config: Any) -> dict[str, Any]:
     """A config dataclass as nested dicts; a mechanism's settings begin with its name."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     named = {"name": config.name} if isinstance(config, DepthConfig) else {}
-    return named | {
-        name: to_json(value) if dataclasses.is_dataclass(value) else value
-        for name, value in fields.items()
-    }
+    return named | {name: _value_to_json(value) for name, value in fields.items()}
+
+
+def _value_to_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_value_to_json(x) for x in value]
+    return to_json(value) if dataclasses.is_dataclass(value) else value
 
 
 def from_json(model: Any) -> ModelConfig:
@@ -71,6 +74,11 @@ def dataclass_from_json(settings: Any, cls: type[_T], prefix: str = "") -> _T:
 def _value_from_json(value: Any, kind: Any, prefix: str) -> Any:
     if kind is DepthConfig:
         return _depth_from_json(value, prefix)
+    if typing.get_origin(kind) is tuple and isinstance(value, Sequence):
+        (part, _) = typing.get_args(kind)
+        return tuple(
+            _value_from_json(x, part, f"{prefix}{number}.") for number, x in enumerate(value)
+        )
     is_part = isinstance(kind, type) and dataclasses.is_dataclass(kind)
     return dataclass_from_json(value, kind, prefix) if is_part else value
 

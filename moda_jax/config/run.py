@@ -1,41 +1,10 @@
-"""Every setting of a run beside the model: data, optimizer, mesh, and the run itself."""
+"""Every setting of a run beside the model and the data: optimizer, mesh, and the run itself."""
 
 import dataclasses
 
 from moda_jax.config.checks import require, require_positive, require_types
+from moda_jax.config.data import DataConfig
 from moda_jax.config.model import ExecutionConfig, ModelConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where the text comes from and how it is cut into rows."""
-
-    source: str = "stdlib"
-    """"stdlib" (the Python standard library's source on this machine), a .txt file (one text, its
-    end held out), a .jsonl file (also .gz, .zst), or a folder of .txt or else .jsonl files."""
-    text_field: str = "text"
-    """The field of a .jsonl record that holds the document."""
-    tokenizer: str = "bytes"
-    """"bytes", or the path of a local tokenizer.json."""
-    eos_token: str | None = None
-    """The token of a tokenizer.json that stands between documents; None: one of the usual names."""
-    seq_len: int = 256
-    """T: target tokens per row."""
-    validation_fraction: float = 0.05
-    """Share of the documents held out, chosen by a hash of their content; of one text, its end."""
-    open_documents: int = 64
-    """Documents that are read side by side, so that a long one does not fill whole batches."""
-    packing_bins: int = 16
-    """Rows that are open at once while documents are packed; more waste less."""
-
-    def __post_init__(self) -> None:
-        require_types(self)
-        require_positive(self, "seq_len", "open_documents", "packing_bins")
-        require(self, "validation_fraction", 0 < self.validation_fraction < 1, "0 < fraction < 1")
-        for field in ("source", "text_field", "tokenizer"):
-            require(self, field, bool(getattr(self, field)), "a non-empty string")
-        eos_ok = self.eos_token is None or self.tokenizer != "bytes"
-        require(self, "eos_token", eos_ok, "None with the byte tokenizer, which has its own")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,17 +42,20 @@ EFFECTS = {
     "data.text_field": _SAME_TEXT,
     "data.tokenizer": "the same tokenizer, found elsewhere",
     "data.eos_token": "the same token under another name",
+    "data.sources": _SAME_TEXT,
+    "data.validation": _SAME_TEXT,
     "data.validation_fraction": "the same documents are held out",
+    "data.on_error": "from this step on",
+    "batch_size": "the same rows in the same order, so many a step",
 }
 """By name of a setting, or of its group."""
 
 REFUSED = {
     "model",
     "seed",
-    "batch_size",
     "data.seq_len",
-    "data.open_documents",
-    "data.packing_bins",
+    "data.packing",
+    "data.shuffle_tokens",
 }
 """Settings, or groups, that a checkpoint does not let be changed: the model would be another, or
 the data could not go on exactly. A change of `data` that gives other texts is refused too."""

@@ -28,8 +28,8 @@ class Restored(NamedTuple):
     """What a checkpoint holds."""
 
     state: TrainState
-    data: Any
-    """State of this process's data iterator."""
+    data: list[Any]
+    """States of the data iterators of all processes that the run had."""
     config: dict[str, Any]
     """The config with which the checkpoint was written, as nested dicts."""
     is_validated: bool
@@ -121,19 +121,13 @@ class Checkpoints:
         """The newest checkpoint, placed as `abstract_state` says; None if there is none.
 
         Raises:
-            ValueError: it holds another model than `config`, or comes from another number of
-                processes.
+            ValueError: it holds another model than `config`.
         """
         step = self.latest_step
         if step is None:
             return None
         run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
         _check_model(run["config"]["model"], config, self._directory)
-        if len(run["data"]) != jax.process_count():
-            raise ValueError(
-                f"{self._directory}: expected {len(run['data'])} processes, as the run had when "
-                f"it was saved, got {jax.process_count()}; the data could not go on exactly"
-            )
         items = {
             "params": ocp.args.StandardRestore(nnx.as_pure(abstract_state.params)),
             "optimizer": ocp.args.StandardRestore(
@@ -144,7 +138,7 @@ class Checkpoints:
         leaves = jax.tree.leaves((saved.optimizer[0], saved.params, saved.optimizer[1]))
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
         is_validated = math.isfinite(_loss_of(self._manager, step))
-        return Restored(state, run["data"][jax.process_index()], run["config"], is_validated)
+        return Restored(state, run["data"], run["config"], is_validated)
 
     def wait(self) -> None:
         """Waits for the writing to end; raises OSError if something went wrong in it."""

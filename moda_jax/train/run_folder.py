@@ -29,11 +29,18 @@ def write_run_folder(directory: Path, config: Config, data: "Data") -> None:
     if (content := data.tokenizer.content) is not None:
         _replace(directory / TOKENIZER_FILE, content)
     corpus = {
-        "source": _absolute(config.data.source),
-        "fingerprint": data.fingerprint,
-        "train_documents": data.train_documents,
-        "validation_documents": data.validation_documents,
-        "bytes": data.num_bytes,
+        "sources": [
+            {
+                "name": source.name,
+                "path": _absolute(source.path),
+                "validation": source.validation and _absolute(source.validation),
+                "fingerprint": source.fingerprint,
+                "train_documents": source.train_documents,
+                "validation_documents": source.validation_documents,
+                "bytes": source.num_bytes,
+            }
+            for source in data.sources
+        ]
     }
     _replace(directory / CORPUS_FILE, _to_bytes(corpus))
     _replace(directory / CONFIG_FILE, _to_bytes(to_json(config)))
@@ -68,9 +75,8 @@ def read_run_config(directory: Path) -> Config:
         name=folder.name,
         output_dir=str(folder.parent),
         data=dataclasses.replace(
-            config.data,
+            _where_it_was(directory, config.data),
             tokenizer=_tokenizer_in(directory, config.data.tokenizer),
-            source=_source_of(directory, config.data),
         ),
     )
 
@@ -103,14 +109,36 @@ def _tokenizer_in(directory: Path, name: str) -> str:
     return str(copy) if name != "bytes" and copy.is_file() else name
 
 
-def _source_of(directory: Path, data: DataConfig) -> str:
-    if data.source == _absolute(data.source) or not (directory / CORPUS_FILE).is_file():
-        return data.source
+def _where_it_was(directory: Path, data: DataConfig) -> DataConfig:
+    """With the texts' absolute paths, as the run found them, in place of relative ones."""
+    sources = data.texts
+    paths = [path for source in sources for path in (source.path, source.validation) if path]
+    if paths == [_absolute(path) for path in paths] or not (directory / CORPUS_FILE).is_file():
+        return data
     corpus = _read_json(directory / CORPUS_FILE)
-    source = corpus.get("source") if isinstance(corpus, Mapping) else None
-    if not isinstance(source, str):
-        raise ValueError(f"{directory / CORPUS_FILE}: expected a text as source, got {source!r}")
-    return source
+    found = corpus.get("sources") if isinstance(corpus, Mapping) else None
+    if not isinstance(found, list) or len(found) != len(sources):
+        raise ValueError(
+            f"{directory / CORPUS_FILE}: expected {len(sources)} sources, got {found!r}"
+        )
+    placed = tuple(
+        dataclasses.replace(
+            source,
+            path=_text_in(directory, place, "path"),
+            validation=source.validation and _text_in(directory, place, "validation"),
+        )
+        for source, place in zip(sources, found, strict=True)
+    )
+    if data.sources:
+        return dataclasses.replace(data, sources=placed)
+    return dataclasses.replace(data, source=placed[0].path, validation=placed[0].validation)
+
+
+def _text_in(directory: Path, place: Any, name: str) -> str:
+    text = place.get(name) if isinstance(place, Mapping) else None
+    if not isinstance(text, str):
+        raise ValueError(f"{directory / CORPUS_FILE}: expected a text as {name}, got {text!r}")
+    return text
 
 
 def _absolute(source: str) -> str:

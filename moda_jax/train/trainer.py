@@ -34,6 +34,7 @@ from moda_jax.train.run_folder import is_written, write_run_folder
 from moda_jax.train.saving import Saver
 from moda_jax.train.throughput import Throughput
 from moda_jax.train.train_step import make_train_functions, resolve
+from moda_jax.train.validation import Validation, perplexity
 
 _FINAL_VALIDATION_FACTOR = 4
 _SAMPLE_TEMPERATURE = 0.8
@@ -60,7 +61,7 @@ class TrainResult:
 
     @property
     def validation_perplexity(self) -> float | None:
-        return None if self.validation_loss is None else _perplexity(self.validation_loss)
+        return None if self.validation_loss is None else perplexity(self.validation_loss)
 
 
 def train(config: Config, *, on_step: OnStep | None = None) -> TrainResult:
@@ -101,6 +102,7 @@ def train(config: Config, *, on_step: OnStep | None = None) -> TrainResult:
             batch_size=config.batch_size,
             vocab_size=config.model.vocab_size,
             seed=config.seed,
+            cache_dir=Path(config.output_dir) / "prepared",
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -185,7 +187,7 @@ class _Run:
             self.state = self.functions.init()
             return
         self.state = restored.state
-        self.data.train.set_state(restored.data)
+        self.data.train.set_states(restored.data)
         self.step = int(self.state.step)
         self.changes = describe_changes(restored.config, self.config, self.step)
         # A signal comes before validation: a resumed run shows what an uninterrupted one would.
@@ -284,7 +286,9 @@ class _Run:
         self.throughput.step_done(metrics["targets"])
         self.console.step_done(step, metrics["loss"])
         if step % self.config.log_every == 0 or step == self.config.steps:
-            metrics |= {"perplexity": _perplexity(metrics["loss"]), **self.throughput.read()}
+            metrics |= {"perplexity": perplexity(metrics["loss"]), **self.throughput.read()}
+            if skipped := self.data.train.num_skipped:
+                metrics["skipped_pieces"] = skipped
             self._write(step, metrics)
             self.console.log(step, metrics)
         if self.on_step is not None:
@@ -305,7 +309,7 @@ class _Run:
         is_due = self.step == config.steps or self.step % config.checkpoint_every == 0
         if is_due or is_best or requested:
             # Huge parameters are finite, but not their loss: one batch raises DivergenceError.
-            if loss is None and self._validation_loss(1) is None:
+            if loss is None and self._validation(1) is None:
                 return  # stopped, and saved by the caller
             self._save(validation_loss=loss)
             self.throughput.pause()
@@ -323,29 +327,33 @@ class _Run:
         Raises DivergenceError.
         """
         self._report_pending()
-        loss = self._validation_loss(self.config.eval_batches)
-        if loss is None:
+        validation = self._validation(self.config.eval_batches)
+        if validation is None:
             return None
-        metrics = {
-            "validation_loss": loss,
-            "validation_perplexity": _perplexity(loss),
-            **self._depth_metrics(self._attention_mass()),
-        }
-        self._write(self.step, metrics)
-        self.console.print(
-            f"step {self.step}/{self.config.steps}  validation loss {loss:.4f}  "
-            f"perplexity {metrics['validation_perplexity']:.3f}"
+        self._write(
+            self.step, validation.metrics() | self._depth_metrics(self._attention_mass())
         )
+        self.console.print(f"step {self.step}/{self.config.steps}  {validation}")
         self.throughput.pause()
-        return loss
+        return validation.loss
 
-    def _validation_loss(self, num_batches: int) -> float | None:
-        """Mean cross-entropy per target token, nats; None if a signal asks to stop.
+    def _validation(self, num_batches: int) -> Validation | None:
+        """Losses over `num_batches` of each source; None if a signal asks to stop.
 
         Raises DivergenceError.
         """
+        losses = []
+        for number in range(len(self.data.sources)):
+            loss = self._source_loss(num_batches, number)
+            if loss is None:
+                return None
+            losses.append(loss)
+        return Validation.of(self.data.sources, losses)
+
+    def _source_loss(self, num_batches: int, source: int) -> float | None:
+        """Mean cross-entropy per target token of a source, nats."""
         sums: list[dict[str, jax.Array]] = []
-        batches = self.data.validation(num_batches)
+        batches = self.data.validation(num_batches, source)
         while True:
             with self._saving_if_data_fails():
                 batch = next(batches, None)
@@ -359,7 +367,9 @@ class _Run:
         totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
         loss = totals["cross_entropy"] / max(totals["targets"], 1.0)
         if not math.isfinite(loss):
-            raise self._divergence(f"validation loss is {loss} at step {self.step}")
+            name = self.data.sources[source].name
+            where = f" of {name}" if len(self.data.sources) > 1 else ""
+            raise self._divergence(f"validation loss{where} is {loss} at step {self.step}")
         return loss
 
     def _attention_mass(self) -> np.ndarray:
@@ -418,21 +428,19 @@ class _Run:
 
     def _finish(self) -> TrainResult:
         """Final validation, sample and plots, from the state that is there."""
-        loss = self._validation_loss(_FINAL_VALIDATION_FACTOR * self.config.eval_batches)
-        assert loss is not None  # a stop signal ends the process now
+        validation = self._validation(_FINAL_VALIDATION_FACTOR * self.config.eval_batches)
+        assert validation is not None  # a stop signal ends the process now
         mass = self._attention_mass()
-        final = {"validation_loss": loss, "validation_perplexity": _perplexity(loss),
-                 **self._depth_metrics(mass)}  # fmt: skip
+        final = validation.metrics() | self._depth_metrics(mass)
         self._write(self.step, {FINAL + name: value for name, value in final.items()})
         sample = self._attempt("sample", self._sample)
         if self.is_main:
             self._attempt("plots", lambda: self._plot(mass))
         self.console.print(
-            f"finished step {self.step}: validation loss {loss:.4f}, perplexity "
-            f"{_perplexity(loss):.3f}; outputs in {self.directory}"
+            f"finished step {self.step}: {validation}; outputs in {self.directory}"
         )
         return TrainResult(directory=self.directory, step=self.step, finished=True,
-                           validation_loss=loss, sample=sample)  # fmt: skip
+                           validation_loss=validation.loss, sample=sample)  # fmt: skip
 
     def _attempt(self, what: str, function: Callable[[], _T]) -> _T | None:
         """What `function` returns; one line and None if it fails: the run is finished all the same.
@@ -480,6 +488,3 @@ def _make_folder(directory: Path) -> None:
             f"choose another --output-dir or --name"
         ) from error
 
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))  # exp(710) overflows
