@@ -4,14 +4,16 @@ import collections
 import contextlib
 import gzip
 import importlib
+import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz")
 TEXT_SUFFIXES = (".txt",)
+PARQUET_SUFFIXES = (".parquet",)
 
 
 class Found(NamedTuple):
@@ -23,15 +25,21 @@ class Found(NamedTuple):
     """Number of the files that are not read, by the end of their names."""
 
 
-def find_files(folder: Path) -> Found:
-    """The .txt files under `folder`, or its .jsonl files where there are none; others are counted.
+def find_files(
+    folder: Path,
+    kinds: Sequence[tuple[str, ...]] = (TEXT_SUFFIXES, JSON_SUFFIXES),
+    *,
+    leave_out: Path | None = None,
+) -> Found:
+    """The files under `folder` of the first of `kinds` that it has; others are counted.
 
-    Upper and lower case are equal. Linked folders are followed, and each folder is read once, so a
-    link to an enclosing one ends there. Raises ValueError for a folder that cannot be listed.
+    A kind is the suffixes of its files; upper and lower case are equal. Linked folders are
+    followed, and each folder is read once, so a link to an enclosing one ends there. The folder
+    `leave_out`, which may lie in `folder`, is not entered. Raises ValueError for a folder that cannot be listed.
     """
-    files = sorted(_walk(folder))
-    kept = [path for path in files if has_suffix(path, TEXT_SUFFIXES)]
-    kept = kept or [path for path in files if has_suffix(path, JSON_SUFFIXES)]
+    files = sorted(_walk(folder, leave_out))
+    of_kinds = ([path for path in files if has_suffix(path, kind)] for kind in kinds)
+    kept = next(filter(None, of_kinds), [])
     others = collections.Counter(_kind(path) for path in set(files).difference(kept))
     return Found(kept, dict(others.most_common()))
 
@@ -41,12 +49,15 @@ def has_suffix(path: Path, suffixes: tuple[str, ...]) -> bool:
 
 
 def is_compressed(path: Path) -> bool:
-    return has_suffix(path, (".gz", ".zst"))
+    return has_suffix(path, (".gz", ".zst", ".xz"))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, leave_out: Path | None) -> Iterator[Path]:
     """All files; a folder that a link leads to comes after the ones that lie there."""
     seen: set[tuple[int, int]] = set()
+    if leave_out is not None and leave_out.is_dir():
+        status = leave_out.stat()
+        seen.add((status.st_dev, status.st_ino))
     waiting, links = [folder], collections.deque[Path]()
     while waiting or links:
         here = waiting.pop() if waiting else links.popleft()
@@ -79,7 +90,7 @@ def readable(path: Path) -> Iterator[None]:
     """Turns what goes wrong in reading `path` into a ValueError that names it."""
     try:
         yield
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
             f"DataConfig.source: cannot read {path}: {reason}; check the path and its permissions"
@@ -88,22 +99,35 @@ def readable(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_binary(path: Path) -> Iterator[Any]:
-    """Opens a file, unpacking .gz and .zst. Raises ValueError if Python lacks Zstandard."""
+    """Opens a file, unpacking .gz, .zst and .xz. Raises ValueError if Python lacks Zstandard."""
+    with path.open("rb") as packed, unpack(packed, path) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def unpack(packed: IO[bytes], path: Path) -> Iterator[Any]:
+    """The content of the open file `packed`, unpacked as the end of its name says.
+
+    The position of `packed` says how much of it was read. Raises ValueError if Python lacks
+    Zstandard.
+    """
     if has_suffix(path, (".gz",)):
-        with gzip.open(path, "rb") as file:
+        with gzip.open(packed, "rb") as file:
+            yield file
+    elif has_suffix(path, (".xz",)):
+        with lzma.open(packed, "rb") as file:
             yield file
     elif has_suffix(path, (".zst",)):
         zstd = _import_zstd(path)
         # Published corpora are packed with windows beyond the default limit of 128 MiB.
         options = {zstd.DecompressionParameter.window_log_max: 31}
         try:
-            with zstd.open(path, "rb", options=options) as file:
+            with zstd.open(packed, "rb", options=options) as file:
                 yield file
         except zstd.ZstdError as error:
             raise OSError(str(error)) from error
     else:
-        with path.open("rb") as file:
-            yield file
+        yield packed
 
 
 def _import_zstd(path: Path) -> Any:

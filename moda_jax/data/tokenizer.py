@@ -30,6 +30,8 @@ class Tokenizer(Protocol):
     """Every token id lies in [0, vocab_size)."""
     eos_id: int
     """The token between documents, which therefore also stands before each one."""
+    eos_token: str | None
+    """Its text, which `load_tokenizer` takes; None: the tokenizer has no choice."""
     fingerprint: str
     """Equal for equal tokenizers; a checkpoint compares it."""
     content: bytes | None
@@ -37,6 +39,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of `text`, without any begin or end token."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns `encode` of each text, [its tokens], in an unsigned type that holds every id."""
         ...
 
     def encode_document(self, text: str) -> np.ndarray:
@@ -56,12 +62,17 @@ class ByteTokenizer:
 
     vocab_size = 257
     eos_id = 256
+    eos_token: str | None = None
     fingerprint = "bytes"
     content: bytes | None = None
 
     def encode(self, text: str) -> list[int]:
         """Returns the UTF-8 bytes of `text`, without an end-of-document token."""
         return list(text.encode("utf-8"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the UTF-8 bytes of each text, uint8."""
+        return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
     def encode_document(self, text: str) -> np.ndarray:
         """Returns eos + `encode(text)` + eos, uint16."""
@@ -102,20 +113,34 @@ class JsonTokenizer:
         self._tokenizer.no_padding()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.eos_id = _find_eos_id(path, self._tokenizer, eos_token)
+        self.eos_token: str | None = self._tokenizer.id_to_token(self.eos_id)
         identity = content + self.eos_id.to_bytes(4, "little")
         self.fingerprint = hashlib.blake2b(identity, digest_size=8).hexdigest()
+
+    @property
+    def library(self) -> tokenizers.Tokenizer:
+        """The object of the tokenizers library, with the settings above."""
+        return self._tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of `text`, without any begin or end token.
 
         Raises ValueError if the tokenizer has no token for a part of it, not even "unknown".
         """
-        # The batch call skips the character offsets, which nobody reads here.
+        return self._encode_batch([text])[0].ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns `encode` of each text, uint16, or uint32 above 65,536 tokens."""
+        dtype = np.promote_types(np.min_scalar_type(self.vocab_size - 1), np.uint16)
+        return [np.array(encoding.ids, dtype) for encoding in self._encode_batch(texts)]
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        # The fast call skips the character offsets, which nobody reads here.
         try:
-            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(
-                f"DataConfig.tokenizer: {self._path!r} cannot encode {text[:40]!r}...: "
+                f"DataConfig.tokenizer: {self._path!r} cannot encode {texts[0][:40]!r}...: "
                 f"{' '.join(str(error).split())}; use a tokenizer that covers the text"
             ) from error
 
