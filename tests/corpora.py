@@ -49,10 +49,8 @@ def write_tokenizer(path, tokens):
 
 def load(source, *, batch_size=4, vocab_size=257, seed=0, process_index=0, process_count=1, **data):
     data = {"seq_len": 16, "validation_fraction": 0.3, **data}
-    if source is not None:
-        data["source"] = source
     return load_data(
-        DataConfig(**data),
+        DataConfig(source=source, **data),
         batch_size=batch_size,
         vocab_size=vocab_size,
         seed=seed,

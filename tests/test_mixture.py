@@ -49,13 +49,13 @@ def test_every_prefix_has_its_shares_up_to_a_row(weights):
 
 
 def test_batches_have_their_shares(sources):
-    data = load(None, source=None, sources=sources, batch_size=8)
+    data = load(None, sources=sources, batch_size=8)
     for batch in take(data.train, 30):
         assert kinds(batch) == {"a": 6, "0": 2}
 
 
 def test_each_source_has_epochs_of_its_own(sources):
-    data = load(None, source=None, sources=sources, batch_size=8)
+    data = load(None, sources=sources, batch_size=8)
     letters, digits = (source.train_documents for source in data.sources)
     pieces = list(itertools.chain(*map(pieces_of, take(data.train, 100))))
     for kind, count in ((ord("a"), letters), (ord("0"), digits)):
@@ -65,7 +65,7 @@ def test_each_source_has_epochs_of_its_own(sources):
 
 
 def test_validation_is_by_source(sources):
-    data = load(None, source=None, sources=sources)
+    data = load(None, sources=sources)
     for number, kind in enumerate("a0"):
         batches = list(data.validation(100, number))
         assert set(kinds(joined(batches))) == {kind}
@@ -76,7 +76,7 @@ def test_a_source_with_a_validation_text(sources, tmp_path):
     other = write_jsonl(tmp_path / "other.jsonl", ["xyz", "zyx"])
     first, second = sources
     second = SourceConfig("digits", second.path, validation=other)
-    data = load(None, source=None, sources=(first, second))
+    data = load(None, sources=(first, second))
     pieces = set(itertools.chain(*map(pieces_of, data.validation(9, 1))))
     assert pieces == set(expected_pieces(["xyz", "zyx"]))
     assert data.sources[1].train_documents == 20
@@ -84,7 +84,7 @@ def test_a_source_with_a_validation_text(sources, tmp_path):
 
 def test_a_mixture_resumes_on_other_processes(sources):
     def open_part(index, count):
-        return load(None, source=None, sources=sources, batch_size=6,
+        return load(None, sources=sources, batch_size=6,
                     process_index=index, process_count=count).train  # fmt: skip
 
     whole = open_part(0, 1)
@@ -99,10 +99,10 @@ def test_a_mixture_resumes_on_other_processes(sources):
 
 
 def test_other_weights_are_refused(sources):
-    state = load(None, source=None, sources=sources).train.get_state()
+    state = load(None, sources=sources).train.get_state()
     changed = (sources[0], SourceConfig("digits", sources[1].path, weight=2))
     with pytest.raises(ValueError, match="checkpoint's weights = "):
-        load(None, source=None, sources=changed).train.set_states([state])
+        load(None, sources=changed).train.set_states([state])
 
 
 def test_config_of_a_mixture_comes_back(sources):

@@ -127,7 +127,8 @@ def test_every_document_once_an_epoch_over_processes_and_windows(source, texts, 
 
 def test_a_long_document_does_not_fill_batches(tmp_path):
     """Its pieces are spread over the window, and not in their order."""
-    long = "".join(chr(33 + i % 90) for i in range(800))  # 51 pieces; the others have 10
+    characters = np.random.default_rng(0).integers(33, 127, 800)
+    long = "".join(map(chr, characters))  # 51 pieces; the others have 10
     texts = [*(f"{i:02d}" + "x" * 150 for i in range(40)), long]
     data = load(write_folder(tmp_path, texts), batch_size=8, validation_fraction=1e-9)
     place = {piece: n for n, piece in enumerate(expected_pieces([long]))}
@@ -248,12 +249,12 @@ def test_a_shuffle_is_a_permutation(length, seed, epoch):
 
 
 def test_a_shuffle_leaves_no_trace_of_the_order():
-    """Means over blocks of a uniform permutation of n lie within 4 standard errors of n / 2."""
+    """Means over blocks of a uniform permutation of n lie within 5 standard errors of n / 2."""
     length = 100_000
     places = shuffled(np.arange(length), length, (0, 0))
     means = places.reshape(100, -1).mean(axis=1)
     error = length / np.sqrt(12 * 1000)
-    assert np.abs(means - length / 2).max() < 4 * error
+    assert np.abs(means - length / 2).max() < 5 * error
     assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.02
     other = shuffled(np.arange(length), length, (0, 1))
     assert (other == places).mean() < 1e-3

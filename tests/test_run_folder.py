@@ -17,6 +17,7 @@ from moda_jax.config import (
     MHCConfig,
     ModelConfig,
     OptimizerConfig,
+    SourceConfig,
     dataclass_from_json,
     to_json,
 )
