@@ -163,7 +163,7 @@ def test_validation_is_a_mean_over_targets():
         _saving_if_data_fails=contextlib.nullcontext,
         _to_global=lambda batch: batch,
     )
-    assert trainer._Run._validation_loss(run, 2) == 2.0
+    assert trainer._Run._source_loss(run, 2, 0) == 2.0
 
 
 def test_a_trained_model_is_found_again(config, caplog):
