@@ -198,7 +198,7 @@ class PreparedText:
                 f"{path}: expected {expected} of {np.dtype(dtype)}, got {array.shape} of "
                 f"{array.dtype}; prepare again"
             )
-        return array
+        return array.view(np.ndarray)  # indexing a memmap itself costs more
 
     def _check(self) -> None:
         ends = self.ends

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from moda_jax.config import Config, to_json
 from moda_jax.data.loader import Data, load_data
+from moda_jax.data.prepare import print_line
 from moda_jax.data.tokenizer import decode_continuation
 from moda_jax.depth import make_mechanism
 from moda_jax.model.execution import describe_execution
@@ -105,6 +106,7 @@ def train(config: Config, *, on_step: OnStep | None = None) -> TrainResult:
             cache_dir=Path(config.output_dir) / "prepared",
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            say=print_line if jax.process_index() == 0 else _say_nothing,
         )
         with jax.set_mesh(mesh), contextlib.closing(data.train), contextlib.ExitStack() as cleanup:
             try:
@@ -488,3 +490,6 @@ def _make_folder(directory: Path) -> None:
             f"choose another --output-dir or --name"
         ) from error
 
+
+def _say_nothing(line: str) -> None:
+    """The first process speaks for all."""
