@@ -119,6 +119,10 @@ class Config:
     """Length of the sample generated at the end; 0 generates none."""
     profile: int = 0
     """Steps to trace, from the eleventh on, into the run's folder; 0 traces none."""
+    compilation_cache: str = "auto"
+    """Folder in which compiled programs are kept for the next start. "auto": JAX's own setting
+    (JAX_COMPILATION_CACHE_DIR), else ~/.cache/moda-jax/xla (XDG_CACHE_HOME), in a run of one
+    process; "off": nothing is kept."""
     wandb: bool = False
     """Also log to Weights & Biases (extra `wandb`; contacts its server)."""
 
@@ -140,6 +144,8 @@ class Config:
         require(self, "seed", 0 <= self.seed < 2**32, "0 <= seed < 2**32")
         for field in ("sample_tokens", "max_skipped_steps", "profile"):
             require(self, field, getattr(self, field) >= 0, "a number >= 0")
+        cache_ok = bool(self.compilation_cache)
+        require(self, "compilation_cache", cache_ok, '"auto", "off" or a folder')
         # What the command line cannot decode arrives as lone surrogates.
         prompt_ok = not any("\ud800" <= character <= "\udfff" for character in self.sample_prompt)
         require(self, "sample_prompt", prompt_ok, "a text that UTF-8 can encode")
