@@ -96,6 +96,9 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     output_dir: str = "runs"
     seed: int = 0
+    init_from: str | None = None
+    """Another run's folder, or its checkpoints/STEP: a new run begins with the parameters of the
+    newest, or that, checkpoint, a fresh optimizer and step 0. A resumed run does not read it."""
     steps: int = 1000
     """Optimizer steps in all; a resumed run continues up to this number."""
     max_skipped_steps: int = 3
@@ -144,6 +147,7 @@ class Config:
         require(self, "seed", 0 <= self.seed < 2**32, "0 <= seed < 2**32")
         for field in ("sample_tokens", "max_skipped_steps", "profile"):
             require(self, field, getattr(self, field) >= 0, "a number >= 0")
+        require(self, "init_from", self.init_from != "", "a folder, or None")
         cache_ok = bool(self.compilation_cache)
         require(self, "compilation_cache", cache_ok, '"auto", "off" or a folder')
         # What the command line cannot decode arrives as lone surrogates.

@@ -25,6 +25,7 @@ from moda_jax.train.compilation_cache import CompilationCache
 from moda_jax.train.console import RunConsole
 from moda_jax.train.divergence import SkippedSteps, divergence
 from moda_jax.train.errors import DivergenceError, SaveError
+from moda_jax.train.init_from import load_initial_params
 from moda_jax.train.memory import describe_out_of_memory, is_out_of_memory
 from moda_jax.train.metrics import FINAL, METRICS_FILE, MetricsWriter, read_metrics
 from moda_jax.train.owner import FolderOwner
@@ -70,6 +71,8 @@ def train(
 ) -> TrainResult:
     """Trains up to step `config.steps`, going on from the newest checkpoint if there is one.
 
+    A run without a checkpoint begins with fresh parameters, or with those of `config.init_from`.
+
     A run that is stopped and started again takes the same batches and reaches bitwise the same
     parameters as one that was not. With a larger `config.steps` than before it goes on under the
     new, longer learning-rate curve. SIGTERM, SIGHUP and the first Ctrl-C end the run after the
@@ -88,9 +91,9 @@ def train(
         clock: tells where the time went until the first step was done; None: begins now.
 
     Raises:
-        ValueError: mesh, data or checkpoint do not fit the config; another run writes to the
-            folder; no checkpoint is whole; or data cannot be read (the steps until then are saved,
-            unless several processes run).
+        ValueError: mesh, data or checkpoint do not fit the config, nor does what `init_from` names;
+            another run writes to the folder; no checkpoint is whole; or data cannot be read (the
+            steps until then are saved, unless several processes run).
         DivergenceError: too many skipped steps, or a validation loss or a state to be saved is not
             finite; the newest checkpoint is from before.
         SaveError: a checkpoint could not be written, or the folder was lost; the newest complete
@@ -197,6 +200,17 @@ class _Run:
         restored = self.checkpoints.restore(self.functions.abstract_state, self.config)
         self.step = 0
         self.owes_validation = False
+        if restored is None and self.config.init_from is not None:
+            initial = load_initial_params(
+                self.config.init_from,
+                self.config.model,
+                self.functions.abstract_state.params,
+                tokenizer=self.data.tokenizer.fingerprint,
+            )
+            self.state = self.functions.begin_with(initial.params)
+            self.changes = initial.notes
+            self.clock.lap("restore")
+            return initial.source
         if restored is None:
             self.state = self.functions.init()
             self.clock.lap("init")
