@@ -26,6 +26,7 @@ from moda_jax.train.errors import (
     RunError,
 )
 from moda_jax.train.run_folder import read_run_config
+from moda_jax.train.start_clock import StartClock
 
 _PACKAGE = Path(__file__).resolve().parent
 _SHIPPED = next(
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = "train.py") -> int
         from moda_jax.train.trainer import train
 
         _quiet_libtpu()
-        finished = train(config).finished
+        finished = train(config, clock=StartClock.of_process()).finished
         sys.stdout.flush()
         return EXIT_FINISHED if finished else EXIT_STOPPED
     except BrokenPipeError:

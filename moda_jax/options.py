@@ -16,9 +16,9 @@ _ALIASES = {"--lr": "--optimizer.learning-rate"}
 
 _SHORT_HELP = {
     "run": (
-        "name", "steps", "batch-size", "accumulation-steps", "seed", "output-dir", "log-every",
-        "eval-every", "checkpoint-every", "keep-last", "sample-prompt", "sample-tokens",
-        "profile", "wandb",
+        "name", "steps", "batch-size", "accumulation-steps", "seed", "init-from", "output-dir",
+        "log-every", "eval-every", "checkpoint-every", "keep-last", "sample-prompt",
+        "sample-tokens", "profile", "wandb",
     ),
     "model": (
         "model.vocab-size", "model.num-layers", "model.embed-dim", "model.num-heads",
@@ -30,7 +30,6 @@ _SHORT_HELP = {
     ),
     "optimizer": (
         "optimizer.learning-rate", "optimizer.warmup-steps", "optimizer.weight-decay",
-        "optimizer.clip-norm",
     ),
     "how it is computed": (
         "execution.compute-dtype", "execution.remat", "execution.attention", "mesh.data",

@@ -9,6 +9,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 def compiled_once(tmp_path_factory):
     """Compiles each distinct program once for all the tests of a file."""
     settings = {
+        "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
         "jax_persistent_cache_min_compile_time_secs": 0.2,
     }

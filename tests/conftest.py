@@ -2,7 +2,8 @@
 
 Tests run on the CPU unless JAX_PLATFORMS says otherwise, and there on 8 virtual devices, so that
 every mesh is tested without hardware. What is not sharded runs on one of them as usual. Triton's
-kernels run in Triton's interpreter there.
+kernels run in Triton's interpreter there. What JAX compiles is kept where a test says so, never in
+the home of the user.
 """
 
 import os
@@ -21,6 +22,7 @@ if "xla_backend_extra_options" not in _flags:
     # libtpu and later versions do not know that flag, and end the process when they see it.
     _flags += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 os.environ["XLA_FLAGS"] = _flags.strip()
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
 

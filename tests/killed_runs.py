@@ -63,6 +63,7 @@ def main(config: Config, kills: int) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", "os.fork")
+    jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", sys.argv[3])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     main(load_config(Path(sys.argv[1])), int(sys.argv[2]))

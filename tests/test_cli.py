@@ -22,7 +22,7 @@ def train_with(monkeypatch):
 
     def install(function):
         trainer = types.ModuleType("moda_jax.train.trainer")
-        trainer.train = function
+        trainer.train = lambda config, clock: function(config)
         monkeypatch.setitem(sys.modules, "moda_jax.train.trainer", trainer)
 
     return install

@@ -43,7 +43,8 @@ def test_a_gpu_run_without_a_kernel_says_so_in_red(pretend, monkeypatch, attenti
         data_size="",
         execution=shown,
         directory=Path(),
-        restored_step=0,
+        start="from scratch",
+        compilation_cache="not kept",
     )
     red = re.findall(r"\x1b\[1;31m([^\x1b]*)", sys.stdout.getvalue())
     text = " ".join(line.strip() for line in red)

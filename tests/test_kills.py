@@ -97,7 +97,8 @@ def test_a_signal_is_heard_while_the_main_thread_is_busy(
     script = write_config(quick, tmp_path, STUCK.format(step=step))
     command = [sys.executable, "train.py", script]
     environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
     }
     with subprocess.Popen(
         command,

@@ -65,6 +65,9 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     output_dir: str = "runs"
     seed: int = 0
+    init_from: str | None = None
+    """Another run's folder, or its checkpoints/STEP: a new run begins with the parameters of the
+    newest, or that, checkpoint, a fresh optimizer and step 0. A resumed run does not read it."""
     steps: int = 1000
     """Optimizer steps in all; a resumed run continues up to this number."""
     max_skipped_steps: int = 3
@@ -88,6 +91,10 @@ class Config:
     """Length of the sample generated at the end; 0 generates none."""
     profile: int = 0
     """Steps to trace, from the eleventh on, into the run's folder; 0 traces none."""
+    compilation_cache: str = "auto"
+    """Folder in which compiled programs are kept for the next start. "auto": JAX's own setting
+    (JAX_COMPILATION_CACHE_DIR), else ~/.cache/moda-jax/xla (XDG_CACHE_HOME), in a run of one
+    process; "off": nothing is kept."""
     wandb: bool = False
     """Also log to Weights & Biases (extra `wandb`; contacts its server)."""
 
@@ -109,6 +116,9 @@ class Config:
         require(self, "seed", 0 <= self.seed < 2**32, "0 <= seed < 2**32")
         for field in ("sample_tokens", "max_skipped_steps", "profile"):
             require(self, field, getattr(self, field) >= 0, "a number >= 0")
+        require(self, "init_from", self.init_from != "", "a folder, or None")
+        cache_ok = bool(self.compilation_cache)
+        require(self, "compilation_cache", cache_ok, '"auto", "off" or a folder')
         # What the command line cannot decode arrives as lone surrogates.
         prompt_ok = not any("\ud800" <= character <= "\udfff" for character in self.sample_prompt)
         require(self, "sample_prompt", prompt_ok, "a text that UTF-8 can encode")

@@ -33,6 +33,8 @@ EFFECTS = {
     "checkpoint_every": "checkpoints come at other steps",
     "keep_last": "from the next checkpoint on",
     "max_skipped_steps": "from this step on",
+    "init_from": "no effect: the run goes on from its own checkpoint",
+    "compilation_cache": "where compiled programs are kept, not what they compute",
     "log_every": _WRITTEN,
     "profile": _WRITTEN,
     "sample_prompt": _WRITTEN,

@@ -52,7 +52,8 @@ class RunConsole:
         data_size: str,
         execution: Mapping[str, str],
         directory: Path,
-        restored_step: int,
+        start: str,
+        compilation_cache: str,
     ) -> None:
         """One screen that says what is about to run."""
         rows = {
@@ -63,7 +64,8 @@ class RunConsole:
             "data": data_size,
             "steps": f"{config.steps:,} of {config.batch_size} rows x {config.data.seq_len} tokens",
             "outputs": str(directory),
-            "start": f"resumed at step {restored_step}" if restored_step else "from scratch",
+            "start": start,
+            "compiled": compilation_cache,
         }
         title = Text(escape_controls(f"moda_jax: {config.name}"), style="table.title")
         table = rich.table.Table(title=title, title_justify="left", show_header=False, box=None)

@@ -45,6 +45,8 @@ class TrainFunctions(NamedTuple):
     """Shapes, dtypes and shardings of the state, as a restore needs them."""
     init: Callable[[], TrainState]
     """A fresh state from `config.seed`, each part computed on the device that keeps it."""
+    begin_with: Callable[[nnx.State], TrainState]
+    """A fresh state around parameters that are given, and donated."""
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     """Batch of global int32 arrays [B, T]; metrics are float32 scalars, replicated.
 
@@ -66,9 +68,11 @@ def make_train_functions(config: Config, mesh: Mesh) -> TrainFunctions:
     def make_model() -> Transformer:
         return Transformer(config.model, rngs=nnx.Rngs(config.seed), execution=resolved.execution)
 
-    def init() -> TrainState:
-        params = nnx.state(make_model())
+    def begin_with(params: nnx.State) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    def init() -> TrainState:
+        return begin_with(nnx.state(make_model()))
 
     graphdef = nnx.graphdef(nnx.eval_shape(make_model))
     shapes = jax.eval_shape(init)
@@ -86,6 +90,13 @@ def make_train_functions(config: Config, mesh: Mesh) -> TrainFunctions:
         graphdef=graphdef,
         abstract_state=jax.tree.map(_with_sharding, shapes, jax.tree.broadcast(shardings, shapes)),
         init=jax.jit(init, out_shardings=shardings, compiler_options=quick),
+        begin_with=jax.jit(
+            begin_with,
+            in_shardings=(shardings.params,),
+            out_shardings=shardings,
+            donate_argnums=0,
+            compiler_options=quick,
+        ),
         train_step=jax.jit(
             functools.partial(_train_step, graphdef, optimizer, schedule, config),
             in_shardings=(shardings, rows),

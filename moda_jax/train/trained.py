@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,8 +19,9 @@ from moda_jax.train.checkpoint import METRICS_ITEM, checkpoint_steps, saved_loss
 from moda_jax.train.manifest import find_damage
 from moda_jax.train.run_folder import load_folder_tokenizer
 
-# The optimizer's state, two thirds of a checkpoint, is neither read nor checked.
-_ITEMS = (METRICS_ITEM, "params", "run")
+READ_ITEMS = (METRICS_ITEM, "params", "run")
+"""The parts of a checkpoint that a model is made of. The optimizer's state, two thirds of it, is
+neither read nor checked."""
 
 
 class DamagedCheckpointWarning(UserWarning):
@@ -59,11 +61,11 @@ def load_trained(
             f"directory: expected a run's folder with checkpoints/ in it, got {str(directory)!r}"
         )
     step = _find_step(folder, step)
-    run = _restore(folder / str(step), run=ocp.args.JsonRestore()).run
+    run = read_run(folder / str(step))
     config = from_json(run["config"]["model"])
     execution = dataclass_from_json(run["config"]["execution"], ExecutionConfig, "execution.")
     tokenizer = load_folder_tokenizer(
-        folder.parent, run["config"]["data"], expected=run["data"][0]["identity"].get("tokenizer")
+        folder.parent, run["config"]["data"], expected=saved_tokenizer(run)
     )
     model = _restore_model(folder / str(step), config, execution, mesh)
     return TrainedModel(model, tokenizer, step)
@@ -80,9 +82,28 @@ def _restore_model(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes, jax.tree.broadcast(shardings, shapes),
     )  # fmt: skip
+    return nnx.merge(graph, read_params(folder, target))
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The config and the data's states, as JSON, of the checkpoint in `folder`."""
+    return _restore(folder, run=ocp.args.JsonRestore()).run
+
+
+def saved_tokenizer(run: Mapping[str, Any]) -> str | None:
+    """Fingerprint of the tokenizer with which the checkpoint of `read_run` was trained."""
+    return run["data"][0]["identity"].get("tokenizer")
+
+
+def read_params(folder: Path, target: nnx.State) -> nnx.State:
+    """Only the parameters of the checkpoint in `folder`, placed as `target` says.
+
+    Args:
+        folder: of the checkpoint, checkpoints/STEP.
+        target: jax.ShapeDtypeStruct of each parameter, with its sharding.
+    """
     saved = _restore(folder, params=ocp.args.StandardRestore(nnx.as_pure(target))).params
-    params = jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(saved))
-    return nnx.merge(graph, params)
+    return jax.tree.unflatten(jax.tree.structure(target), jax.tree.leaves(saved))
 
 
 def _restore(folder: Path, **items: Any) -> Any:
@@ -109,7 +130,7 @@ def _find_step(folder: Path, step: int | str) -> int:
         raise ValueError(f'step: expected "newest", "best" or one of {steps[::-1]}, got {step!r}')
     damage = []
     for candidate in candidates[step]:
-        problem = find_damage(folder / str(candidate), candidate, _ITEMS)
+        problem = find_damage(folder / str(candidate), candidate, READ_ITEMS)
         if problem is None:
             break
         damage.append(f"checkpoint {candidate} is damaged: {problem}")

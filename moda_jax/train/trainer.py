@@ -22,9 +22,11 @@ from moda_jax.model.generation import generate
 from moda_jax.ops.sharding import batch_sharding, make_mesh
 from moda_jax.train.changes import describe_changes
 from moda_jax.train.checkpoint import Checkpoints
+from moda_jax.train.compilation_cache import CompilationCache
 from moda_jax.train.console import RunConsole
 from moda_jax.train.divergence import SkippedSteps, divergence
 from moda_jax.train.errors import DivergenceError, SaveError
+from moda_jax.train.init_from import load_initial_params
 from moda_jax.train.memory import describe_out_of_memory, is_out_of_memory
 from moda_jax.train.metrics import FINAL, METRICS_FILE, MetricsWriter, read_metrics
 from moda_jax.train.owner import FolderOwner
@@ -33,6 +35,7 @@ from moda_jax.train.profile import ProfiledStep
 from moda_jax.train.report import plot_attention_mass, plot_loss
 from moda_jax.train.run_folder import is_written, write_run_folder
 from moda_jax.train.saving import Saver
+from moda_jax.train.start_clock import StartClock
 from moda_jax.train.throughput import Throughput
 from moda_jax.train.train_step import make_train_functions, resolve
 from moda_jax.train.validation import Validation, perplexity
@@ -65,8 +68,12 @@ class TrainResult:
         return None if self.validation_loss is None else perplexity(self.validation_loss)
 
 
-def train(config: Config, *, on_step: OnStep | None = None) -> TrainResult:
+def train(
+    config: Config, *, on_step: OnStep | None = None, clock: StartClock | None = None
+) -> TrainResult:
     """Trains up to step `config.steps`, going on from the newest checkpoint if there is one.
+
+    A run without a checkpoint begins with fresh parameters, or with those of `config.init_from`.
 
     A run that is stopped and started again takes the same batches and reaches bitwise the same
     parameters as one that was not. With a larger `config.steps` than before it goes on under the
@@ -83,11 +90,12 @@ def train(config: Config, *, on_step: OnStep | None = None) -> TrainResult:
         config: the run.
         on_step: called with every step's number and metrics, one step late; of a skipped step they
             are not finite.
+        clock: tells where the time went until the first step was done; None: begins now.
 
     Raises:
-        ValueError: mesh, data or checkpoint do not fit the config; another run writes to the
-            folder; no checkpoint is whole; or data cannot be read (the steps until then are saved,
-            unless several processes run).
+        ValueError: mesh, data or checkpoint do not fit the config, nor does what `init_from` names;
+            another run writes to the folder; no checkpoint is whole; or data cannot be read (the
+            steps until then are saved, unless several processes run).
         DivergenceError: too many skipped steps, or a validation loss or a state to be saved is not
             finite; the newest checkpoint is from before.
         SaveError: a checkpoint could not be written, or the folder was lost; the newest complete
@@ -95,9 +103,12 @@ def train(config: Config, *, on_step: OnStep | None = None) -> TrainResult:
         MemoryError: the devices' memory is too small; the message says by how much what would help.
         KeyboardInterrupt: after Ctrl-C, when the checkpoint is complete.
     """
+    clock = StartClock() if clock is None else clock
+    clock.lap("imports")
     with RunSignals(config.log_every) as signals:
         initialize_processes()
         mesh = make_mesh(config.mesh)
+        clock.lap("devices")
         data = load_data(
             config.data,
             batch_size=config.batch_size,
@@ -108,9 +119,11 @@ def train(config: Config, *, on_step: OnStep | None = None) -> TrainResult:
             process_count=jax.process_count(),
             say=print_line if jax.process_index() == 0 else _say_nothing,
         )
+        clock.lap("data")
         with jax.set_mesh(mesh), contextlib.closing(data.train), contextlib.ExitStack() as cleanup:
+            cache = cleanup.enter_context(CompilationCache(config.compilation_cache))
             try:
-                return _Run(config, mesh, data, on_step, signals, cleanup).run()
+                return _Run(config, mesh, data, on_step, signals, cleanup, cache, clock).run()
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -129,8 +142,11 @@ class _Run:
         on_step: OnStep | None,
         signals: RunSignals,
         cleanup: contextlib.ExitStack,
+        cache: CompilationCache,
+        clock: StartClock,
     ) -> None:
         self.config, self.data, self.on_step, self.signals = config, data, on_step, signals
+        self.cache, self.clock = cache, clock
         self.prompt = [data.tokenizer.eos_id, *data.tokenizer.encode(config.sample_prompt)]
         self.rows = batch_sharding(mesh)
         self.directory = Path(config.output_dir) / config.name
@@ -149,7 +165,8 @@ class _Run:
             if line is not None:
                 self.console.print(line)
         self.changes: list[str] = []
-        self._restore_or_init()
+        self.clock.lap("model")
+        self.began = self._restore_or_init()
         self.saved_step = self.step
         self.best_loss = self.checkpoints.best_loss()
         self.skipped = SkippedSteps(self.directory, max_in_a_row=config.max_skipped_steps)
@@ -167,7 +184,8 @@ class _Run:
             data_size=data.describe(),
             execution=execution,
             directory=self.directory,
-            restored_step=self.step,
+            start=self.began,
+            compilation_cache=cache.description,
         )
         for line in self.changes:
             self.console.print(line)
@@ -181,19 +199,34 @@ class _Run:
         )
         cleanup.callback(self.train_step.close)
 
-    def _restore_or_init(self) -> None:
+    def _restore_or_init(self) -> str:
+        """Makes the state; returns where it came from."""
         restored = self.checkpoints.restore(self.functions.abstract_state, self.config)
         self.step = 0
         self.owes_validation = False
+        if restored is None and self.config.init_from is not None:
+            initial = load_initial_params(
+                self.config.init_from,
+                self.config.model,
+                self.functions.abstract_state.params,
+                tokenizer=self.data.tokenizer.fingerprint,
+            )
+            self.state = self.functions.begin_with(initial.params)
+            self.changes = initial.notes
+            self.clock.lap("restore")
+            return initial.source
         if restored is None:
             self.state = self.functions.init()
-            return
+            self.clock.lap("init")
+            return "from scratch"
         self.state = restored.state
         self.data.train.set_states(restored.data)
         self.step = int(self.state.step)
         self.changes = describe_changes(restored.config, self.config, self.step)
         # A signal comes before validation: a resumed run shows what an uninterrupted one would.
         self.owes_validation = self._is_validation_due() and not restored.is_validated
+        self.clock.lap("restore")
+        return f"resumed at step {self.step}"
 
     def _open_writer(self, cleanup: contextlib.ExitStack) -> MetricsWriter | None:
         if not self.is_main:
@@ -215,6 +248,7 @@ class _Run:
         stopped_by = None
         if self.owes_validation:
             self._validate()
+            self.clock.lap("validation")
         if self.step >= self.config.steps:
             self.console.print(
                 f"step {self.step} of {self.config.steps} is already reached; raise --steps to "
@@ -252,9 +286,12 @@ class _Run:
         while self.step < self.config.steps:
             with self._saving_if_data_fails():
                 rows = next(self.data.train)
+            self.clock.lap("first batch")
             self.state, metrics = self.train_step(self.state, self._to_global(rows))
             self.signals.all_is_saved = False
             self.step += 1
+            if self.clock.is_running:
+                self._report_start(metrics)
             # The previous step's numbers are there by now: the device computes while we print.
             self._report_pending()
             self.pending = (self.step, metrics, rows)
@@ -266,6 +303,13 @@ class _Run:
             if self.signals.stop:
                 return self.signals.stop
         return None
+
+    def _report_start(self, metrics: Mapping[str, jax.Array]) -> None:
+        self.clock.lap("compile")
+        jax.block_until_ready(metrics)
+        self.clock.lap("step")
+        hits = f"; programs that were found compiled: {self.cache.hits}" if self.cache.hits else ""
+        self.console.print(self.clock.end() + hits)
 
     def _to_global(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Rows of this process -> global arrays [B, T] over all processes."""
