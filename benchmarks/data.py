@@ -25,7 +25,8 @@ import numpy as np
 
 from moda_jax.config import DataConfig
 from moda_jax.data.loader import load_data
-from moda_jax.data.prepare import prepare, train_tokenizer
+from moda_jax.data.prepare import prepare
+from moda_jax.data.tokenizer_training import train_tokenizer
 from moda_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 from moda_jax.data.units import list_stdlib
 
