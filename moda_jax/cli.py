@@ -7,8 +7,9 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import tyro
 
@@ -63,13 +64,30 @@ def _quiet_libtpu() -> None:
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-1")
 
 
+_COMMANDS = {
+    "train": "[CONFIG] [--SETTING VALUE ...]   trains a language model",
+    "prepare": "SOURCE --output FOLDER ...     tokenizes text once, for training",
+}
+
+
 def command() -> int:
-    """The installed command `moda-jax train ...`; returns the exit status as `main`."""
-    if sys.argv[1:2] == ["train"]:
-        return main(sys.argv[2:], program="moda-jax train")
+    """The installed command `moda-jax NAME ...`; returns the exit status of that command."""
+    name, *arguments = sys.argv[1:] or [""]
+    if name == "train":
+        return main(arguments, program="moda-jax train")
+    if name == "prepare":
+        from moda_jax.data.prepare_command import main as prepare
+
+        return prepare(arguments, program="moda-jax prepare")
+    if name in ("-h", "--help"):
+        lines = [f"  moda-jax {command} {usage}" for command, usage in _COMMANDS.items()]
+        print("\n".join(["usage:", *lines, "", "moda-jax COMMAND --help says more."]), flush=True)
+        return EXIT_FINISHED
     given = f", got {' '.join(sys.argv[1:])!r}" if sys.argv[1:] else ""
-    usage = "moda-jax train [CONFIG] [--SETTING VALUE ...]; moda-jax train --help"
-    print(escape_controls(f"usage: {usage}{given}"), file=sys.stderr)
+    usage = (
+        "moda-jax train [CONFIG] [--SETTING VALUE ...], or moda-jax prepare SOURCE --output FOLDER"
+    )
+    print(escape_controls(f"usage: {usage}; moda-jax --help{given}"), file=sys.stderr)
     return EXIT_BAD_INPUT
 
 
@@ -80,7 +98,8 @@ def main(argv: Sequence[str] | None = None, *, program: str = "train.py") -> int
     was expected. Raises SystemExit after `--help`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def run() -> int:
         config = parse_config(arguments, program=program)
         # What only training needs takes a second to import: not for a mistyped option.
         from moda_jax.train.trainer import train
@@ -89,6 +108,14 @@ def main(argv: Sequence[str] | None = None, *, program: str = "train.py") -> int
         finished = train(config, clock=StartClock.of_process()).finished
         sys.stdout.flush()
         return EXIT_FINISHED if finished else EXIT_STOPPED
+
+    return exit_status(run)
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """What `run` returns; after an error its exit status, and one line on stderr."""
+    try:
+        return run()
     except BrokenPipeError:
         discard_output()
         return EXIT_PIPE
@@ -118,16 +145,18 @@ def parse_config(arguments: Sequence[str], *, program: str = "train.py") -> Conf
         raise SystemExit(0)
     if shown:
         overrides.append("--help")
+    return parse_options(Config, overrides, default=config, prog=usage, description=_DESCRIPTION)
+
+
+_Options = TypeVar("_Options")
+
+
+def parse_options(kind: type[_Options], arguments: Sequence[str], **settings: Any) -> _Options:
+    """`tyro.cli` with its boxed messages as one line: ValueError instead of a usage error."""
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(
-                Config,
-                default=config,
-                args=overrides,
-                prog=usage,
-                description=_DESCRIPTION,
-            )
+            return tyro.cli(kind, args=arguments, **settings)
     except SystemExit as stop:
         if stop.code in (0, None):
             sys.stdout.flush()

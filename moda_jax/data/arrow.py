@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moda_jax.data.files import readable
+
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 1 << 20
 
@@ -56,8 +58,7 @@ def list_saved_dataset(folder: Path) -> list[Path] | None:
 
 def list_row_groups(path: Path, column: str) -> list[int]:
     """Bytes of each row group's `column` in a Parquet file, unpacked."""
-    file = _open_parquet(path)
-    with file:
+    with readable(path), _open_parquet(path) as file:
         _check_column(path, file.schema_arrow, column)
         metadata = file.metadata
         return [
@@ -73,7 +74,7 @@ def list_row_groups(path: Path, column: str) -> list[int]:
 def list_record_batches(path: Path, column: str) -> list[int]:
     """Bytes of each record batch's `column` in an Arrow file."""
     pyarrow = _import_pyarrow(path)
-    with pyarrow.memory_map(str(path)) as content:
+    with readable(path), pyarrow.memory_map(str(path)) as content:
         schema, batches = _open_batches(path, content)
         _check_column(path, schema, column)
         return [batch.column(column).nbytes for batch in batches]
@@ -81,8 +82,7 @@ def list_record_batches(path: Path, column: str) -> list[int]:
 
 def parquet_rows(path: Path, start: int, end: int, column: str) -> Iterator[Row]:
     """The rows of the row groups [start, end)."""
-    file = _open_parquet(path)
-    with file:
+    with _open_parquet(path) as file:
         number = sum(file.metadata.row_group(i).num_rows for i in range(start))
         batches = file.iter_batches(
             batch_size=_BATCH_ROWS, row_groups=range(start, end), columns=[column]

@@ -35,7 +35,8 @@ def find_files(
 
     A kind is the suffixes of its files; upper and lower case are equal. Linked folders are
     followed, and each folder is read once, so a link to an enclosing one ends there. The folder
-    `leave_out`, which may lie in `folder`, is not entered. Raises ValueError for a folder that cannot be listed.
+    `leave_out`, which may lie in `folder`, is not entered. Raises ValueError for a folder that
+    cannot be listed.
     """
     files = sorted(_walk(folder, leave_out))
     of_kinds = ([path for path in files if has_suffix(path, kind)] for kind in kinds)

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ from moda_jax.data.shards import (
     write_shard,
 )
 from moda_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from moda_jax.data.units import SourcePlan, plan_source, stat_files
+from moda_jax.data.units import SourcePlan, list_files, plan_source, stat_files
 from moda_jax.terminal import escape_controls
 
 FORMAT = 1
@@ -130,8 +131,10 @@ def prepare(
         raise ValueError(
             f"DataConfig.source: expected raw text, got the prepared folder {source!r}"
         )
+    if not Path(source).expanduser().is_dir():
+        list_files(source)  # before a folder is made for nothing
     folder = Path(output).expanduser()
-    _check_output(folder)
+    check_output(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK_FILE, say) as lock:
         plan = plan_source(source, text_field=text_field, leave_out=folder)
@@ -213,7 +216,8 @@ def locked(path: Path, say: Callable[[str], None]) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _check_output(folder: Path) -> None:
+def check_output(folder: Path) -> None:
+    """Raises ValueError if `folder` holds something else than a prepared folder, or is a file."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output: expected a folder, got the file {str(folder)!r}")
     if not folder.is_dir() or read_index(folder) is not None:
@@ -416,3 +420,9 @@ def _finish(
 
 def _number(file: str) -> int:
     return int(file.removeprefix("shard-").partition(".")[0])
+
+
+if __name__ == "__main__":
+    from moda_jax.data.prepare_command import main
+
+    sys.exit(main(program="python -m moda_jax.data.prepare"))

@@ -128,12 +128,11 @@ class Document(NamedTuple):
 
 def list_stdlib() -> list[Path]:
     """The source files of the running Python's standard library, without its tests; sorted."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    return [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
-    ]
+    found = []
+    for folder, folders, names in os.walk(sysconfig.get_paths()["stdlib"]):
+        folders[:] = set(folders) - _SKIPPED_FOLDERS
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found)
 
 
 def list_files(source: str, *, leave_out: Path | None = None) -> tuple[Kind, list[Path], str]:
@@ -308,17 +307,17 @@ def read_unit(unit: Unit, text_field: str) -> Iterator[Document]:
     Raises ValueError if a file cannot be read; what is wrong with one document is raised when its
     parts are read.
     """
-    read = {
+    readers: dict[Kind, Callable[[Piece], Iterator[Document]]] = {
         "texts": _read_text_file,
         "python": _read_python_file,
         "sections": functools.partial(_read_sections, section_bytes=unit.section_bytes),
         "lines": functools.partial(_read_lines, text_field=text_field),
         "parquet": functools.partial(_read_rows, text_field=text_field, rows=arrow.parquet_rows),
         "arrow": functools.partial(_read_rows, text_field=text_field, rows=arrow.stream_rows),
-    }[unit.kind]
+    }
     before = 0
     for number, piece in enumerate(unit.pieces):
-        for document in read(piece):
+        for document in readers[unit.kind](piece):
             yield document._replace(consumed=before + document.consumed)
         before = unit.size * (number + 1) // len(unit.pieces)
 
