@@ -1,5 +1,6 @@
 """Each one-line error of mutants.toml, made in a copy of the code, fails the test named for it."""
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ COPIED = ("benchmarks", "moda_jax", "pallas_kernels", "tests")
 
 AREAS = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text(encoding="utf-8"))
 MUTANTS = {f"{area}-{name}": x for area, mutants in AREAS.items() for name, x in mutants.items()}
+TESTS = sorted({mutant["test"] for mutant in MUTANTS.values()})
 
 FAILED_ASSERTION = re.compile(r"^FAILED .* - (AssertionError|assert |Failed: DID NOT RAISE)", re.M)
 """In pytest's summary. A NameError or a shape that does not fit would be no error worth finding."""
@@ -30,20 +32,29 @@ def code(tmp_path):
     shutil.rmtree(tmp_path)
 
 
-def run_fast_tests(code, *tests):
-    """pytest's exit status in the copy, and its output."""
-    # Not this run's worker, and lines wide enough for a test's name and its error.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "-m", "not slow", *tests],
-        cwd=code,
+@pytest.fixture(scope="module")
+def run_fast_tests():
+    """A function (copy, *tests) -> pytest's exit status in the copy, and its output."""
+    # Not this run's worker nor its path, and lines wide enough for a test's name and its error.
+    ours = ("PYTEST_", "PYTHONPATH")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "forked_pytest.py")],
         env=environment | {"COLUMNS": "400"},
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
+    ) as server:
+
+        def run(code, *tests):
+            output = code / "output.txt"
+            options = ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+            server.stdin.write(json.dumps([str(code), str(output), *options, *tests]) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline()), output.read_text(encoding="utf-8")
+
+        yield run
+        server.stdin.close()
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -53,14 +64,14 @@ def test_the_line_is_there_once(name):
 
 
 @pytest.mark.slow
-def test_all_pass_without_an_error(code):
-    status, output = run_fast_tests(code, *sorted({mutant["test"] for mutant in MUTANTS.values()}))
+def test_all_pass_without_an_error(code, run_fast_tests):
+    status, output = run_fast_tests(code, *TESTS)
     assert status == 0, output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_fails_a_fast_test(name, code):
+def test_fails_a_fast_test(name, code, run_fast_tests):
     mutant = MUTANTS[name]
     path = code / mutant["file"]
     text = path.read_text(encoding="utf-8").replace(mutant["old"], mutant["new"])
