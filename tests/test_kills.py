@@ -40,7 +40,7 @@ def write_config(config, folder, more=""):
 @pytest.mark.slow
 def test_killed_at_any_moment_it_is_bitwise_the_undisturbed_run(small, tmp_path):
     kills = 16
-    killed = dataclasses.replace(small, steps=3 * kills, checkpoint_every=1, eval_every=1000)
+    killed = dataclasses.replace(small, steps=6 * kills, checkpoint_every=1, eval_every=1000)
     whole = dataclasses.replace(killed, name="whole", checkpoint_every=1000)
     train(whole)
     # What the whole run compiled, but not its place: a kill may leave half an entry there.
