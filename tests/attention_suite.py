@@ -280,10 +280,12 @@ class AttentionSuite:
     def test_backward_adds_into_running_gradients(self, chunk, grads_dtype):
         """Visible slots get their gradient added; the others keep their bits, -0.0 included.
 
-        Without gradients of slots the others are the same.
+        Without gradients of slots the others are the same: only the stack's gathering asks for
+        that, and it has no chunks.
         """
         backend = backends.BACKENDS[self.implementation]
-        case = self.sized(Case("running", q_len=9, slots=11))
+        # Two chunks, of which the last is not whole: an interpreter takes a minute for three.
+        case = self.sized(Case("running", q_len=9 if chunk is None else 5, slots=11))
         problem, dtype = make_problem(case), self.dtypes[0]
         arrays = _cast(problem.arrays, dtype)
         options = Options(0.25, depth_chunk=chunk, depth_window=3, depth_reserved=1)
@@ -298,13 +300,15 @@ class AttentionSuite:
             d_out, d_lse = problem.cotangents
             args = operands, options, out, lse, d_out.astype(out.dtype), d_lse
             alone, added = backend.gradients(*args), backend.gradients(*args, tuple(start))
-            return alone, added, backend.gradients(*args, depth=False)
+            without = None if chunk else backend.gradients(*args, depth=False)
+            return alone, added, without
 
         visible = np.isin(np.arange(11), [0, 5, 6, 7])
         alone, added, without = run(arrays, jnp.int32(8), start)
-        assert without[3:] == (None, None)
-        for x, y in zip(without[:3], alone[:3], strict=True):
-            assert_close("without gradients of slots", x, y, RELATIVE[dtype])
+        if without is not None:
+            assert without[3:] == (None, None)
+            for x, y in zip(without[:3], alone[:3], strict=True):
+                assert_close("without gradients of slots", x, y, RELATIVE[dtype])
         np.testing.assert_array_equal(alone.query, added.query)
         for before, gradient, after in zip(start, alone[3:], added[3:], strict=True):
             assert after.dtype == grads_dtype
@@ -352,7 +356,7 @@ class AttentionSuite:
         dtype = "float16" if "float16" in dtypes else self.dtypes[0]
         case = Case(
             "gathered",
-            q_len=19,
+            q_len=19 if count <= 4 else 11,  # mosaic_gpu's tiles have 16 tokens or more, or 8
             batch=rows,
             heads=rows * group,
             kv_heads=rows,

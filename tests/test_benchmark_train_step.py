@@ -12,6 +12,7 @@ from benchmarks import train_step
 SMOKE = ["--smoke", "--seq-len", "16", "--steps", "1"]
 
 
+@pytest.mark.slow
 def test_smoke_run_writes_both_files(tmp_path, capsys):
     output = tmp_path / "deep" / "result"
     arguments = [*SMOKE, "--batch-size", "2", "--remat", "full", "--slot-gradients", "add"]

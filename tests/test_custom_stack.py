@@ -179,8 +179,13 @@ def test_gradients_equal_a_plain_loops(name, slot_gradients):
 
     results = []
     for run in (stack, loop):
-        y, vjp = jax.vjp(run, library.weights, x)
-        results.append((jnp.where(real, y, 0), *vjp(dy)))
+
+        @jax.jit
+        def value_and_gradients(weights, x, run=run):
+            y, vjp = jax.vjp(run, weights, x)
+            return jnp.where(real, y, 0), *vjp(dy)
+
+        results.append(value_and_gradients(library.weights, x))
     scale = jax.tree.map(lambda a: max(float(jnp.abs(a).max()), 1e-6), results[1])
     actual, expected = (jax.tree.map(lambda a, s: a / s, r, scale) for r in results)
     chex.assert_trees_all_close(actual, expected, rtol=0, atol=STACK)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import re
 
 import chex
@@ -150,12 +149,10 @@ MEMORY = [
 
 @pytest.mark.parametrize(("remat", "dtype"), MEMORY)
 def test_memory_grows_linearly_with_depth(remat, dtype):
-    sizes = [
-        gradient_temp_bytes({"num_layers": n}, remat=remat, compute_dtype=dtype)
-        for n in (8, 16, 32, 64)
-    ]
-    for smaller, larger in itertools.pairwise(sizes):
-        assert larger <= 2.2 * smaller, sizes
+    smaller, larger = (
+        gradient_temp_bytes({"num_layers": n}, remat=remat, compute_dtype=dtype) for n in (32, 64)
+    )
+    assert larger <= 2.2 * smaller, (smaller, larger)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +39,16 @@ REMATS = ("full", "save_attention", "save_products")
 
 
 def covering(sizes):
-    """(variant, remat, size): every two values meet, but not every three."""
+    """(variant, remat, size): every two values meet, but not every three.
+
+    Of what gathers as another variant does, one size.
+    """
+    alike = ("row3", "row5-without-ffn", "pre-head-bias", "post-none", "two-layer")
     return [
         (variant, REMATS[(i + j) % 3], size)
         for i, variant in enumerate(CHANGES)
         for j, size in enumerate(sizes)
+        if variant not in alike or j == i % len(sizes)
     ]
 
 
@@ -93,7 +97,7 @@ def test_gathering_gives_the_gradients_of_adding(variant, remat, size):
     assert_trees_close(gathered(CHANGES[variant], size, remat=remat), added(variant))
 
 
-@pytest.mark.parametrize(("variant", "size"), [("row4", 2), ("every2", 3)])
+@pytest.mark.parametrize(("variant", "size"), [("row4", 2), slow_unless(False, "every2", 3)])
 def test_nothing_is_gathered_from_before_it_was_written(variant, size, monkeypatch):
     """A CPU's memory that nobody initialized holds zeros; here it holds NaN."""
     monkeypatch.setattr(jax.lax, "empty", lambda *args: jnp.full(*args[:1], jnp.nan, args[1]))
@@ -122,6 +126,7 @@ def test_gathering_in_bfloat16_is_as_exact_as_adding():
     assert 1e-4 < errors["gather"] < 1.2 * errors["add"]
 
 
+@pytest.mark.slow
 def test_gathered_sums_in_bfloat16_are_rounded_once():
     """Adding rounds at every layer."""
     changes = {"num_layers": 12}
@@ -156,9 +161,8 @@ def test_running_sums_in_bfloat16_take_less_memory():
 @pytest.mark.parametrize("remat", [slow_unless(remat == "full", remat) for remat in REMATS])
 def test_memory_grows_linearly_with_depth(remat):
     settings = {"remat": remat, "slot_gradients": "gather", "slot_gradient_block": 3}
-    sizes = [gradient_temp_bytes({"num_layers": n}, **settings) for n in (16, 32, 64)]
-    for smaller, larger in itertools.pairwise(sizes):
-        assert larger <= 2.2 * smaller, sizes
+    smaller, larger = (gradient_temp_bytes({"num_layers": n}, **settings) for n in (32, 64))
+    assert larger <= 2.2 * smaller, (smaller, larger)
 
 
 def test_gathering_keeps_queries_and_output_gradients_in_place_of_the_cache():

@@ -41,7 +41,7 @@ TAKEN = tuple(
 )
 ON_GPU = platforms.current() == "gpu"
 DTYPES = ("float32", "float16", "bfloat16") if ON_GPU else ("float32", "float16")
-FAST = ("one_token", "packed", "window", "depth_only", "chunk_window")
+FAST = ("one_token", "packed", "depth_only", "chunk_window")
 
 
 @needs_triton
