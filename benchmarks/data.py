@@ -3,9 +3,9 @@
     python -m benchmarks.data [--workers 1,2] [--megabytes 64] [--output docs/benchmarks/data]
 
 The text is the Python standard library's: cut into short documents of about 400 bytes, and joined
-into books of about 500 KB. Each is prepared with bytes and with a 16K byte-level BPE that is trained
-on it, by each number of worker processes, beside what the tokenizer alone encodes on one core. Then
-one process reads batches of 131,072 tokens from the shards, in rows of 512 and 4096.
+into books of about 500 KB. Each is prepared with bytes and with a 16K byte-level BPE that is
+trained on it, by each number of worker processes, beside what the tokenizer alone encodes on one
+core. Then one process reads batches of 131,072 tokens from the shards, rows of 512 and of 4096.
 """
 
 import argparse
@@ -26,8 +26,8 @@ import numpy as np
 from moda_jax.config import DataConfig
 from moda_jax.data.loader import load_data
 from moda_jax.data.prepare import prepare
-from moda_jax.data.tokenizer_training import train_tokenizer
 from moda_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
+from moda_jax.data.tokenizer_training import train_tokenizer
 from moda_jax.data.units import list_stdlib
 
 _BATCH_TOKENS = 1 << 17

@@ -27,6 +27,7 @@ if "xla_cpu_parallel_codegen_split_count" not in _flags:
     _flags += " --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = _flags.strip()
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
 

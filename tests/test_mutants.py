@@ -44,6 +44,7 @@ def run_fast_tests(tmp_path_factory):
         # Hypothesis, which others depend on, brings a plugin that takes 2 seconds.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         # A program that an error did not change is compiled once; one run at a time writes here.
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }

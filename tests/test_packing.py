@@ -72,7 +72,9 @@ def test_contiguous_rows_hold_every_token_once_an_epoch(source, texts):
     rows = -(-data.train_tokens // 16)
     epochs = [take(data.train, rows) for _ in range(2)]
     training = sorted(set(texts) - held_out_texts(load(source), texts))
-    wanted = collections.Counter("".join(training).encode()) + collections.Counter({EOS: len(training)})
+    wanted = collections.Counter("".join(training).encode()) + collections.Counter(
+        {EOS: len(training)}
+    )
     orders = []
     for epoch in epochs:
         targets = np.concatenate([b["targets"][b["segment_ids"] > 0] for b in epoch])
@@ -114,9 +116,7 @@ def test_every_document_once_an_epoch_over_processes_and_windows(source, texts, 
     settings = {"batch_size": 4, "shuffle_tokens": window}
     parts = [load(source, **settings, process_index=i, process_count=count) for i in range(count)]
     pieces = collections.Counter()
-    wanted = collections.Counter(
-        expected_pieces(set(texts) - held_out_texts(load(source), texts))
-    )
+    wanted = collections.Counter(expected_pieces(set(texts) - held_out_texts(load(source), texts)))
     while sum(pieces.values()) < 3 * sum(wanted.values()):
         pieces.update(pieces_of(joined([next(part.train) for part in parts])))
     # Three epochs are over, and the batch that ended them may have begun a fourth.

@@ -93,10 +93,9 @@ def test_a_changed_byte_is_named_with_its_record(folder, place):
     starts = np.array([14, len(everything()) - 2])
     with pytest.raises(UnreadableBlockError, match=rf"shard-00001.*: expected record {block} "):
         text.read(starts, np.array([len(LONG), 1]))
-    try:
+    with pytest.raises(UnreadableBlockError) as caught:
         stream(folder)
-    except UnreadableBlockError as error:
-        assert error.block == Block(1, block)
+    assert caught.value.block == Block(1, block)
 
 
 def test_what_is_damaged_is_skipped_and_counted(folder):
@@ -129,7 +128,9 @@ def test_ids_outside_the_vocabulary_name_the_shard_and_the_document(folder):
     index["tokenizer"]["vocab_size"] = 115  # of "short", "s" is 115
     (folder / "index.json").write_text(json.dumps(index))
     data = load(str(folder), validation=str(folder))
-    with pytest.raises(ValueError, match=r"shard-0000.*, document \d.*expected token ids in \[0, 1"):
+    with pytest.raises(
+        ValueError, match=r"shard-0000.*, document \d.*expected token ids in \[0, 1"
+    ):
         list(data.validation(1000))
 
 
@@ -178,10 +179,9 @@ def test_a_changed_index_is_an_error_or_the_same_text(pristine, tmp_path_factory
     try:
         found = stream(folder)
         split(PreparedText(folder), 0.3)
-    except ValueError as error:
-        assert str(error)
-    else:
-        np.testing.assert_array_equal(found, everything())
+    except ValueError:
+        return
+    np.testing.assert_array_equal(found, everything())
 
 
 def test_an_old_cut_of_another_text_is_not_taken(tmp_path):

@@ -22,9 +22,9 @@ from moda_jax.config import (
     to_json,
 )
 from moda_jax.config.files import flatten
+from moda_jax.data.loader import Source
 from moda_jax.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from moda_jax.train.changes import EFFECTS, PLACE, REFUSED, describe_changes
-from moda_jax.data.loader import Source
 from moda_jax.train.run_folder import (
     CONFIG_FILE,
     CORPUS_FILE,

@@ -10,8 +10,8 @@ import grain
 
 from moda_jax.config import DataConfig, SourceConfig
 from moda_jax.data.cache import prepared_folder
-from moda_jax.data.order import GlobalBatches, WeightedRows, select_rows
-from moda_jax.data.packing import Batch, ContiguousRows, Cursor, PackedRows, Rows, RowStream
+from moda_jax.data.order import GlobalBatches, Reading, WeightedRows
+from moda_jax.data.packing import Batch, ContiguousRows, Cursor, PackedRows, RowStream
 from moda_jax.data.prepared import PreparedText, Split, split, whole
 from moda_jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -180,10 +180,7 @@ class HeldOut:
 
     text: PreparedText
     rows: RowStream
-    batch_size: int
-    local: slice
-    seq_len: int
-    skip_unreadable: bool
+    reading: Reading
 
     def batches(self, count: int) -> Iterator[Batch]:
         """The first `count`, or fewer."""
@@ -191,13 +188,9 @@ class HeldOut:
         for _ in range(count):
             if cursor is None:
                 return
-            pieces, cursor, _ = self.rows.take(cursor, self.batch_size)
-            rows = Rows(self.local.stop - self.local.start, self.seq_len)
-            rows.fill(
-                self.text,
-                select_rows(pieces, self.local),
-                skip_unreadable=self.skip_unreadable,
-            )
+            pieces, cursor, _ = self.rows.take(cursor, self.reading.batch_size)
+            rows = self.reading.rows()
+            self.reading.fill(rows, self.text, pieces)
             yield rows.batch
 
 
@@ -275,12 +268,7 @@ def load_data(
                  seed=seed, process_count=process_count)  # fmt: skip
     count = batch_size // process_count
     local = slice(process_index * count, (process_index + 1) * count)
-    reads = {
-        "batch_size": batch_size,
-        "local": local,
-        "seq_len": config.seq_len,
-        "skip_unreadable": config.on_error == "skip",
-    }
+    reading = Reading(batch_size, local, config.seq_len, config.on_error == "skip")
     folders = prepare_sources(config, cache_dir, say=say)
     described, train, held_out = [], [], []
     for number, source in enumerate(config.texts):
@@ -295,7 +283,7 @@ def load_data(
         described.append(_describe(source, learned, tested))
         rows = _row_stream(learned, config, seed + number * 2**32)
         train.append(WeightedRows(text, rows, source.weight))
-        held_out.append(HeldOut(tested.text, _row_stream(tested, config, None), **reads))
+        held_out.append(HeldOut(tested.text, _row_stream(tested, config, None), reading))
     identity = {
         "order": _ORDER,
         "documents": "+".join(part.train_fingerprint for part in described),
@@ -308,7 +296,7 @@ def load_data(
         "seed": seed,
     }
     batches = grain.experimental.ThreadPrefetchIterDataset(
-        GlobalBatches(train, **reads), prefetch_buffer_size=_PREFETCHED_BATCHES
+        GlobalBatches(train, reading), prefetch_buffer_size=_PREFETCHED_BATCHES
     )
     return Data(
         tokenizer=tokenizer,

@@ -41,25 +41,37 @@ def share_out(taken: Sequence[int], weights: Sequence[float], count: int) -> np.
     return sources
 
 
+class Reading(NamedTuple):
+    """How a process reads its rows of the global batches."""
+
+    batch_size: int
+    local: slice
+    """Its rows of a batch."""
+    seq_len: int
+    skip_unreadable: bool
+
+    def rows(self) -> Rows:
+        """Rows of padding, to be filled with `fill`."""
+        return Rows(self.local.stop - self.local.start, self.seq_len)
+
+    def fill(self, rows: Rows, text: PreparedText, pieces: Pieces) -> None:
+        """Reads what is local of the `pieces` of a global batch."""
+        chosen = (pieces.row >= self.local.start) & (pieces.row < self.local.stop)
+        mine = pieces.select(chosen)
+        mine = mine._replace(row=mine.row - self.local.start)
+        rows.fill(text, mine, skip_unreadable=self.skip_unreadable)
+
+
 class GlobalBatches(grain.IterDataset[Batch]):
-    """Endless batches, of which `local` rows are read.
+    """Endless batches, of which a process reads its rows.
 
     Its iterator's state is the same in every process but for `skipped`, the number of pieces that
     this process could not read.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[WeightedRows],
-        *,
-        batch_size: int,
-        local: slice,
-        seq_len: int,
-        skip_unreadable: bool,
-    ) -> None:
+    def __init__(self, sources: Sequence[WeightedRows], reading: Reading) -> None:
         super().__init__()
-        self.sources, self.batch_size, self.local = sources, batch_size, local
-        self.seq_len, self.skip_unreadable = seq_len, skip_unreadable
+        self.sources, self.reading = sources, reading
 
     def __iter__(self) -> "_BatchIterator":
         return _BatchIterator(self)
@@ -74,17 +86,16 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
         self._skipped = 0
 
     def __next__(self) -> Batch:
-        data = self._dataset
-        order = share_out(self._taken, [x.weight for x in data.sources], data.batch_size)
+        sources, reading = self._dataset.sources, self._dataset.reading
+        order = share_out(self._taken, [x.weight for x in sources], reading.batch_size)
         cursors, taken = list(self._cursors), list(self._taken)
-        rows = Rows(data.local.stop - data.local.start, data.seq_len)
-        for number, source in enumerate(data.sources):
+        rows = reading.rows()
+        for number, source in enumerate(sources):
             (places,) = np.nonzero(order == number)
             pieces, cursors[number], count = source.rows.take(cursors[number], len(places))
             assert count == len(places)
             taken[number] += count
-            mine = select_rows(pieces._replace(row=places[pieces.row]), data.local)
-            rows.fill(source.text, mine, skip_unreadable=data.skip_unreadable)
+            reading.fill(rows, source.text, pieces._replace(row=places[pieces.row]))
         # Only now: a batch that could not be read is not gone.
         self._cursors, self._taken = cursors, taken
         self._skipped += rows.skipped
@@ -97,10 +108,3 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         self._cursors = [Cursor(*cursor) for cursor in state["cursors"]]
         self._taken, self._skipped = list(state["taken"]), state["skipped"]
-
-
-def select_rows(pieces: Pieces, local: slice) -> Pieces:
-    """The pieces of the rows in `local`, which count from its first."""
-    chosen = (pieces.row >= local.start) & (pieces.row < local.stop)
-    mine = pieces.select(chosen)
-    return mine._replace(row=mine.row - local.start)

@@ -74,13 +74,12 @@ class PackedRows:
     """
 
     def __init__(self, split: Split, seq_len: int, *, window: int, seed: int | None) -> None:
-        """
-        Args:
-            split: the documents.
-            seq_len: T.
-            window: tokens that are packed together, at least those of one document.
-            seed: order of documents and rows, another one in every epoch; None: one epoch, the
-                documents in their order, rows shuffled in the same way always.
+        """Args:
+        split: the documents.
+        seq_len: T.
+        window: tokens that are packed together, at least those of one document.
+        seed: order of documents and rows, another one in every epoch; None: one epoch, the
+            documents in their order, rows shuffled in the same way always.
         """
         self._split, self._seq_len, self._window, self._seed = split, seq_len, window, seed
         count = len(split.documents)
@@ -310,11 +309,10 @@ class Rows:
         first = np.cumsum(length) - length
         inputs = tokens[target - 1]  # of a document's first piece: overwritten
         inputs[first[pieces.is_first]] = text.eos_id
-        is_row = np.repeat(pieces.segment, length)
         flat = {name: array.reshape(-1) for name, array in self.batch.items()}
         flat["tokens"][where] = inputs
         flat["targets"][where] = tokens[target]
-        flat["segment_ids"][where] = is_row
+        flat["segment_ids"][where] = np.repeat(pieces.segment, length)
         flat["positions"][where] = where % self._seq_len
         flat["positions"][where] -= np.repeat(self._origin(pieces), length).astype(np.int32)
 

@@ -48,8 +48,7 @@ class PreparedText:
     """
 
     def __init__(self, folder: Path, *, cached_tokens: int = 0) -> None:
-        """
-        Args:
+        """Args:
             folder: prepared text.
             cached_tokens: how many of the tokens that were read last are kept in memory.
 
@@ -129,8 +128,8 @@ class PreparedText:
 
     def _read_blocks(self, blocks: np.ndarray) -> np.ndarray:
         """Blocks of equal size, one behind the other; what a shard's last one lacks is 0."""
-        contents = [self._cache.pop(block, None) for block in blocks.tolist()]
-        missing = np.array([i for i, content in enumerate(contents) if content is None], np.int64)
+        contents = [self._cache.pop(block, b"") for block in blocks.tolist()]
+        missing = np.array([i for i, content in enumerate(contents) if not content], np.int64)
         shards = np.searchsorted(self._first_block, blocks[missing], side="right") - 1
         for shard in np.unique(shards).tolist():
             places = missing[shards == shard]
@@ -274,8 +273,11 @@ def _check_fields(path: Path, found: Any, fields: dict[str, type], prefix: str =
         raise ValueError(f"{path}: expected fields as {prefix.rstrip('.')}, got {found!r}")
     for name, kind in fields.items():
         value = found.get(name)
-        is_kind = isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
-        if not is_kind or (kind is int and value < 0):
+        if kind is int:
+            is_kind = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        else:
+            is_kind = isinstance(value, kind)
+        if not is_kind:
             raise ValueError(f"{path}: expected {prefix}{name} as {kind.__name__}, got {value!r}")
 
 
@@ -359,7 +361,7 @@ def _first_held_out(text: PreparedText, fraction: float) -> int:
 
 
 def _saved(text: PreparedText, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """An array beside the text, memory-mapped; it is computed once, or always where it is read-only.
+    """An array beside the text, memory-mapped; computed once, or always in a read-only folder.
 
     Who writes it at the same time writes the same.
     """

@@ -88,8 +88,8 @@ def _choose_remat(saved: dict[str, int], room: int | None):
             f"{saved['save_attention'] / 2**30:.1f} GiB fit in {room / 2**30:.1f} GiB"
         )
     return "full", (
-        f"save_attention's {saved['save_attention'] / 2**30:.1f} GiB do not fit in three quarters of "
-        f"{room / 2**30:.1f} GiB"
+        f"save_attention's {saved['save_attention'] / 2**30:.1f} GiB do not fit in three quarters "
+        f"of {room / 2**30:.1f} GiB"
     )
 
 

@@ -376,9 +376,7 @@ class _Run:
         validation = self._validation(self.config.eval_batches)
         if validation is None:
             return None
-        self._write(
-            self.step, validation.metrics() | self._depth_metrics(self._attention_mass())
-        )
+        self._write(self.step, validation.metrics() | self._depth_metrics(self._attention_mass()))
         self.console.print(f"step {self.step}/{self.config.steps}  {validation}")
         self.throughput.pause()
         return validation.loss
@@ -482,9 +480,7 @@ class _Run:
         sample = self._attempt("sample", self._sample)
         if self.is_main:
             self._attempt("plots", lambda: self._plot(mass))
-        self.console.print(
-            f"finished step {self.step}: {validation}; outputs in {self.directory}"
-        )
+        self.console.print(f"finished step {self.step}: {validation}; outputs in {self.directory}")
         return TrainResult(directory=self.directory, step=self.step, finished=True,
                            validation_loss=validation.loss, sample=sample)  # fmt: skip
 
