@@ -14,6 +14,7 @@ Only a cut of which that is certain is made. Three things together make it certa
 A section grows until there is such a place; a document without one is one section.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ from moda_jax.data.tokenizer import JsonTokenizer, Tokenizer
 SECTION_CHARACTERS = 1 << 16
 
 _WINDOW = 256
-_SEARCHED = 1 << 12
+_SEARCHED = 512
 _TRIES = 8
 _SHIFTS = 8
 
@@ -91,11 +92,13 @@ def sections_of(tokenizer: Tokenizer) -> Callable[[Iterable[str]], Iterator[str]
     SECTION_CHARACTERS, or more where the tokenizer leaves no certain place to cut.
     """
     if isinstance(tokenizer, JsonTokenizer):
-        return _Cutter(tokenizer).sections
+        return _cutter(tokenizer).sections
     return iter  # bytes: a part is as good as any
 
 
 class _Cutter:
+    """Knows a tokenizer's places; studying a vocabulary takes a while, so it is kept."""
+
     def __init__(self, tokenizer: JsonTokenizer) -> None:
         self._tokenizer = tokenizer
         self._places: Sequence[_Place] | None = None
@@ -181,17 +184,14 @@ class _Cutter:
         library = self._tokenizer.library
         tokens = list(library.get_vocab(with_added_tokens=True))
         is_bytes = any(part["type"] == "ByteLevel" for part in parts)
-        if is_bytes:
-            tokens = [_from_byte_level(token) for token in tokens]
         tokens += [pattern["String"] for pattern in patterns if "String" in pattern]
-        # One string is searched faster than a hundred thousand; no token reaches over NUL.
-        vocabulary = "\0".join(token.replace("\0", "") for token in tokens)
+        vocabulary = _join(tokens, is_bytes)
 
         def is_usable(place: _Place) -> bool:
             probe = place.probe
             if library.normalizer is not None:
                 probe = library.normalizer.normalize_str(probe)
-            normal = _from_byte_level(probe) if is_bytes else probe
+            normal = _join([probe], is_bytes)
             found = place.token.finditer(vocabulary)
             return bool(place.normal.search(normal)) and all("\0" in match[0] for match in found)
 
@@ -200,6 +200,11 @@ class _Cutter:
     def _splits_words(self) -> bool:
         splitter = self._tokenizer.library.pre_tokenizer
         return splitter is not None and len(splitter.pre_tokenize_str("ab cd")) > 1
+
+
+@functools.lru_cache(maxsize=4)
+def _cutter(tokenizer: JsonTokenizer) -> _Cutter:
+    return _Cutter(tokenizer)
 
 
 def _in_pieces(parts: Iterable[str]) -> Iterator[str]:
@@ -235,11 +240,19 @@ def _byte_characters() -> dict[int, int]:
 
 
 _BYTE_CHARACTERS = _byte_characters()
+_SPELLING = frozenset(map(chr, _BYTE_CHARACTERS))
 
 
-def _from_byte_level(token: str) -> str:
-    """The text of a byte-level token; other tokens stay. Parts of characters become U+FFFD."""
-    content = [_BYTE_CHARACTERS.get(ord(character)) for character in token]
-    if None in content:
-        return token
-    return bytes(byte for byte in content if byte is not None).decode("utf-8", "replace")
+def _join(tokens: list[str], is_bytes: bool) -> str:
+    """The texts of tokens between NULs: one string is searched faster than many.
+
+    Of a byte-level tokenizer parts of characters become U+FFFD, and its other tokens stay.
+    """
+    others = [token.replace("\0", "\1") for token in tokens]
+    if not is_bytes:
+        return "\0".join(others)
+    spelled = [token for token in others if _SPELLING.issuperset(token)]
+    others = [token for token in others if not _SPELLING.issuperset(token)]
+    # NUL is no part of a longer character, so that tokens are told apart as well in bytes.
+    content = "\0".join(spelled).translate(_BYTE_CHARACTERS | {256: 1}).encode("latin-1")
+    return "\0".join([content.decode("utf-8", "replace"), *others])
