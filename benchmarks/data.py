@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             source = folder / f"{kind}.jsonl"
             write_text(source, size, int(args.megabytes * 1e6))
             bpe = folder / f"{kind}.json"
-            train_tokenizer(str(source), bpe, vocab_size=args.vocab_size)
+            train_tokenizer([str(source)], bpe, vocab_size=args.vocab_size)
             for label, tokenizer in (("bytes", "bytes"), ("BPE 16K", str(bpe))):
                 result = measure(kind, label, source, tokenizer, workers, folder)
                 results.append(result)

@@ -22,6 +22,7 @@ config = Config(
         ),
         tokenizer="data/bpe16k.json",
         seq_len=512,
+        on_error="skip",  # some installed package's source is not what its encoding says
     ),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200),
     steps=2000,

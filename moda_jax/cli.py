@@ -136,7 +136,7 @@ def parse_config(arguments: Sequence[str], *, program: str = "train.py") -> Conf
     after printing the help text.
     """
     name, overrides, shown = sort_arguments(arguments)
-    path = DEFAULT_CONFIG if name is None else _find_config(name)
+    path = DEFAULT_CONFIG if name is None else find_config(name)
     config, overrides = _with_mechanism(load_config(path), overrides)
     usage = f"{program} [CONFIG]"
     if shown == "--help":
@@ -164,7 +164,7 @@ def parse_options(kind: type[_Options], arguments: Sequence[str], **settings: An
         raise ValueError(_unbox(messages.getvalue())) from None
 
 
-def _find_config(name: str) -> Path:
+def find_config(name: str) -> Path:
     """The path `name`, or the shipped config of that name."""
     path = Path(name)
     if path.exists() or path.is_absolute():

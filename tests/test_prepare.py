@@ -83,7 +83,7 @@ def bpe(tmp_path):
     path = tmp_path / "bpe" / "tokenizer.json"
     path.parent.mkdir()
     source = write_jsonl(tmp_path / "bpe" / "train.jsonl", [SAMPLE])
-    train_tokenizer(source, path, vocab_size=600)
+    train_tokenizer([source], path, vocab_size=600)
     return str(path)
 
 
@@ -603,16 +603,16 @@ def test_of_several_processes_one_prepares(tmp_path):
 def test_a_trained_tokenizer_gives_the_text_back(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [SAMPLE, "東京 🙂"])
     for name in ("a", "b"):
-        train_tokenizer(source, tmp_path / name, vocab_size=500)
+        train_tokenizer([source], tmp_path / name, vocab_size=500)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     tokenizer = load_tokenizer(str(tmp_path / "a"))
     assert (tokenizer.vocab_size, tokenizer.eos_token) == (500, "<|endoftext|>")
     text = "def f():\n\treturn 1  # 東京, 🙂 naïve \0"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     with pytest.raises(ValueError, match="vocab_size: expected at least 257, .* got 256"):
-        train_tokenizer(source, tmp_path / "c", vocab_size=256)
+        train_tokenizer([source], tmp_path / "c", vocab_size=256)
     with pytest.raises(ValueError, match="expected words that repeat"):
-        train_tokenizer(write_jsonl(tmp_path / "e.jsonl", [""]), tmp_path / "c", vocab_size=300)
+        train_tokenizer([write_jsonl(tmp_path / "e.jsonl", [""])], tmp_path / "c", vocab_size=300)
 
 
 def test_a_tokenizers_sample_is_bounded(tmp_path, small_units):
@@ -620,7 +620,7 @@ def test_a_tokenizers_sample_is_bounded(tmp_path, small_units):
         tmp_path / "a.jsonl", [f"{chr(97 + i)}{chr(98 + i)} " * 300 for i in range(24)]
     )
     for size in (6000, 10**9):
-        train_tokenizer(source, tmp_path / f"{size}.json", vocab_size=2000, sample_bytes=size)
+        train_tokenizer([source], tmp_path / f"{size}.json", vocab_size=2000, sample_bytes=size)
     small, large = (load_tokenizer(str(tmp_path / f"{n}.json")) for n in (6000, 10**9))
     assert small.vocab_size < large.vocab_size
 

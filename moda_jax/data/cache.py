@@ -10,7 +10,7 @@ from moda_jax.data.files import readable
 from moda_jax.data.prepare import FORMAT, locked, prepare, print_line, read_index
 from moda_jax.data.shards import BLOCK_TOKENS, OnError, write_json
 from moda_jax.data.tokenizer import Tokenizer
-from moda_jax.data.units import FileState, list_files, stat_files
+from moda_jax.data.units import NAMED, FileState, list_files, stat_files
 
 _KNOWN_FOLDER = "known"
 _READ_BYTES = 1 << 20
@@ -44,7 +44,7 @@ def prepared_folder(
         ValueError: the source cannot be used, or was prepared with another tokenizer.
         OSError: the cache cannot be written to, or a worker was killed.
     """
-    if source != "stdlib" and (index := read_index(source)) is not None:
+    if source not in NAMED and (index := read_index(source)) is not None:
         theirs = index["tokenizer"]
         if theirs["fingerprint"] != tokenizer.fingerprint:
             raise ValueError(
@@ -109,7 +109,7 @@ def _describe_content(source: str, states: list[FileState]) -> Iterable[str]:
     root = Path(source).expanduser().absolute()
     for state in states:
         path = Path(state.path)
-        is_inside = source != "stdlib" and root.is_dir() and path.is_relative_to(root)
+        is_inside = source not in NAMED and root.is_dir() and path.is_relative_to(root)
         # Of a single file the name does not matter, but for what it says about the packing.
         yield str(path.relative_to(root)) if is_inside else "".join(path.suffixes)
         with readable(path), path.open("rb") as file:

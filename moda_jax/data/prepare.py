@@ -41,7 +41,7 @@ from moda_jax.data.shards import (
     write_shard,
 )
 from moda_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from moda_jax.data.units import SourcePlan, list_files, plan_source, stat_files
+from moda_jax.data.units import NAMED, SourcePlan, list_files, plan_source, stat_files
 from moda_jax.terminal import escape_controls
 
 FORMAT = 1
@@ -195,7 +195,7 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
 
 def is_prepared(source: str) -> bool:
     """Whether `source` is a prepared folder rather than raw text."""
-    return source != "stdlib" and read_index(source) is not None
+    return source not in NAMED and read_index(source) is not None
 
 
 @contextlib.contextmanager

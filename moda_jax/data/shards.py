@@ -88,7 +88,7 @@ def write_shard(
     """
     folder, name = Path(job.folder), shard_name(number)
     records = folder / f"{name}.array_record"
-    with _partial(records) as partial:
+    with whole_file(records) as partial:
         writer = _Writer(job, tokenizer, partial)
         try:
             writer.write(read_unit(unit, job.text_field), report)
@@ -97,7 +97,7 @@ def write_shard(
         size, sha256 = _hash(partial)
     ends, digests, sizes = (np.array(values, np.uint64) for values in writer.table())
     if len(ends):
-        with _partial(folder / f"{name}.npy") as partial, partial.open("wb") as file:
+        with whole_file(folder / f"{name}.npy") as partial, partial.open("wb") as file:
             np.save(file, np.stack((ends, digests, sizes)))
     else:
         records.unlink()
@@ -136,12 +136,12 @@ def read_finished(folder: Path, number: int, *, on_error: OnError) -> dict[str, 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a file that is there whole or not at all."""
-    with _partial(path) as partial:
+    with whole_file(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _partial(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name, which becomes `path` at the end, on the disk; removed after an error."""
     partial = path.with_name(f"{path.name}.partial")
     try:

@@ -1,12 +1,13 @@
 """A byte-level BPE tokenizer from the documents of a source."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
-from moda_jax.data.shards import OnError
+from moda_jax.data.shards import OnError, whole_file
 from moda_jax.data.units import BadRecord, Unit, encode_utf8, plan_source, read_unit
 
 END_OF_TEXT = "<|endoftext|>"
@@ -18,7 +19,7 @@ _MOST_UNITS = 256
 
 
 def train_tokenizer(
-    source: str,
+    sources: Sequence[str],
     path: str | Path,
     *,
     vocab_size: int,
@@ -31,11 +32,11 @@ def train_tokenizer(
     """Trains a tokenizer and writes it to `path`, a tokenizer.json.
 
     Byte-level BPE: every text has tokens, and they are the text again. Words are cut out as GPT-2
-    does. The sample is the beginnings of units that lie evenly over the source, so the same
-    source gives the same tokenizer; memory grows with the number of different words in it.
+    does. The sample is the beginnings of units that lie evenly over each source, so the same
+    sources give the same tokenizer; memory grows with the number of different words in it.
 
     Args:
-        source: as `moda_jax.data.units.list_files` describes.
+        sources: as `moda_jax.data.units.list_files` describes; each gives an equal part.
         path: of the new file.
         vocab_size: tokens, END_OF_TEXT and the 256 bytes included; a small source gives fewer.
         text_field: the field of a .jsonl record, or the column, that holds the text.
@@ -52,11 +53,13 @@ def train_tokenizer(
             f"vocab_size: expected at least {_SMALLEST}, the bytes and {END_OF_TEXT}, "
             f"got {vocab_size}"
         )
-    units = plan_source(source, text_field=text_field, leave_out=leave_out).units
-    chosen = _choose(units, sample_bytes)
+    part = sample_bytes // len(sources)
+    plans = [plan_source(name, text_field=text_field, leave_out=leave_out) for name in sources]
+    chosen = [_choose(plan.units, part) for plan in plans]
+    names = ", ".join(sources)
     say(
         f"training a tokenizer of {vocab_size:,} tokens on at most {sample_bytes / 1e6:,.0f} MB of "
-        f"{source}"
+        f"{names}"
     )
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -67,15 +70,15 @@ def train_tokenizer(
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(
-        _sample(chosen, text_field, sample_bytes // max(len(chosen), 1), on_error), trainer
-    )
+    texts = (_sample(units, text_field, part // max(len(units), 1), on_error) for units in chosen)
+    tokenizer.train_from_iterator(itertools.chain.from_iterable(texts), trainer)
     if tokenizer.get_vocab_size() <= _SMALLEST < vocab_size:
         raise ValueError(
             f"DataConfig.source: expected words that repeat, to learn tokens from, got none in "
-            f"{source!r}; give more text"
+            f"{names}; give more text"
         )
-    Path(path).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    with whole_file(Path(path)) as partial:
+        partial.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def _choose(units: list[Unit], sample_bytes: int) -> list[Unit]:

@@ -6,14 +6,16 @@ parts, so that one bad document can be left out and a long one never has to fit 
 """
 
 import codecs
+import collections
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -44,6 +46,7 @@ _PART_BYTES = 1 << 18
 _SECTION_BYTES = 1 << 16
 _FEWEST_SECTIONS = 64
 _LONG_LINE = 1 << 10
+_LEAST_CODE, _MOST_CODE = 500, 300_000
 _OPENING_BYTES = 1 << 12
 """What opening a small file costs, as bytes read: a unit of a million empty ones would be slow."""
 
@@ -128,33 +131,67 @@ class Document(NamedTuple):
 
 def list_stdlib() -> list[Path]:
     """The source files of the running Python's standard library, without its tests; sorted."""
+    return _list_python(sysconfig.get_paths()["stdlib"], _SKIPPED_FOLDERS)
+
+
+def list_python() -> list[Path]:
+    """The source files of the standard library and of the installed packages; sorted.
+
+    Those of 500 bytes to 300 KB, tests included, one of several equal ones.
+    """
+    places = sysconfig.get_paths()
+    found: dict[Path, None] = {}
+    for place in ("stdlib", "purelib", "platlib"):
+        found.update(dict.fromkeys(_list_python(places[place], {"__pycache__"})))
+    sized = [(path, path.stat().st_size) for path in found]
+    kept = [(path, size) for path, size in sized if _LEAST_CODE <= size <= _MOST_CODE]
+    # Of files with one name and size the content is looked at; a copy has both.
+    alike = collections.Counter((path.name, size) for path, size in kept)
+    seen: set[bytes] = set()
+    unique = []
+    for path, size in sorted(kept):
+        if alike[path.name, size] > 1:
+            digest = hashlib.blake2b(path.read_bytes()).digest()
+            if digest in seen:
+                continue
+            seen.add(digest)
+        unique.append(path)
+    return unique
+
+
+def _list_python(place: str, skipped: Set[str]) -> list[Path]:
     found = []
-    for folder, folders, names in os.walk(sysconfig.get_paths()["stdlib"]):
-        folders[:] = set(folders) - _SKIPPED_FOLDERS
+    for folder, folders, names in os.walk(place):
+        folders[:] = set(folders) - skipped
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(found)
+
+
+NAMED = {"stdlib": list_stdlib, "python": list_python}
+"""Texts that are no file or folder of the user's, by the name that a source gives them."""
 
 
 def list_files(source: str, *, leave_out: Path | None = None) -> tuple[Kind, list[Path], str]:
     """The kind of a source, its files in order, and those of other kinds in its folder, in words.
 
     Args:
-        source: "stdlib" (the running Python's standard library, without its tests), a .txt file
-            (one text in sections), a .jsonl file, which may end in .gz, .zst or .xz, a .parquet
-            file, a folder of .txt or else .jsonl or else .parquet files (recursive, sorted by
-            path), or a folder that Hugging Face's `save_to_disk` wrote.
+        source: "stdlib" (the running Python's standard library, without its tests), "python"
+            (that and the installed packages), a .txt file (one text in sections), a .jsonl file,
+            which may end in .gz, .zst or .xz, a .parquet file, a folder of .txt or else .jsonl or
+            else .parquet files (recursive, sorted by path), or a folder that Hugging Face's
+            `save_to_disk` wrote.
         leave_out: a folder in that of the source that is not part of it.
 
     Raises:
         ValueError: there is no such source, or it is of another kind.
     """
-    if source == "stdlib":
-        return "python", list_stdlib(), ""
+    if source in NAMED:
+        return "python", NAMED[source](), ""
     path = Path(source).expanduser()
     if not path.exists():
         raise ValueError(
-            f'DataConfig.source: expected "stdlib", {KINDS}, got {source!r}, which does not '
-            f"exist; check the path"
+            f'DataConfig.source: expected "stdlib", "python", {KINDS}, got {source!r}, which does '
+            f"not exist; check the path"
         )
     if path.is_dir():
         if (saved := arrow.list_saved_dataset(path)) is not None:

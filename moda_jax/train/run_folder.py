@@ -142,7 +142,7 @@ def _text_in(directory: Path, place: Any, name: str) -> str:
 
 
 def _absolute(source: str) -> str:
-    return source if source == "stdlib" else str(Path(source).expanduser().absolute())
+    return source if source in ("stdlib", "python") else str(Path(source).expanduser().absolute())
 
 
 def _read_json(path: Path) -> Any:
