@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,9 @@ def test_bad_sources(tmp_path):
         run(tmp_path, tmp_path)
     with pytest.raises(ValueError, match="expected a folder, got the file"):
         run(tmp_path, other)
+    other = types.SimpleNamespace(content=None)
+    with pytest.raises(ValueError, match="tokenizer: expected bytes or .* got SimpleNamespace"):
+        run(tmp_path, out, tokenizer=other)
     with pytest.raises(ValueError, match="workers: expected a positive number, got 0"):
         run(tmp_path, out, workers=0)
     with pytest.raises(ValueError, match='on_error: expected "stop" or "skip", got \'go\''):

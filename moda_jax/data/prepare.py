@@ -40,7 +40,7 @@ from moda_jax.data.shards import (
     write_json,
     write_shard,
 )
-from moda_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from moda_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from moda_jax.data.units import NAMED, SourcePlan, list_files, plan_source, stat_files
 from moda_jax.terminal import escape_controls
 
@@ -127,6 +127,11 @@ def prepare(
         raise ValueError(f"workers: expected a positive number, got {workers}")
     if on_error not in ("stop", "skip"):
         raise ValueError(f'on_error: expected "stop" or "skip", got {on_error!r}')
+    if tokenizer.content is None and not isinstance(tokenizer, ByteTokenizer):
+        raise ValueError(
+            f"tokenizer: expected bytes or one of a tokenizer.json, which other processes can make "
+            f"again, got {type(tokenizer).__name__} without a file's content"
+        )
     if is_prepared(source):
         raise ValueError(
             f"DataConfig.source: expected raw text, got the prepared folder {source!r}"

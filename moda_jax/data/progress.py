@@ -1,8 +1,7 @@
 """How far a preparation is: a bar on a terminal, elsewhere a line now and then."""
 
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Self
 
 import rich.console
@@ -58,25 +57,19 @@ class ProgressDisplay:
                 self._say(
                     f"preparing: {done / self._total:.0%} of {_megabytes(self._total)}, {text}"
                 )
-        else:
-            sys.stdout.flush()
 
     def _describe(self, seconds: float) -> tuple[int, str]:
         consumed = sum(progress.consumed for progress in self._units.values())
         tokens = sum(progress.tokens for progress in self._units.values())
         done = min(self._before + consumed, self._total)
         left = (self._total - done) * seconds / consumed if consumed else 0.0
-        eta = time_text(left) if consumed else "-"
+        eta = _time(left) if consumed else "-"
         return done, (
             f"{consumed / seconds / 1e6:,.1f} MB/s  {tokens / seconds:,.0f} tokens/s  ETA {eta}"
         )
 
 
-def progress_from(fields: Mapping[str, int]) -> Progress:
-    return Progress(**fields)
-
-
-def time_text(seconds: float) -> str:
+def _time(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
