@@ -158,7 +158,7 @@ def test_validation_is_a_mean_over_targets():
     run: Any = SimpleNamespace(
         functions=SimpleNamespace(eval_step=lambda params, batch: batch),
         state=SimpleNamespace(params=None),
-        data=SimpleNamespace(validation=lambda num_batches: iter(sums[:num_batches])),
+        data=SimpleNamespace(validation=lambda count, source: iter(sums[:count])),
         signals=SimpleNamespace(stop=None),
         _saving_if_data_fails=contextlib.nullcontext,
         _to_global=lambda batch: batch,

@@ -109,6 +109,7 @@ def train(
         initialize_processes()
         mesh = make_mesh(config.mesh)
         clock.lap("devices")
+        _make_folder(Path(config.output_dir))  # prepared text is kept in it
         data = load_data(
             config.data,
             batch_size=config.batch_size,
