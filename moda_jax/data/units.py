@@ -32,7 +32,11 @@ from moda_jax.data.files import (
 )
 
 UNIT_BYTES = 1 << 25
-"""Of input, about: what one worker takes at a time, and what a killed one loses at most."""
+"""Of input, about: what one worker takes at a time, and what a killed one loses at most. A source
+is cut into `_UNITS` or more, so that many workers have work, unless they were smaller than
+`_LEAST_UNIT`."""
+
+_UNITS, _LEAST_UNIT = 64, 1 << 20
 
 KINDS = (
     "a .txt file, a .jsonl file (also .gz, .zst, .xz), a .parquet file, a folder of one of these, "
@@ -234,6 +238,7 @@ def plan_source(source: str, *, text_field: str, leave_out: Path | None = None) 
     """
     kind, paths, ignored = list_files(source, leave_out=leave_out)
     files = stat_files(paths)
+    unit_bytes = min(UNIT_BYTES, max(_LEAST_UNIT, sum(file.size for file in files) // _UNITS))
     section_bytes = 0
     pieces: Iterator[tuple[Piece, int]]
     if kind in ("texts", "python"):
@@ -244,11 +249,16 @@ def plan_source(source: str, *, text_field: str, leave_out: Path | None = None) 
     elif kind == "sections":
         size = files[0].size
         section_bytes = max(1, min(_SECTION_BYTES, size // _FEWEST_SECTIONS))
-        cuts = _cut_sections(paths[0], size, section_bytes)
+        cuts = _cut_sections(paths[0], size, section_bytes, unit_bytes)
         pieces = _ranges(paths[0], cuts)
     elif kind == "lines":
         pieces = itertools.chain.from_iterable(
-            _ranges(path, [0, state.size] if is_compressed(path) else _cut_lines(path, state.size))
+            _ranges(
+                path,
+                [0, state.size]
+                if is_compressed(path)
+                else _cut_lines(path, state.size, unit_bytes),
+            )
             for path, state in zip(paths, files, strict=True)
         )
     else:
@@ -258,7 +268,7 @@ def plan_source(source: str, *, text_field: str, leave_out: Path | None = None) 
             for path in paths
             for number, size in enumerate(groups(path, text_field))
         )
-    units = list(_gather(kind, pieces, section_bytes))
+    units = list(_gather(kind, pieces, section_bytes, unit_bytes))
     return SourcePlan(units, files, kind == "sections", ignored)
 
 
@@ -267,7 +277,9 @@ def _ranges(path: Path, cuts: list[int]) -> Iterator[tuple[Piece, int]]:
         yield Piece(str(path), start, end), end - start
 
 
-def _gather(kind: Kind, pieces: Iterable[tuple[Piece, int]], section_bytes: int) -> Iterator[Unit]:
+def _gather(
+    kind: Kind, pieces: Iterable[tuple[Piece, int]], section_bytes: int, unit_bytes: int
+) -> Iterator[Unit]:
     """Units of pieces in a row; small files share one, a compressed file has its own."""
     gathered: list[Piece] = []
     size = 0
@@ -277,7 +289,7 @@ def _gather(kind: Kind, pieces: Iterable[tuple[Piece, int]], section_bytes: int)
 
     for piece, piece_size in pieces:
         alone = is_compressed(Path(piece.path))
-        if gathered and (alone or size + piece_size > UNIT_BYTES):
+        if gathered and (alone or size + piece_size > unit_bytes):
             yield unit()
             gathered, size = [], 0
         if gathered and gathered[-1].path == piece.path and gathered[-1].end == piece.start:
@@ -285,18 +297,18 @@ def _gather(kind: Kind, pieces: Iterable[tuple[Piece, int]], section_bytes: int)
         else:
             gathered.append(piece)
         size += piece_size
-        if alone or size >= UNIT_BYTES:
+        if alone or size >= unit_bytes:
             yield unit()
             gathered, size = [], 0
     if gathered:
         yield unit()
 
 
-def _cut_lines(path: Path, size: int) -> list[int]:
-    """The first line starts after each UNIT_BYTES, with 0 and `size`."""
+def _cut_lines(path: Path, size: int, unit_bytes: int) -> list[int]:
+    """The first line starts after each `unit_bytes`, with 0 and `size`."""
     cuts = [0]
     with readable(path), path.open("rb") as file:
-        for target in range(UNIT_BYTES, size, UNIT_BYTES):
+        for target in range(unit_bytes, size, unit_bytes):
             if target > cuts[-1] and (start := _next_line(file, target)) < size:
                 cuts.append(start)
     return [*cuts, size]
@@ -311,14 +323,14 @@ def _next_line(file: IO[bytes], position: int) -> int:
     return file.tell()
 
 
-def _cut_sections(path: Path, size: int, section_bytes: int) -> list[int]:
-    """The first section starts after each UNIT_BYTES, with 0 and `size`."""
+def _cut_sections(path: Path, size: int, section_bytes: int, unit_bytes: int) -> list[int]:
+    """The first section starts after each `unit_bytes`, with 0 and `size`."""
     cuts, end = [0], 0
     with readable(path), path.open("rb") as file:
         while end < size:
             file.seek(end + section_bytes)
             end += section_bytes + len(_rest_of_section(file, section_bytes))
-            if end - cuts[-1] >= UNIT_BYTES and end < size:
+            if end - cuts[-1] >= unit_bytes and end < size:
                 cuts.append(end)
     return [*cuts, size]
 
