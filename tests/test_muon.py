@@ -9,18 +9,27 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 from optax import contrib
 
 from moda_jax.config import DenseConfig, MeshConfig, MHCConfig, MoDAConfig, OptimizerConfig
 from moda_jax.model.transformer import Transformer
-from moda_jax.ops.sharding import make_mesh
+from moda_jax.ops.sharding import make_mesh, state_shardings
 from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.optimizer import make_optimizer, matrix_axes, num_updates
 from moda_jax.train.train_step import make_train_functions
+from moda_jax.train.trainer import train
 from tests.models import SMALL, random_model
+from tests.runs import (  # noqa: F401  (two are fixtures)
+    History,
+    config_fixture,
+    corpus_fixture,
+    final_state,
+    renamed,
+)
 from tests.test_train_step import CONFIG as STEP
 from tests.test_train_step import run_steps
-from tests.tolerances import NEWTON_SCHULZ, REORDERED_MUON_STEPS
+from tests.tolerances import NEWTON_SCHULZ, REORDERED_STEPS
 
 CONFIG = OptimizerConfig(
     name="muon", learning_rate=0.1, warmup_steps=1, clip_norm=1e9, weight_decay=0.5
@@ -199,28 +208,64 @@ def test_parameters_without_axes_are_an_error():
         optimizer.init({"embedding": jnp.ones((2, 3))})
 
 
-def test_a_sharded_step_is_the_step_of_one_device_and_goes_through_a_checkpoint(tmp_path):
-    one, _, _ = run_steps(MUON_STEP, steps=3)
-    config = dataclasses.replace(MUON_STEP, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
-    sharded, _, _ = run_steps(config, steps=3)
-    np.testing.assert_allclose(sharded, one, rtol=REORDERED_MUON_STEPS)
-    functions = make_train_functions(config, make_mesh(config.mesh))
-    placed = functions.abstract_state
-    moments = placed.optimizer[1][0].inner_states["muon"].inner_state.mu
-    moment, kernel = (
-        tree["layers"]["query"]["kernel"].get_value() for tree in (moments, placed.params)
+def test_a_sharded_update_is_the_update_of_one_device():
+    """Layers' matrices are split over fsdp and tensor; each is orthogonalized as a whole."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    params = nnx.state(random_model(ROW_5))
+    optimizer, _ = make_optimizer(CONFIG, steps=1000)
+    rng = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
+    state = optimizer.init(params)
+    expected, _ = jax.jit(optimizer.update)(gradients, state, params)
+    split = state_shardings((gradients, state, params), mesh)
+    placed = jax.device_put(
+        (gradients, state, params), jax.tree.broadcast(split, (gradients, state, params))
     )
-    assert moment.sharding == kernel.sharding
-    assert not kernel.sharding.is_fully_replicated
-    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    update = jax.jit(optimizer.update, in_shardings=split, out_shardings=split[:2])
+    updates, after = update(*placed)
+    kernel = after[1][0].inner_states["muon"].inner_state.mu["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.get_value().sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    for name, update in named(updates).items():
+        error = np.linalg.norm(update - named(expected)[name])
+        assert error <= NEWTON_SCHULZ * np.linalg.norm(update), name
+
+
+def test_moments_go_through_a_checkpoint_and_are_no_other_optimizers(tmp_path):
+    functions = make_train_functions(MUON_STEP, make_mesh(MeshConfig()))
     state = functions.init()
-    checkpoints.save(1, state, data={}, config=config, validation_loss=None)
-    restored = checkpoints.restore(functions.abstract_state, config)
+    leaves, tree = jax.tree.flatten(state)
+    state = jax.tree.unflatten(tree, [x + n for n, x in enumerate(leaves, start=1)])
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    checkpoints.save(1, state, data={}, config=MUON_STEP, validation_loss=None)
+    restored = checkpoints.restore(functions.abstract_state, MUON_STEP)
     chex.assert_trees_all_equal(*jax.device_get((restored.state, state)))
-    adamw = dataclasses.replace(config, optimizer=STEP.optimizer)
     expected = "expected optimizer.name 'muon', with which the checkpoint was trained, got 'adamw'"
-    other = make_train_functions(adamw, make_mesh(config.mesh)).abstract_state
+    adamw = dataclasses.replace(MUON_STEP, optimizer=STEP.optimizer)
     with pytest.raises(ValueError, match=expected) as caught:
-        checkpoints.restore(other, adamw)
+        checkpoints.restore(functions.abstract_state, adamw)
     assert "\n" not in str(caught.value)
     checkpoints.close()
+
+
+@pytest.mark.slow
+def test_steps_on_a_mesh_are_those_of_one_device():
+    one, _, _ = run_steps(MUON_STEP)
+    config = dataclasses.replace(MUON_STEP, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    sharded, state, _ = run_steps(config)
+    np.testing.assert_allclose(sharded, one, rtol=REORDERED_STEPS)
+    assert int(num_updates(state.optimizer)) == 4
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_and_resumed_is_bitwise_the_uninterrupted_one(config):
+    optimizer = dataclasses.replace(
+        config.optimizer, name="muon", schedule="wsd", decay_fraction=0.5
+    )
+    config = dataclasses.replace(config, optimizer=optimizer)
+    whole = renamed(config, "whole")
+    uninterrupted, first, second = History(), History(stop_at=2), History()
+    assert train(whole, on_step=uninterrupted).finished
+    assert not train(config, on_step=first).finished
+    assert train(config, on_step=second).finished
+    assert first.steps | second.steps == uninterrupted.steps
+    chex.assert_trees_all_equal(final_state(config), final_state(whole))
