@@ -3,11 +3,14 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
+from moda_jax.cli import DEFAULT_CONFIG
 from moda_jax.config import Config, ModelConfig, ResidualConfig
 from moda_jax.sweep import Experiment, runner
 from moda_jax.sweep.results import Result, read_result, settings_of, write_result
@@ -135,3 +138,25 @@ def test_a_signal_goes_on_to_the_run(sweep, number, status):
     assert started(sweep) == ["slow_seed0"]
     assert (sweep.folder / "stopped").exists()
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+@pytest.mark.slow
+def test_a_run_whose_sweep_was_killed_saves_and_ends(tmp_path):
+    """Else the sweep that is started again would find the run's folder in use."""
+    command = [sys.executable, "-c", "from moda_jax.cli import command; command()", "sweep"]
+    command += ["experiments/smoke.py", "--output-dir", str(tmp_path)]
+    command += ["--results-dir", str(tmp_path / "results")]
+    sweep = subprocess.Popen(command, cwd=DEFAULT_CONFIG.parent.parent)
+    log = tmp_path / "smoke" / "plain_seed0.log"
+    wait_for(lambda: log.exists() and b"step 5/120" in log.read_bytes())
+    sweep.kill()
+    sweep.wait()
+    wait_for(lambda: b"SIGTERM: saved a checkpoint at step" in log.read_bytes())
+    wait_for(lambda: not (tmp_path / "smoke" / "plain_seed0" / "owner.json").exists())
+
+
+def wait_for(condition, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

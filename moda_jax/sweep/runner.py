@@ -59,8 +59,8 @@ class Runner:
 
     def __enter__(self) -> Self:
         for name in _FORWARDED:
-            number = getattr(signal, name)
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            number = getattr(signal, name, None)  # Windows has two of them
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._forward)
         return self
 
