@@ -20,6 +20,7 @@ from moda_jax.sweep.results import (
     result_path,
     settings_of,
     summarize,
+    summarize_folder,
     thin,
     write_result,
 )
@@ -140,6 +141,26 @@ def test_what_follows_from_the_metrics():
     assert fields["settings"]["model.depth.name"] == "moda"
     empty = summarize(run, [])
     assert (empty["tokens"], empty["seconds"], empty["validation_loss"]) == (0.0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "expected"),
+    [
+        ({"fingerprint": "ab"}, "ab"),
+        ({"sources": [{"fingerprint": "ab"}, {"fingerprint": "cd"}]}, "ab cd"),
+        ({}, None),
+    ],
+)
+def test_what_follows_from_a_runs_folder(tmp_path, corpus, expected):
+    run = make_experiment().runs(str(tmp_path))[1]
+    folder = tmp_path / "two" / "moda_seed0"
+    folder.mkdir(parents=True)
+    lines = [json.dumps(record) for record in RECORDS]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 41, "lo']))
+    (folder / "corpus.json").write_text(json.dumps(corpus))
+    assert summarize_folder(run) == summarize(run, RECORDS) | {"corpus": expected}
+    (folder / "corpus.json").unlink()
+    assert summarize_folder(run)["corpus"] is None
 
 
 @pytest.mark.parametrize(("count", "size", "parts"), [(0, 1, 0), (7, 1, 7), (100, 1, 100),

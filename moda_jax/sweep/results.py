@@ -76,7 +76,7 @@ class Result:
     code: str | None = None
     """Git commit of this library's checkout, "+" after it if files differ; None: no checkout."""
     corpus: str | None = None
-    """Fingerprint of the training text."""
+    """Fingerprint of the training text, or of each source, with a space between."""
     loss_curve: Curve = dataclasses.field(default_factory=list)
     """Training loss, means over up to 100 parts of the run."""
     validation_curve: Curve = dataclasses.field(default_factory=list)
@@ -199,7 +199,10 @@ def summarize_folder(run: Run) -> dict[str, Any]:
         corpus = json.loads((folder / CORPUS_FILE).read_bytes())
     except (OSError, ValueError):
         corpus = {}
-    return fields | {"corpus": corpus.get("fingerprint")}
+    # One text, or a list of sources.
+    texts = [corpus, *corpus.get("sources", [])]
+    fingerprints = [text["fingerprint"] for text in texts if "fingerprint" in text]
+    return fields | {"corpus": " ".join(fingerprints) or None}
 
 
 def thin(points: Sequence[tuple[float, float]], most: int) -> Curve:
