@@ -15,10 +15,11 @@ RUN_STAMP := $(VENV)/.installed-run$(if $(EXTRAS),-$(EXTRAS))
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help train bench test test-fast test-slow test-newer test-all mutants lint format clean gpu-python
+.PHONY: help train bench test test-fast test-slow test-newer test-all mutants evidence-smoke lint format \
+  clean gpu-python
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 train: $(RUN_STAMP)  ## train configs/tiny.py; ARGS="[CONFIG.py] [--steps 50 ...]" changes that
 	@$(BIN)/python train.py $(ARGS)
@@ -42,6 +43,9 @@ test-all: lint $(DEV_STAMP)  ## lint, then every test
 
 mutants: $(DEV_STAMP)  ## make errors that a fast test must find; ARGS="-k rope" narrows it
 	@$(PYTEST) -m slow -rfEp tests/test_mutants.py $(ARGS)
+
+evidence-smoke: $(DEV_STAMP)  ## a whole experiment of tiny models; one of the slow tests
+	@$(PYTEST) -n 0 -s -m slow tests/test_evidence_smoke.py $(ARGS)
 
 lint: $(DEV_STAMP)  ## ruff and mypy, changing nothing
 	@$(BIN)/ruff check .

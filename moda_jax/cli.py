@@ -5,9 +5,8 @@ import dataclasses
 import io
 import os
 import re
-import runpy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +14,8 @@ import tyro
 
 from moda_jax.config import DEPTH_CONFIGS, Config
 from moda_jax.options import short_help, sort_arguments
-from moda_jax.terminal import discard_output, escape_controls
+from moda_jax.python_file import SHIPPED, run_python_file
+from moda_jax.terminal import discard_output, escape_controls, one_line
 from moda_jax.train.errors import (
     EXIT_BAD_INPUT,
     EXIT_DIVERGED,
@@ -29,13 +29,7 @@ from moda_jax.train.errors import (
 from moda_jax.train.run_folder import read_run_config
 from moda_jax.train.start_clock import StartClock
 
-_PACKAGE = Path(__file__).resolve().parent
-_SHIPPED = next(
-    # An installed package has the configs inside, a checkout beside it.
-    (place for folder in (_PACKAGE, _PACKAGE.parent) if (place := folder / "configs").is_dir()),
-    _PACKAGE / "configs",
-)
-DEFAULT_CONFIG = _SHIPPED / "tiny.py"
+DEFAULT_CONFIG = SHIPPED / "tiny.py"
 
 _TRACEBACK_SWITCH = "MODA_JAX_TRACEBACK"
 
@@ -67,6 +61,7 @@ def _quiet_libtpu() -> None:
 _COMMANDS = {
     "train": "[CONFIG] [--SETTING VALUE ...]   trains a language model",
     "prepare": "SOURCE --output FOLDER ...     tokenizes text once, for training",
+    "sweep": "FILE [--OPTION ...]              runs configs times seeds, and makes their table",
 }
 
 
@@ -79,15 +74,20 @@ def command() -> int:
         from moda_jax.data.prepare_command import main as prepare
 
         return prepare(arguments, program="moda-jax prepare")
+    if name == "sweep":
+        from moda_jax.sweep.command import main as sweep
+
+        return sweep(arguments)
     if name in ("-h", "--help"):
         lines = [f"  moda-jax {command} {usage}" for command, usage in _COMMANDS.items()]
         print("\n".join(["usage:", *lines, "", "moda-jax COMMAND --help says more."]), flush=True)
         return EXIT_FINISHED
     given = f", got {' '.join(sys.argv[1:])!r}" if sys.argv[1:] else ""
-    usage = (
-        "moda-jax train [CONFIG] [--SETTING VALUE ...], or moda-jax prepare SOURCE --output FOLDER"
+    names = ", ".join(_COMMANDS)
+    print(
+        escape_controls(f"usage: moda-jax COMMAND, one of {names}; moda-jax --help{given}"),
+        file=sys.stderr,
     )
-    print(escape_controls(f"usage: {usage}; moda-jax --help{given}"), file=sys.stderr)
     return EXIT_BAD_INPUT
 
 
@@ -125,7 +125,7 @@ def exit_status(run: Callable[[], int]) -> int:
     except (ValueError, NotImplementedError, OSError, MemoryError) as error:
         if os.environ.get(_TRACEBACK_SWITCH) == "1":
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return error.exit_status if isinstance(error, RunError) else EXIT_BAD_INPUT
 
 
@@ -169,7 +169,7 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.exists() or path.is_absolute():
         return path
-    shipped = _SHIPPED / path.with_suffix(".py")
+    shipped = SHIPPED / path.with_suffix(".py")
     return shipped if shipped.is_file() else path
 
 
@@ -208,37 +208,17 @@ def load_config(path: Path) -> Config:
     if path.is_dir():
         return read_run_config(path)
     if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in _SHIPPED.glob("*.py")))
+        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.py")))
         raise ValueError(
             f"config file: expected a Python file or one of {names}, got {str(path)!r} (not found)"
         )
-    try:
-        with _importable(_SHIPPED.parent):
-            namespace = runpy.run_path(str(path))
-    except Exception as error:
-        detail = f"{type(error).__name__}: {_one_line(error)}"
-        raise ValueError(f"config file {str(path)!r} failed with {detail}") from error
-    config = namespace.get("config")
+    config = run_python_file(path, "config file").get("config")
     if not isinstance(config, Config):
         raise ValueError(
             f"config file {str(path)!r}: expected it to define `config`, a "
             f"moda_jax.config.Config, got {type(config).__name__}"
         )
     return config
-
-
-@contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Lets a config build on a shipped one, as `from configs.tiny import config`."""
-    sys.path.append(str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-
-
-def _one_line(error: BaseException) -> str:
-    return escape_controls(" ".join(str(error).split())) or type(error).__name__
 
 
 def _unbox(text: str) -> str:

@@ -15,6 +15,11 @@ def escape_controls(text: str) -> str:
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def one_line(error: BaseException) -> str:
+    """The message of `error` on one line, control characters spelled out; or else its class."""
+    return escape_controls(" ".join(str(error).split())) or type(error).__name__
+
+
 def discard_output() -> None:
     """After the reader of a pipe is gone: what is still printed, or buffered, goes nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

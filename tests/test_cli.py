@@ -143,7 +143,8 @@ def test_forms_that_people_try(trained, monkeypatch):
 def test_the_command_without_a_subcommand_says_its_usage(trained, monkeypatch, capsys, arguments):
     monkeypatch.setattr(sys, "argv", ["moda-jax", *arguments])
     assert cli.command() == 2
-    assert capsys.readouterr().err.startswith("usage: moda-jax train [CONFIG]")
+    expected = "usage: moda-jax COMMAND, one of train, prepare, sweep"
+    assert capsys.readouterr().err.startswith(expected)
     assert not trained
 
 

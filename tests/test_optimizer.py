@@ -1,5 +1,6 @@
-"""Schedule, decay mask, clipping and AdamW against their closed forms."""
+"""Schedules, decay mask, clipping and AdamW against their closed forms."""
 
+import dataclasses
 import math
 
 import chex
@@ -44,9 +45,42 @@ def test_schedule_landmarks():
         assert float(schedule(step - 1)) == pytest.approx(value, rel=1e-6), step
 
 
+def wsd(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Warm-up, stable, decay."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    stable = max(steps - round(config.decay_fraction * steps), warmup)
+    if step <= warmup:
+        return peak * step / warmup
+    done = min(max(step - stable, 0) / (steps - stable), 1.0)
+    return peak * (1 - (1 - config.final_fraction) * done)
+
+
+@pytest.mark.parametrize("warmup", [0, 10, 45])
+def test_warm_up_stable_decay_is_the_documented_curve(warmup):
+    config = OptimizerConfig(
+        learning_rate=2e-3, schedule="wsd", decay_fraction=0.3, warmup_steps=warmup
+    )
+    schedule = learning_rate_schedule(config, steps=50)
+    got = [float(schedule(step - 1)) for step in range(1, 61)]
+    # Close to 0 the line peak − (peak − 0) · (1 − s/W) of float32 is that much off.
+    np.testing.assert_allclose(got, [wsd(step, 50, config) for step in range(1, 61)], rtol=1e-5)
+
+
+def test_warm_up_stable_decay_landmarks():
+    config = dataclasses.replace(CONFIG, schedule="wsd")  # decays in the last 20%
+    landmarks = {1: 2e-4, 10: 2e-3, 40: 2e-3, 45: 1.1e-3, 50: 2e-4, 1000: 2e-4}
+    longer = {10: 2e-3, 50: 2e-3, 80: 2e-3, 100: 2e-4}
+    for steps, values in ((50, landmarks), (100, longer)):
+        schedule = learning_rate_schedule(config, steps=steps)
+        for step, value in values.items():
+            assert float(schedule(step - 1)) == pytest.approx(value, rel=1e-6), step
+
+
 def test_run_shorter_than_the_warmup_stays_in_it():
-    schedule = learning_rate_schedule(CONFIG, steps=5)
-    assert float(schedule(4)) == pytest.approx(1e-3, rel=1e-6)
+    for name in ("cosine", "wsd"):
+        config = dataclasses.replace(CONFIG, schedule=name)
+        schedule = learning_rate_schedule(config, steps=5)
+        assert float(schedule(4)) == pytest.approx(1e-3, rel=1e-6)
 
 
 def test_all_but_the_input_embedding_decay():

@@ -1,6 +1,7 @@
 """Every setting of a run beside the model and the data: optimizer, mesh, and the run itself."""
 
 import dataclasses
+from typing import Literal
 
 from moda_jax.config.checks import require, require_positive, require_types
 from moda_jax.config.data import DataConfig
@@ -9,16 +10,28 @@ from moda_jax.config.model import ExecutionConfig, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, linear warm-up and cosine decay, as OLMo 2 trains."""
+    """AdamW, linear warm-up and cosine decay, as OLMo 2 trains, unless said otherwise."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon on the matrices of the layers, AdamW on all else (embedding, head, norms, biases,
+    small gates); one learning rate serves both."""
     learning_rate: float = 3e-4
     """Peak."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """What follows the warm-up: a cosine, or the peak until a linear decay (warm-up, stable,
+    decay)."""
+    decay_fraction: float = 0.2
+    """wsd: the share of all steps, the last ones, in which the learning rate decays."""
     final_fraction: float = 0.1
     """Learning rate at the last step, as a fraction of the peak."""
     warmup_steps: int = 2000
     beta1: float = 0.9
+    """AdamW's decay rate of the mean of gradients."""
     beta2: float = 0.95
+    """AdamW's decay rate of the mean of squared gradients."""
     eps: float = 1e-8
+    momentum: float = 0.95
+    """Muon's decay rate of the mean of gradients."""
     weight_decay: float = 0.1
     """On every parameter but the input embedding, as OLMo 2."""
     clip_norm: float = 1.0
@@ -29,8 +42,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         require_types(self)
         require_positive(self, "learning_rate", "eps", "clip_norm")
-        for field in ("beta1", "beta2"):
-            require(self, field, 0 <= getattr(self, field) < 1, "0 <= beta < 1")
+        for field in ("beta1", "beta2", "momentum"):
+            require(self, field, 0 <= getattr(self, field) < 1, "0 <= number < 1")
+        require(self, "decay_fraction", 0 < self.decay_fraction <= 1, "0 < fraction <= 1")
         require(self, "final_fraction", 0 <= self.final_fraction <= 1, "0 <= fraction <= 1")
         for field in ("warmup_steps", "weight_decay", "z_loss"):
             require(self, field, getattr(self, field) >= 0, "a number >= 0")

@@ -41,7 +41,7 @@ def find_files(
     files = sorted(_walk(folder, leave_out))
     of_kinds = ([path for path in files if has_suffix(path, kind)] for kind in kinds)
     kept = next(filter(None, of_kinds), [])
-    others = collections.Counter(_kind(path) for path in set(files).difference(kept))
+    others = collections.Counter(_kind(path) for path in sorted(set(files).difference(kept)))
     return Found(kept, dict(others.most_common()))
 
 

@@ -75,7 +75,7 @@ class Dense(Mechanism[DenseConfig]):
         if self.settings.form == "scalar":
             return {"weights": parameter(one_hot, (None,))}
         identities = one_hot[:, None, None] * jnp.eye(width)
-        return {"weights": parameter(identities, (None, "embed", None))}
+        return {"weights": parameter(identities, ("layers", "embed", None))}
 
     def num_parameters(self) -> int:
         pairs = self.config.num_layers * (self.config.num_layers + 1) // 2

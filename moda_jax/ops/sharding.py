@@ -141,8 +141,9 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     """A tree like `state` with a NamedSharding in the place of every Param and every other array.
 
     Params (arrays or `ShapeDtypeStruct`s inside) are placed by their `logical_axes` metadata.
-    Adam's moments are Params with the same metadata, because optax maps over the tree of Params, so
-    they follow the parameters by construction. Arrays outside of a Param (counters) are replicated.
+    An optimizer's moments are Params with the same metadata, because optax maps over the tree of
+    Params, so they follow the parameters by construction. Arrays outside of a Param (counters) are
+    replicated.
 
     Raises:
         ValueError: a Param without `logical_axes`, or with a wrong number of them.

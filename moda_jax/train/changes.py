@@ -8,7 +8,7 @@ from moda_jax.config.files import flatten
 from moda_jax.train.optimizer import learning_rate_schedule
 
 _CURVE = "the learning rate goes on from this step's place on the new curve"
-_MOMENTS = "from this step on; Adam's moments stay as they are"
+_MOMENTS = "from this step on; the optimizer's moments stay as they are"
 _ROUNDING = "the same function, computed in another way: other rounding"
 _VALIDATION = "validation losses before and after this step are of different batches"
 _WRITTEN = "what is written, not what is trained"
@@ -16,12 +16,15 @@ _SAME_TEXT = "the same documents, found elsewhere"
 
 EFFECTS = {
     "optimizer.learning_rate": _CURVE,
+    "optimizer.schedule": _CURVE,
+    "optimizer.decay_fraction": _CURVE,
     "optimizer.final_fraction": _CURVE,
     "optimizer.warmup_steps": _CURVE,
     "steps": _CURVE,
     "optimizer.beta1": _MOMENTS,
     "optimizer.beta2": _MOMENTS,
     "optimizer.eps": _MOMENTS,
+    "optimizer.momentum": _MOMENTS,
     "optimizer.weight_decay": "from this step on",
     "optimizer.clip_norm": "from this step on",
     "optimizer.z_loss": "from this step on another loss is minimised",
@@ -54,13 +57,15 @@ EFFECTS = {
 
 REFUSED = {
     "model",
+    "optimizer.name",
     "seed",
     "data.seq_len",
     "data.packing",
     "data.shuffle_tokens",
 }
-"""Settings, or groups, that a checkpoint does not let be changed: the model would be another, or
-the data could not go on exactly. A change of `data` that gives other texts is refused too."""
+"""Settings, or groups, that a checkpoint does not let be changed: the model would be another, the
+optimizer would find the moments of another, or the data could not go on exactly. A change of `data`
+that gives other texts is refused too."""
 
 PLACE = {"name", "output_dir"}
 """Where the folder is, which it knows itself."""

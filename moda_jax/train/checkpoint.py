@@ -121,13 +121,14 @@ class Checkpoints:
         """The newest checkpoint, placed as `abstract_state` says; None if there is none.
 
         Raises:
-            ValueError: it holds another model than `config`.
+            ValueError: it holds another model or optimizer than `config` has.
         """
         step = self.latest_step
         if step is None:
             return None
         run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
         _check_model(run["config"]["model"], config, self._directory)
+        _check_optimizer(run["config"], config, self._directory)
         items = {
             "params": ocp.args.StandardRestore(nnx.as_pure(abstract_state.params)),
             "optimizer": ocp.args.StandardRestore(
@@ -269,4 +270,18 @@ def _check_model(saved: Mapping[str, Any], config: Config, directory: Path) -> N
         raise ValueError(
             f"{directory}: checkpoint of another model ({'; '.join(differing)}); choose another "
             f"--name or --output-dir, or remove the directory"
+        )
+
+
+def _check_optimizer(saved: Mapping[str, Any], config: Config, directory: Path) -> None:
+    """Raises ValueError if `saved` is another optimizer than config.optimizer.
+
+    Their states are other trees: neither has the other's moments.
+    """
+    there = saved.get("optimizer", {}).get("name", "adamw")  # the only one of older checkpoints
+    if there != config.optimizer.name:
+        raise ValueError(
+            f"{directory}: expected optimizer.name {there!r}, with which the checkpoint was "
+            f"trained, got {config.optimizer.name!r}; choose another --name or --output-dir, or "
+            f"remove the directory"
         )

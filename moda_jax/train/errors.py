@@ -1,6 +1,8 @@
 """Why a run ends early, and the exit status of each reason."""
 
 EXIT_FINISHED = 0
+EXIT_SOME_FAILED = 1
+"""Of a sweep: the others were run."""
 EXIT_BAD_INPUT = 2
 """As argparse and tyro."""
 EXIT_DIVERGED = 3

@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
     params: nnx.State
     """float32 parameters."""
     optimizer: Any
-    """optax state; Adam's moments are shaped and placed like the parameters."""
+    """optax state; moments are shaped and placed like the parameters."""
 
 
 class TrainFunctions(NamedTuple):
