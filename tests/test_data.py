@@ -142,6 +142,14 @@ def test_tokenizer_larger_than_the_model(source, word_tokenizer):
         load(source, vocab_size=256)
 
 
+def test_tokenizer_that_knows_no_character(source, tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(tmp_path / "empty.json"))
+    with pytest.raises(ValueError, match=r"expected .* document"):
+        load(source, tokenizer=str(tmp_path / "empty.json"))
+
+
 def test_tokenizer_that_cannot_encode(source, word_tokenizer):
     with pytest.raises(ValueError, match=r"cannot encode .*UNK.*use a tokenizer that"):
         load(source, tokenizer=word_tokenizer)
