@@ -98,6 +98,27 @@ def test_a_changed_byte_is_named_with_its_record(folder, place):
     assert caught.value.block == Block(1, block)
 
 
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_changed_bytes_of_a_shard_are_an_error_or_the_same_text(pristine, tmp_path_factory, data):
+    """Anywhere: blocks, their headers, the file's index."""
+    folder = tmp_path_factory.mktemp("flipped")
+    for path in pristine.iterdir():
+        if path.is_file():
+            (folder / path.name).symlink_to(path)
+    shard = folder / "shard-00001.array_record"
+    content = bytearray(shard.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    shard.unlink()
+    shard.write_bytes(content)
+    try:
+        found = stream(folder)
+    except ValueError:
+        return
+    np.testing.assert_array_equal(found, everything())
+
+
 def test_what_is_damaged_is_skipped_and_counted(folder):
     path = folder / "shard-00001.array_record"
     content = bytearray(path.read_bytes())

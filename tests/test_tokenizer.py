@@ -6,11 +6,27 @@ import pathlib
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moda_jax.config import DataConfig
 from moda_jax.data.tokenizer import ByteTokenizer, decode_continuation, load_tokenizer
 
 TEXT = "def f(x):\n\treturn x  # naïve, 東京 🙂\r\n"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    """The bytes of a small byte-level BPE's file."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["</s>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator([TEXT * 4], trainer)
+    return tokenizer.to_str().encode()
 
 
 @pytest.fixture
@@ -177,3 +193,28 @@ def test_unusable_files_are_one_line_errors(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         load_tokenizer(str(path))
     assert "\n" not in str(error.value)
+
+
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_damaged_file_is_an_error_or_a_tokenizer(pristine, tmp_path_factory, data):
+    """A value of the JSON is another, or bytes are: what loads, encodes or says why not."""
+    path = tmp_path_factory.mktemp("damaged") / "tokenizer.json"
+    if data.draw(st.booleans()):
+        content = bytearray(pristine)
+        for _ in range(data.draw(st.integers(1, 3))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    else:
+        whole = json.loads(pristine)
+        part = whole[data.draw(st.sampled_from(["model", "pre_tokenizer", "decoder"]))]
+        name = data.draw(st.sampled_from(sorted(part)))
+        part[name] = data.draw(st.sampled_from([None, -1, 10**18, "x", "BPE", [], {}, True, 0.5]))
+        content = bytearray(json.dumps(whole).encode())
+    path.write_bytes(content)
+    try:
+        tokenizer = load_tokenizer(str(path))
+        ids = tokenizer.encode_document(TEXT)
+    except ValueError as error:
+        assert "\n" not in str(error)  # noqa: PT017  (what loads is no error)
+        return
+    assert ids.max() < tokenizer.vocab_size
