@@ -130,5 +130,9 @@ def test_bad_sources(sources):
         SourceConfig("a/b", "x")
     with pytest.raises(ValueError, match=r"SourceConfig\.weight: expected a positive number"):
         SourceConfig("a", "x", weight=0)
+    with pytest.raises(ValueError, match="validation: expected None or a non-empty string, got ''"):
+        SourceConfig("a", "x", validation="")
+    with pytest.raises(ValueError, match="validation: expected None or a non-empty string, got ''"):
+        DataConfig(validation="")
     with pytest.raises(ValueError, match="sources: expected a tuple, each a SourceConfig"):
         DataConfig(source=None, sources=("x",))

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -483,7 +484,7 @@ def test_a_changed_input_starts_over(tmp_path, capsys):
     assert (tmp_path / "out" / "tokenizer.json").exists()
     (tmp_path / "out" / "shard-00000.array_record").unlink()
     run(source, tmp_path / "out", tokenizer=path)
-    assert "lacks shards" in capsys.readouterr().out
+    assert "has not what its index lists" in capsys.readouterr().out
     assert read(tmp_path / "out")[1] == [[0], [0]]
 
 
@@ -578,10 +579,10 @@ def test_a_prepared_folder_is_its_own_cache(tmp_path):
         run(tmp_path / "out", tmp_path / "again")
     index = tmp_path / "out" / "index.json"
     index.write_text(json.dumps(json.loads(index.read_bytes()) | {"format": 2}))
-    with pytest.raises(ValueError, match=r"expected format 1 in .*index\.json, got 2"):
+    with pytest.raises(ValueError, match=r"index\.json: expected format 1, got 2"):
         cached(tmp_path / "out", tmp_path)
     index.write_text("{")
-    with pytest.raises(ValueError, match=r"expected the index .*index\.json, got JSONDecodeError"):
+    with pytest.raises(ValueError, match=r"index\.json: expected the index of prepared text, got"):
         cached(tmp_path / "out", tmp_path)
 
 
@@ -778,3 +779,104 @@ def test_a_document_of_100_megabytes_takes_little_memory(tmp_path, name, bpe):
     documents, kilobytes = map(int, output.split())
     assert documents == 1
     assert kilobytes < 300_000
+
+
+MENDED = ["sizes.npy", "ends.npy", "index.json", "shard-00000.array_record"]
+
+
+@pytest.mark.parametrize("name", MENDED)
+@pytest.mark.parametrize("how", ["gone", "changed"])
+def test_preparing_again_mends_a_finished_folder(tmp_path, name, how):
+    source = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    run(source, tmp_path / "out")
+    before = content(tmp_path / "out")
+    path = tmp_path / "out" / name
+    if how == "gone":
+        path.unlink()
+    else:
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
+    run(source, tmp_path / "out")
+    assert content(tmp_path / "out") == before
+
+
+def test_the_cache_mends_a_folder_that_lost_a_shard(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    options = {"tokenizer": load_tokenizer("bytes"), "say": lambda line: None}
+    folder = prepared_folder(source, tmp_path / "cache", **options)
+    before = content(folder)
+    (folder / "shard-00000.array_record").unlink()
+    assert prepared_folder(source, tmp_path / "cache", **options) == folder
+    assert content(folder) == before
+
+
+def test_the_cache_never_has_other_content_under_a_name(tmp_path, monkeypatch):
+    """The text is edited between its hash and its preparation, then put back."""
+    source = Path(write_jsonl(tmp_path / "a.jsonl", ["one", "two"]))
+    first, status = source.read_bytes(), source.stat()
+    options = {"tokenizer": load_tokenizer("bytes"), "say": lambda line: None}
+
+    def edit_and_prepare(*args, **kwargs):
+        write_jsonl(source, ["other", "texts"])
+        return prepare(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moda_jax.data.cache.prepare", edit_and_prepare)
+        with pytest.raises(ValueError, match="to stay as it is while it is prepared"):
+            prepared_folder(str(source), tmp_path / "cache", **options)
+    source.write_bytes(first)
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+    folder = prepared_folder(str(source), tmp_path / "cache", **options)
+    assert texts_of(folder) == ["one", "two"]
+
+
+def test_skipping_reads_the_same_cache_where_nothing_was_skipped(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    options = {"tokenizer": load_tokenizer("bytes"), "say": lambda line: None}
+    folders = {
+        prepared_folder(source, tmp_path / "cache", on_error=way, **options)
+        for way in ("stop", "skip", "stop")
+    }
+    assert len(folders) == 1
+    Path(source).write_bytes(Path(source).read_bytes() + b"{")
+    skipping = prepared_folder(source, tmp_path / "cache", on_error="skip", **options)
+    with pytest.raises(ValueError, match=r"a\.jsonl:3"):
+        prepared_folder(source, tmp_path / "cache", on_error="stop", **options)
+    assert skipping not in folders
+
+
+def test_a_folder_of_one_text_and_that_text_are_two_things(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.txt").write_text("a line\n" * 50)
+    run(tmp_path / "one", tmp_path / "out")
+    assert len(texts_of(tmp_path / "out")) == 1
+    run(tmp_path / "one" / "a.txt", tmp_path / "out")
+    assert len(texts_of(tmp_path / "out")) > 10
+
+
+@pytest.mark.parametrize("line", [b"# coding: uft-8\n", b"# coding: rot13\n", b"x = '\xff'\n"])
+def test_python_files_of_no_known_encoding_are_bad_records(tmp_path, monkeypatch, line):
+    (tmp_path / "a.py").write_bytes(line)
+    (tmp_path / "b.py").write_text("print(1)\n")
+    monkeypatch.setitem(units.NAMED, "stdlib", lambda: sorted(tmp_path.glob("*.py")))
+    with pytest.raises(ValueError, match=r"expected UTF-8 text, got .*a\.py"):
+        run("stdlib", tmp_path / "out")
+    assert run("stdlib", tmp_path / "out", on_error="skip").skipped == 1
+    assert texts_of(tmp_path / "out") == ["print(1)\n"]
+
+
+def test_a_section_ends_whatever_the_bytes():
+    """Three bytes after its limit at most; it went on while no character began."""
+    content = b"a" + b"\x80" * 1000
+    assert units.rest_of_line(io.BytesIO(content), 10) == content[:13]
+    assert units.rest_of_line(io.BytesIO("東京".encode()), 4).decode() == "東京"
+
+
+def test_a_long_last_line_is_looked_for_once(tmp_path, small_units, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", ["one", "x" * 100_000])
+    calls = []
+    find = units._next_line
+    monkeypatch.setattr(units, "_next_line", lambda *args: calls.append(args) or find(*args))
+    units.plan_source(str(tmp_path / "a.jsonl"), text_field="text")
+    assert len(calls) == 1

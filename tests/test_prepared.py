@@ -135,6 +135,7 @@ def test_what_is_damaged_is_skipped_and_counted(folder):
     missing = [piece for piece in wanted if piece not in found]
     assert set(found) < set(wanted)
     assert 4 <= len(missing) <= 6  # those with tokens in the 2048 of the block
+    assert data.num_skipped == len(missing)
     for _ in batches:  # an epoch
         next(data.train)
     assert data.train.num_skipped == len(missing)
@@ -214,3 +215,22 @@ def test_an_old_cut_of_another_text_is_not_taken(tmp_path):
         prepare(str(source), output, tokenizer=ByteTokenizer(), say=lambda line: None)
         train, held_out = split(PreparedText(output), 0.3)
         assert len(train.documents) + len(held_out.documents) == len(texts)
+
+
+def test_what_the_system_refuses_is_no_damage(folder, monkeypatch):
+    """Too many open files: with on_error=skip, documents would be lost silently."""
+
+    def refuse(path, options):
+        raise RuntimeError("open() failed: Too many open files")
+
+    monkeypatch.setattr("moda_jax.data.prepared.ArrayRecordReader", refuse)
+    with pytest.raises(ValueError, match="shard that can be opened, got .*Too many open") as caught:
+        stream(folder)
+    assert not isinstance(caught.value, UnreadableBlockError)
+
+
+def test_few_files_are_open_at_a_time(folder):
+    text = PreparedText(folder, open_shards=1)
+    for position in (0, 20, 1, 21):
+        text.read(np.array([position]), np.array([1]))
+        assert len(text._readers) == 1

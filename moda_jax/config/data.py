@@ -25,6 +25,7 @@ class SourceConfig:
         name_ok = self.name.replace("_", "").replace("-", "").isalnum()
         require(self, "name", name_ok, "letters, digits, '-' and '_'")
         require(self, "path", bool(self.path), "a non-empty string")
+        require(self, "validation", self.validation != "", "None or a non-empty string")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ class DataConfig:
         require(self, "validation_fraction", 0 < self.validation_fraction < 1, "0 < fraction < 1")
         for field in ("text_field", "tokenizer"):
             require(self, field, bool(getattr(self, field)), "a non-empty string")
+        require(self, "validation", self.validation != "", "None or a non-empty string")
         if self.sources:
             require(self, "source", self.source is None, "None beside data.sources")
             require(self, "validation", self.validation is None, "None beside data.sources")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from moda_jax.data.files import readable
 
-_BATCH_ROWS = 256
+_BATCH_ROWS = 32  # held in memory at a time, however long they are
 _BUFFER_BYTES = 1 << 20
 
 

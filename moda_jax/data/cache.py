@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from moda_jax.data.files import readable
-from moda_jax.data.prepare import FORMAT, locked, prepare, print_line, read_index
+from moda_jax.data.prepare import find_index, is_complete, locked, prepare, print_line
+from moda_jax.data.prepared import FORMAT, INDEX_FILE
 from moda_jax.data.shards import BLOCK_TOKENS, OnError, write_json
 from moda_jax.data.tokenizer import Tokenizer
 from moda_jax.data.units import NAMED, FileState, list_files, stat_files
@@ -44,7 +45,7 @@ def prepared_folder(
         ValueError: the source cannot be used, or was prepared with another tokenizer.
         OSError: the cache cannot be written to, or a worker was killed.
     """
-    if source not in NAMED and (index := read_index(source)) is not None:
+    if source not in NAMED and (index := find_index(source)) is not None:
         theirs = index["tokenizer"]
         if theirs["fingerprint"] != tokenizer.fingerprint:
             raise ValueError(
@@ -59,22 +60,21 @@ def prepared_folder(
         str(BLOCK_TOKENS),
         tokenizer.fingerprint,
         text_field,
-        on_error,
     ]
     kind, paths, ignored = list_files(source)
     states = stat_files(paths)
     signature = _hash_texts([*settings, kind, ignored, json.dumps(states)])
     known = cache / _KNOWN_FOLDER / f"{signature}.json"
-    if (folder := _find(cache, known)) is not None:
+    if (folder := _find(cache, known, on_error)) is not None:
         return folder
     known.parent.mkdir(parents=True, exist_ok=True)
     with locked(known.with_suffix(".lock"), say):
-        if (folder := _find(cache, known)) is not None:
+        if (folder := _find(cache, known, on_error)) is not None:
             return folder
         content = _hash_texts([*settings, kind, ignored, *_describe_content(source, states)])
         name = re.sub(r"[^\w.-]+", "-", Path(source).resolve().stem if kind != "python" else source)
         folder = cache / f"{name or 'text'}-{content[:12]}"
-        if read_index(folder) is None:
+        if not _is_whole(folder, on_error):
             prepare(
                 source,
                 folder,
@@ -85,8 +85,9 @@ def prepared_folder(
                 say=say,
                 quiet=quiet,
             )
-        # What was hashed may have changed before it was prepared.
-        if stat_files(paths) != states:
+        # What was hashed may have changed before it was prepared: then the name is not its own.
+        if stat_files(list_files(source)[1]) != states:
+            (folder / INDEX_FILE).unlink()
             raise ValueError(
                 f"DataConfig.source: expected {source!r} to stay as it is while it is prepared; "
                 f"start again"
@@ -95,13 +96,24 @@ def prepared_folder(
         return folder
 
 
-def _find(cache: Path, known: Path) -> Path | None:
+def _find(cache: Path, known: Path, on_error: OnError) -> Path | None:
     """The folder that an earlier start noted for files of these names, sizes and times."""
     try:
         folder = cache / json.loads(known.read_bytes())["folder"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return folder if read_index(folder) is not None else None
+    return folder if _is_whole(folder, on_error, look_inside=False) else None
+
+
+def _is_whole(folder: Path, on_error: OnError, *, look_inside: bool = True) -> bool:
+    """Whether the folder is finished and undamaged, without records that were skipped in vain."""
+    try:
+        index = find_index(folder)
+    except ValueError:
+        return False
+    if index is None or (index["skipped"] and on_error == "stop"):
+        return False
+    return is_complete(folder, index, look_inside=look_inside)
 
 
 def _describe_content(source: str, states: list[FileState]) -> Iterable[str]:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import gzip
+import hashlib
 import importlib
 import lzma
 import os
@@ -27,7 +28,7 @@ class Found(NamedTuple):
 
 def find_files(
     folder: Path,
-    kinds: Sequence[tuple[str, ...]] = (TEXT_SUFFIXES, JSON_SUFFIXES),
+    kinds: Sequence[tuple[str, ...]],
     *,
     leave_out: Path | None = None,
 ) -> Found:
@@ -98,11 +99,10 @@ def readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def open_binary(path: Path) -> Iterator[Any]:
-    """Opens a file, unpacking .gz, .zst and .xz. Raises ValueError if Python lacks Zstandard."""
-    with path.open("rb") as packed, unpack(packed, path) as file:
-        yield file
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

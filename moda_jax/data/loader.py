@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import numpy as np
 
 from moda_jax.config import DataConfig, SourceConfig
 from moda_jax.data.cache import prepared_folder
@@ -16,6 +17,7 @@ from moda_jax.data.prepared import PreparedText, Split, split, whole
 from moda_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 _PREFETCHED_BATCHES = 4  # planning a window takes as long as a few steps
+_OPEN_SHARDS = 256  # a process may have 1024 files open on many systems
 _ORDER = 2
 """Of the rows: a checkpoint of another order cannot go on exactly."""
 
@@ -76,6 +78,11 @@ class TrainIterator(Iterator[Batch]):
         """
         state = states[0]
         saved = state["identity"]
+        if saved.get("order") != self._identity["order"]:
+            raise ValueError(
+                "data: expected a checkpoint whose rows have this version's order, got one of "
+                "another version; start a new run from its weights: --name NEW --init-from FOLDER"
+            )
         for name, which in (("documents", "training"), ("held_out", "held-out")):
             if saved.get(name) != self._identity[name]:
                 raise ValueError(
@@ -152,6 +159,11 @@ class Data:
         """Targets in one epoch of every source."""
         return sum(source.train_tokens for source in self.sources)
 
+    @property
+    def num_skipped(self) -> int:
+        """Pieces that this process could not read: since the run began, or to validate last."""
+        return self.train.num_skipped + sum(part.num_skipped for part in self.held_out)
+
     def describe(self) -> str:
         """A line for every source, for the start screen."""
         if len(self.sources) == 1:
@@ -174,23 +186,27 @@ class Data:
         return self.held_out[source].batches(num_batches)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class HeldOut:
     """Rows to validate on."""
 
     text: PreparedText
     rows: RowStream
     reading: Reading
+    num_skipped: int = 0
+    """Pieces that this process could not read, in the last validation."""
 
     def batches(self, count: int) -> Iterator[Batch]:
         """The first `count`, or fewer."""
         cursor: Cursor | None = Cursor()
+        self.num_skipped = 0
         for _ in range(count):
             if cursor is None:
                 return
             pieces, cursor, _ = self.rows.take(cursor, self.reading.batch_size)
             rows = self.reading.rows()
             self.reading.fill(rows, self.text, pieces)
+            self.num_skipped += rows.skipped
             yield rows.batch
 
 
@@ -271,15 +287,17 @@ def load_data(
     reading = Reading(batch_size, local, config.seq_len, config.on_error == "skip")
     folders = prepare_sources(config, cache_dir, say=say)
     described, train, held_out = [], [], []
+    # Two readers of a source: training reads in a thread of its own.
+    open_shards = max(1, _OPEN_SHARDS // (2 * len(config.texts)))
+    cached = config.shuffle_tokens * 5 // 4
     for number, source in enumerate(config.texts):
-        # Two of them: training reads in a thread of its own.
-        text = PreparedText(folders[source.path], cached_tokens=config.shuffle_tokens * 5 // 4)
-        other = PreparedText(folders[source.validation or source.path])
+        text = PreparedText(folders[source.path], cached_tokens=cached, open_shards=open_shards)
+        other = PreparedText(folders[source.validation or source.path], open_shards=open_shards)
         if source.validation is None:
             learned, tested = split(text, config.validation_fraction)
             tested = tested._replace(text=other)
         else:
-            learned, tested = whole(text), whole(other)
+            learned, tested = Split(text, np.arange(len(text))), whole(other)
         described.append(_describe(source, learned, tested))
         rows = _row_stream(learned, config, seed + number * 2**32)
         train.append(WeightedRows(text, rows, source.weight))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from moda_jax.data.prepared import PreparedText, Split, UnreadableBlockError, _ranges
+from moda_jax.data.prepared import PreparedText, Split, UnreadableBlockError, ranges
 from moda_jax.data.shuffle import shuffled
 
 _NEIGHBOUR_TOKENS = 1 << 13
@@ -74,7 +74,9 @@ class PackedRows:
     """
 
     def __init__(self, split: Split, seq_len: int, *, window: int, seed: int | None) -> None:
-        """Args:
+        """Plans nothing yet.
+
+        Args:
         split: the documents.
         seq_len: T.
         window: tokens that are packed together, at least those of one document.
@@ -124,7 +126,7 @@ class PackedRows:
             if self._seed is not None:
                 units = shuffled(units, num_units, (self._seed, cursor.epoch))
             sizes = np.minimum(size, count - units * size)
-            documents = self._split.documents[_ranges(units * size, sizes)].astype(np.int64)
+            documents = self._split.documents[ranges(units * size, sizes)].astype(np.int64)
             ends = np.cumsum(sizes)
             sums = total + np.cumsum(self._split.text.lengths(documents))[ends - 1]
             used = min(int(np.searchsorted(sums, self._window)) + 1, len(sums))
@@ -172,7 +174,7 @@ class ContiguousRows:
         first = np.searchsorted(self._ends, begin, side="right")
         last = np.searchsorted(self._ends, end, side="left")
         counts = last - first + 1
-        place = _ranges(first, counts)
+        place = ranges(first, counts)
         row = np.repeat(np.arange(len(rows)), counts)
         documents = np.asarray(self._split.documents[place], np.int64)
         lengths = self._split.text.lengths(documents)
@@ -196,7 +198,7 @@ def _pack(starts: np.ndarray, lengths: np.ndarray, seq_len: int, seed: Any):
     starts, lengths = starts[shuffle], lengths[shuffle]
     counts = -(-lengths // seq_len)
     document = np.repeat(np.arange(len(lengths)), counts)
-    offset = _ranges(np.zeros(len(counts), np.int64), counts) * seq_len
+    offset = ranges(np.zeros(len(counts), np.int64), counts) * seq_len
     length = np.minimum(lengths[document] - offset, seq_len)
     short = np.flatnonzero(length < seq_len)
     row = np.empty(len(length), np.int64)
@@ -303,9 +305,9 @@ class Rows:
                 f"{text.vocab_size}), got {largest}; prepare the text again"
             )
         length = pieces.length
-        where = _ranges(pieces.row * self._seq_len + pieces.column, length)
+        where = ranges(pieces.row * self._seq_len + pieces.column, length)
         # The flat array has every piece's first input before its targets, if that is no eos.
-        target = _ranges(np.cumsum(length + before) - length, length)
+        target = ranges(np.cumsum(length + before) - length, length)
         first = np.cumsum(length) - length
         inputs = tokens[target - 1]  # of a document's first piece: overwritten
         inputs[first[pieces.is_first]] = text.eos_id

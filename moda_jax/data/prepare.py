@@ -28,7 +28,9 @@ from typing import Any
 
 import numpy as np
 
+from moda_jax.data.files import hash_file
 from moda_jax.data.pool import count_cores, run_workers
+from moda_jax.data.prepared import FORMAT, INDEX_FILE, read_index
 from moda_jax.data.progress import ProgressDisplay
 from moda_jax.data.shards import (
     BLOCK_TOKENS,
@@ -41,11 +43,9 @@ from moda_jax.data.shards import (
     write_shard,
 )
 from moda_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
-from moda_jax.data.units import NAMED, SourcePlan, list_files, plan_source, stat_files
+from moda_jax.data.units import NAMED, SourcePlan, Unit, list_files, plan_source, stat_files
 from moda_jax.terminal import escape_controls
 
-FORMAT = 1
-INDEX_FILE = "index.json"
 PLAN_FILE = "plan.json"
 LOCK_FILE = "prepare.lock"
 
@@ -173,34 +173,37 @@ def prepare(
     )
 
 
-def read_index(folder: str | Path) -> dict[str, Any] | None:
-    """The index of a prepared folder; None if there is none.
+def find_index(folder: str | Path) -> dict[str, Any] | None:
+    """The index of a prepared folder; None if it has none.
 
     Raises ValueError for a damaged one, and for one of another version's format.
     """
-    path = Path(folder).expanduser() / INDEX_FILE
-    if not path.is_file():
-        return None
+    folder = Path(folder).expanduser()
+    return read_index(folder) if (folder / INDEX_FILE).is_file() else None
+
+
+def is_complete(folder: Path, index: dict[str, Any], *, look_inside: bool = False) -> bool:
+    """Whether the files that an index lists are there, with their sizes; or with their content."""
     try:
-        index = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"prepared folder: expected the index {path}, got {type(error).__name__}: {error}; "
-            f"prepare it again"
-        ) from error
-    if not isinstance(index, dict) or not {"format", "tokenizer", "shards"} <= index.keys():
-        return None
-    if index["format"] != FORMAT:
-        raise ValueError(
-            f"prepared folder: expected format {FORMAT} in {path}, got {index['format']!r}; "
-            f"prepare it again with this version"
-        )
-    return index
+        sizes = {shard["file"]: shard["size"] for shard in index["shards"]}
+        if any((folder / name).stat().st_size != size for name, size in sizes.items()):
+            return False
+        if not look_inside:
+            return all((folder / name).is_file() for name in index["arrays"])
+        hashes = {shard["file"]: shard["sha256"] for shard in index["shards"]} | index["arrays"]
+        return all(hash_file(folder / name) == digest for name, digest in hashes.items())
+    except OSError:
+        return False
+
+
+def _hash_units(units: list[Unit]) -> str:
+    content = json.dumps([unit.to_json() for unit in units]).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def is_prepared(source: str) -> bool:
     """Whether `source` is a prepared folder rather than raw text."""
-    return source not in NAMED and read_index(source) is not None
+    return source not in NAMED and find_index(source) is not None
 
 
 @contextlib.contextmanager
@@ -225,7 +228,7 @@ def check_output(folder: Path) -> None:
     """Raises ValueError if `folder` holds something else than a prepared folder, or is a file."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output: expected a folder, got the file {str(folder)!r}")
-    if not folder.is_dir() or read_index(folder) is not None:
+    if not folder.is_dir():
         return
     names = {path.name for path in folder.iterdir()}
     if names and LOCK_FILE not in names:
@@ -251,10 +254,14 @@ def _start(
         "block_tokens": BLOCK_TOKENS,
         "tokenizer": tokenizer.fingerprint,
         "text_field": text_field,
-        "units": len(plan.units),
+        "units": _hash_units(plan.units),
         "files": [list(state) for state in plan.files],
     }
-    index = read_index(folder)
+    try:
+        index = find_index(folder)
+    except ValueError as error:
+        say(f"{error}: starting over")
+        index = None
     try:
         before = json.loads((folder / PLAN_FILE).read_bytes())
     except (OSError, ValueError):
@@ -266,23 +273,16 @@ def _start(
         return None
     elif index["skipped"] and on_error == "stop":
         say(f"{folder} was prepared without {index['skipped']:,} bad documents: starting over")
-    elif all(_has_size(folder / shard["file"], shard["size"]) for shard in index["shards"]):
+    elif is_complete(folder, index, look_inside=True):
         _remove_sidecars(folder)
         return index
     else:
-        say(f"{folder} lacks shards that its index lists: starting over")
+        say(f"{folder} has not what its index lists: starting over")
     _clear(folder)
     if tokenizer.content is not None:
         (folder / TOKENIZER_FILE).write_bytes(tokenizer.content)
     write_json(folder / PLAN_FILE, wanted)
     return None
-
-
-def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except OSError:
-        return False
 
 
 def _clear(folder: Path) -> None:
@@ -416,6 +416,7 @@ def _finish(
         "bytes": sum(entry["bytes"] for entry in entries),
         "skipped": skipped,
         "fingerprint": fingerprint.hexdigest(),
+        "arrays": {name: hash_file(folder / name) for name in _DOCUMENT_FILES},
         "shards": [entry for _, entry in shards],
     }
     write_json(folder / INDEX_FILE, index)

@@ -19,8 +19,8 @@ from moda_jax.data.prepare import (
     locked,
     prepare,
     print_line,
-    read_index,
 )
+from moda_jax.data.prepared import read_index
 from moda_jax.data.shards import OnError, write_json
 from moda_jax.data.tokenizer import load_tokenizer
 from moda_jax.data.tokenizer_training import SAMPLE_BYTES, train_tokenizer
@@ -113,7 +113,6 @@ def prepare_config(config: Config, options: PrepareOptions) -> None:
     )
     for text, folder in folders.items():
         index = read_index(folder)
-        assert index is not None
         print_line(
             f"{text}: {index['documents']:,} documents, {index['tokens']:,} tokens, "
             f"{index['skipped']:,} skipped, in {folder}"

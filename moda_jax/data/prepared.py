@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from moda_jax.data.files import hash_file
+
 INDEX_FILE = "index.json"
 FORMAT = 1
-_OPEN_SHARDS = 256  # a process may have 1024 files open on many systems
 _READER_OPTIONS = "readahead_buffer_size:0"  # documents are read in a random order
 
 
@@ -47,10 +48,13 @@ class PreparedText:
     of each text. `sizes` [N] int64: UTF-8 bytes. All are memory-mapped.
     """
 
-    def __init__(self, folder: Path, *, cached_tokens: int = 0) -> None:
-        """Args:
+    def __init__(self, folder: Path, *, cached_tokens: int = 0, open_shards: int = 64) -> None:
+        """Opens `folder`, and checks what is read by its place.
+
+        Args:
             folder: prepared text.
             cached_tokens: how many of the tokens that were read last are kept in memory.
+            open_shards: how many files are open at a time.
 
         Raises:
             ValueError: the folder is incomplete, damaged or unknown; the file is named.
@@ -72,6 +76,7 @@ class PreparedText:
         self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._cache: collections.OrderedDict[int, bytes] = collections.OrderedDict()
         self._cached_blocks = cached_tokens // self._block_tokens
+        self._open_shards = open_shards
         self._check()
 
     def __len__(self) -> int:
@@ -110,25 +115,20 @@ class PreparedText:
         within = starts - self._first_token[shard]
         first = self._first_block[shard] + within // self._block_tokens
         last = self._first_block[shard] + (within + lengths - 1) // self._block_tokens
-        blocks = np.unique(_ranges(first, last - first + 1))
+        blocks = np.unique(ranges(first, last - first + 1))
         buffer = self._read_blocks(blocks)
         # Blocks that follow each other in a shard do so in the buffer, too.
         place = np.searchsorted(blocks, first) * self._block_tokens + within % self._block_tokens
-        return buffer[_ranges(place, lengths)]
+        return buffer[ranges(place, lengths)]
 
     def unreadable(self, starts: np.ndarray, lengths: np.ndarray, block: Block) -> np.ndarray:
         """[n] bool: which ranges have tokens in `block`."""
         first = self._first_token[block.shard] + block.record * self._block_tokens
         return (starts < first + self._block_tokens) & (starts + lengths > first)
 
-    def close(self) -> None:
-        """Closes the shards' files."""
-        while self._readers:
-            self._readers.popitem()[1].close()
-
     def _read_blocks(self, blocks: np.ndarray) -> np.ndarray:
         """Blocks of equal size, one behind the other; what a shard's last one lacks is 0."""
-        contents = [self._cache.pop(block, b"") for block in blocks.tolist()]
+        contents = [self._cache.get(block, b"") for block in blocks.tolist()]
         missing = np.array([i for i, content in enumerate(contents) if not content], np.int64)
         shards = np.searchsorted(self._first_block, blocks[missing], side="right") - 1
         for shard in np.unique(shards).tolist():
@@ -137,7 +137,9 @@ class PreparedText:
             found = self._read_records(shard, records)
             for place, record, content in zip(places.tolist(), records, found, strict=True):
                 contents[place] = self._whole(shard, record, content)
-        self._cache.update(zip(blocks.tolist(), contents, strict=True))
+        for block, content in zip(blocks.tolist(), contents, strict=True):
+            self._cache[block] = content
+            self._cache.move_to_end(block)
         while len(self._cache) > self._cached_blocks:
             self._cache.popitem(last=False)
         return np.frombuffer(b"".join(contents), self.dtype)
@@ -151,12 +153,13 @@ class PreparedText:
         return content.ljust(size * self.dtype.itemsize, b"\0")
 
     def _read_records(self, shard: int, records: list[int]) -> list[bytes]:
+        reader = self._reader(shard)
         try:
-            return self._reader(shard).read(records)
+            return reader.read(records)
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             for record in records:  # which of them it is
                 try:
-                    self._reader(shard).read([record])
+                    reader.read([record])
                 except (RuntimeError, ValueError, IndexError, OSError) as one:
                     raise self._unreadable(shard, record, one) from one
             raise self._unreadable(shard, records[0], error) from error
@@ -165,9 +168,15 @@ class PreparedText:
         reader = self._readers.pop(shard, None)
         if reader is None:
             self._check_size(shard)
-            reader = ArrayRecordReader(str(self._path(shard)), _READER_OPTIONS)
-            if len(self._readers) >= _OPEN_SHARDS:
+            while len(self._readers) >= self._open_shards:
                 self._readers.popitem(last=False)[1].close()
+            try:  # what fails here is the system's, or all of the shard: nothing to read past
+                reader = ArrayRecordReader(str(self._path(shard)), _READER_OPTIONS)
+            except (RuntimeError, ValueError, OSError) as error:
+                raise ValueError(
+                    f"{self._path(shard)}: expected a shard that can be opened, got "
+                    f"{' '.join(str(error).split())[:200]}"
+                ) from error
         self._readers[shard] = reader
         return reader
 
@@ -188,9 +197,13 @@ class PreparedText:
     def _array(self, name: str, dtype: Any) -> np.ndarray:
         path = self.folder / f"{name}.npy"
         try:
+            is_as_written = hash_file(path) == self.index["arrays"].get(path.name)
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path}: expected an array, got {error}; prepare again") from error
+        if not is_as_written:  # a wrong place of a document would be a wrong row, silently
+            raise ValueError(f"{path}: expected the array that was written, got another; prepare "
+                             f"again")  # fmt: skip
         expected = (self.index["documents"],)
         if array.shape != expected or array.dtype != dtype:
             raise ValueError(
@@ -221,11 +234,6 @@ class PreparedText:
                 f"{path}: expected {expected:,} bytes, as its index says, got {size:,}; copy it "
                 f"again, or prepare again"
             )
-
-
-def is_prepared(path: Path) -> bool:
-    """Whether `path` is a folder with an index of ours."""
-    return (path / INDEX_FILE).is_file()
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -260,7 +268,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 _FIELDS = {
     "tokenizer": dict, "dtype": str, "block_tokens": int, "source": str, "text_field": str,
     "is_one_text": bool, "ignored": str, "documents": int, "tokens": int, "bytes": int,
-    "skipped": int, "fingerprint": str, "shards": list,
+    "skipped": int, "fingerprint": str, "arrays": dict, "shards": list,
 }  # fmt: skip
 _TOKENIZER_FIELDS = {"fingerprint": str, "vocab_size": int, "eos_id": int}
 _SHARD_FIELDS = {
@@ -383,7 +391,7 @@ def _parts(documents: np.ndarray, size: int = 1 << 20) -> list[np.ndarray]:
     return [documents[i : i + size] for i in range(0, len(documents), size)]
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """[start, start + length) of every pair, one behind the other."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0

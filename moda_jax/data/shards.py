@@ -13,6 +13,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from moda_jax.data.files import hash_file
 from moda_jax.data.sections import sections_of
 from moda_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from moda_jax.data.units import BadRecord, Document, Unit, encode_utf8, read_unit
@@ -94,7 +95,7 @@ def write_shard(
             writer.write(read_unit(unit, job.text_field), report)
         finally:
             writer.close()
-        size, sha256 = _hash(partial)
+        size, sha256 = partial.stat().st_size, hash_file(partial)
     ends, digests, sizes = (np.array(values, np.uint64) for values in writer.table())
     if len(ends):
         with whole_file(folder / f"{name}.npy") as partial, partial.open("wb") as file:
@@ -152,12 +153,6 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-def _hash(path: Path) -> tuple[int, str]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
 
 
 class _Text:

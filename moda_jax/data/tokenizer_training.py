@@ -53,7 +53,9 @@ def train_tokenizer(
             f"vocab_size: expected at least {_SMALLEST}, the bytes and {END_OF_TEXT}, "
             f"got {vocab_size}"
         )
-    part = sample_bytes // len(sources)
+    if sample_bytes < 1:
+        raise ValueError(f"sample_bytes: expected a positive number, got {sample_bytes}")
+    part = max(1, sample_bytes // len(sources))
     plans = [plan_source(name, text_field=text_field, leave_out=leave_out) for name in sources]
     chosen = [_choose(plan.units, part) for plan in plans]
     names = ", ".join(sources)
@@ -70,7 +72,9 @@ def train_tokenizer(
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = (_sample(units, text_field, part // max(len(units), 1), on_error) for units in chosen)
+    texts = (
+        _sample(units, text_field, max(1, part // max(len(units), 1)), on_error) for units in chosen
+    )
     tokenizer.train_from_iterator(itertools.chain.from_iterable(texts), trainer)
     if tokenizer.get_vocab_size() <= _SMALLEST < vocab_size:
         raise ValueError(
@@ -98,6 +102,7 @@ def _sample(
         for document in read_unit(unit, text_field):
             try:
                 for part in document.parts():
+                    part = part[:left]
                     left -= len(encode_utf8(part, document.name))
                     yield _pieces(part)
                     if left <= 0:

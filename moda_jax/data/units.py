@@ -147,7 +147,7 @@ def list_python() -> list[Path]:
     found: dict[Path, None] = {}
     for place in ("stdlib", "purelib", "platlib"):
         found.update(dict.fromkeys(_list_python(places[place], {"__pycache__"})))
-    sized = [(path, path.stat().st_size) for path in found]
+    sized = [(path, path.stat().st_size) for path in found if path.is_file()]
     kept = [(path, size) for path, size in sized if _LEAST_CODE <= size <= _MOST_CODE]
     # Of files with one name and size the content is looked at; a copy has both.
     alike = collections.Counter((path.name, size) for path, size in kept)
@@ -309,8 +309,11 @@ def _cut_lines(path: Path, size: int, unit_bytes: int) -> list[int]:
     cuts = [0]
     with readable(path), path.open("rb") as file:
         for target in range(unit_bytes, size, unit_bytes):
-            if target > cuts[-1] and (start := _next_line(file, target)) < size:
-                cuts.append(start)
+            if target <= cuts[-1]:
+                continue
+            if (start := _next_line(file, target)) >= size:
+                break
+            cuts.append(start)
     return [*cuts, size]
 
 
@@ -342,7 +345,9 @@ def _rest_of_section(file: IO[bytes], section_bytes: int) -> bytes:
 def rest_of_line(file: IO[bytes], at_most: int) -> bytes:
     """Reads to the end of the line; where that is farther, to the end of a character (UTF-8)."""
     rest = file.readline(at_most)
-    while not rest.endswith(b"\n") and (byte := file.read(1)):
+    for _ in range(3):  # a character has no more bytes after its first one
+        if rest.endswith(b"\n") or not (byte := file.read(1)):
+            break
         if byte[0] & 0xC0 != 0x80:  # the next character begins here
             file.seek(-1, os.SEEK_CUR)
             break
@@ -402,9 +407,13 @@ def _read_python_file(piece: Piece) -> Iterator[Document]:
         path = Path(piece.path)
         with readable(path), path.open("rb") as file:
             # Python source names its own encoding in its first lines (PEP 263).
-            encoding = tokenize.detect_encoding(file.readline)[0]
-            file.seek(0)
-            yield _decode(file.read(), encoding, lambda: piece.path)
+            try:
+                encoding = tokenize.detect_encoding(file.readline)[0]
+                file.seek(0)
+                text = _decode(file.read(), encoding, lambda: piece.path)
+            except (SyntaxError, LookupError) as error:  # no such encoding, or none of text
+                raise _not_utf8(piece.path, error) from error
+            yield text
 
     yield Document(lambda: piece.path, parts, piece.end)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moda_jax.config import Config, DataConfig, dataclass_from_json, to_json
 from moda_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from moda_jax.data.units import NAMED
 
 if TYPE_CHECKING:  # the command line reads a folder's config without opening data
     from moda_jax.data.loader import Data
@@ -142,7 +143,7 @@ def _text_in(directory: Path, place: Any, name: str) -> str:
 
 
 def _absolute(source: str) -> str:
-    return source if source in ("stdlib", "python") else str(Path(source).expanduser().absolute())
+    return source if source in NAMED else str(Path(source).expanduser().absolute())
 
 
 def _read_json(path: Path) -> Any:

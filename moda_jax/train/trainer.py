@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from moda_jax.config import Config, to_json
-from moda_jax.data.loader import Data, load_data
+from moda_jax.config import Config, DataConfig, to_json
+from moda_jax.data.loader import Data, load_data, prepare_sources
 from moda_jax.data.prepare import print_line
 from moda_jax.data.tokenizer import decode_continuation
 from moda_jax.depth import make_mechanism
@@ -30,7 +30,13 @@ from moda_jax.train.init_from import load_initial_params
 from moda_jax.train.memory import describe_out_of_memory, is_out_of_memory
 from moda_jax.train.metrics import FINAL, METRICS_FILE, MetricsWriter, read_metrics
 from moda_jax.train.owner import FolderOwner
-from moda_jax.train.processes import SAVE, RunSignals, initialize_processes
+from moda_jax.train.processes import (
+    SAVE,
+    RunSignals,
+    gather_json,
+    initialize_processes,
+    on_main,
+)
 from moda_jax.train.profile import ProfiledStep
 from moda_jax.train.report import plot_attention_mass, plot_loss
 from moda_jax.train.run_folder import is_written, write_run_folder
@@ -110,12 +116,15 @@ def train(
         mesh = make_mesh(config.mesh)
         clock.lap("devices")
         _make_folder(Path(config.output_dir))  # prepared text is kept in it
+        cache_dir = Path(config.output_dir) / "prepared"
+        if jax.process_count() > 1:  # the first prepares for those that share its disk
+            on_main(lambda: _prepare(config.data, cache_dir))
         data = load_data(
             config.data,
             batch_size=config.batch_size,
             vocab_size=config.model.vocab_size,
             seed=config.seed,
-            cache_dir=Path(config.output_dir) / "prepared",
+            cache_dir=cache_dir,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             say=print_line if jax.process_index() == 0 else _say_nothing,
@@ -334,7 +343,7 @@ class _Run:
         self.console.step_done(step, metrics["loss"])
         if step % self.config.log_every == 0 or step == self.config.steps:
             metrics |= {"perplexity": perplexity(metrics["loss"]), **self.throughput.read()}
-            if skipped := self.data.train.num_skipped:
+            if skipped := sum(gather_json(self.data.num_skipped)):
                 metrics["skipped_pieces"] = skipped
             self._write(step, metrics)
             self.console.log(step, metrics)
@@ -410,7 +419,12 @@ class _Run:
             if len(sums) > 1:
                 jax.block_until_ready(sums[-2])  # a signal finds one batch in the queue, not all
         totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
-        loss = totals["cross_entropy"] / max(totals["targets"], 1.0)
+        if not totals["targets"]:
+            raise ValueError(
+                f"data: expected held-out tokens of {self.data.sources[source].name}, got none "
+                f"that can be read; prepare that text again"
+            )
+        loss = totals["cross_entropy"] / totals["targets"]
         if not math.isfinite(loss):
             name = self.data.sources[source].name
             where = f" of {name}" if len(self.data.sources) > 1 else ""
@@ -530,6 +544,11 @@ def _make_folder(directory: Path) -> None:
             f"Config.output_dir: cannot make the folder {str(directory)!r}: {error.strerror}; "
             f"choose another --output-dir or --name"
         ) from error
+
+
+def _prepare(config: DataConfig, cache_dir: Path) -> None:
+    """What `load_data` would do first."""
+    prepare_sources(config, cache_dir, say=print_line)
 
 
 def _say_nothing(line: str) -> None:
