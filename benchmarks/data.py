@@ -26,7 +26,7 @@ import numpy as np
 from moda_jax.config import DataConfig
 from moda_jax.data.loader import load_data
 from moda_jax.data.prepare import prepare
-from moda_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
+from moda_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moda_jax.data.tokenizer_training import train_tokenizer
 from moda_jax.data.units import list_stdlib
 
@@ -126,11 +126,7 @@ def _encode_alone(source: Path, tokenizer: Tokenizer, at_most: int = 1 << 24) ->
             break
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     start = time.perf_counter()
-    if isinstance(tokenizer, JsonTokenizer):
-        encodings = tokenizer.encode_batch(texts)
-        count = sum(map(len, encodings))
-    else:
-        count = sum(len(tokenizer.encode_document(text)) for text in texts)
+    count = sum(map(len, tokenizer.encode_batch(texts)))
     return count / (time.perf_counter() - start)
 
 

@@ -45,13 +45,6 @@ class Tokenizer(Protocol):
         """Returns `encode` of each text, [its tokens], in an unsigned type that holds every id."""
         ...
 
-    def encode_document(self, text: str) -> np.ndarray:
-        """Returns eos + `encode(text)` + eos, in the smallest unsigned type that holds every id.
-
-        A long document's ids as Python integers would take 20 times the memory.
-        """
-        ...
-
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text; ids that stand for no text are left out."""
         ...
@@ -73,13 +66,6 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the UTF-8 bytes of each text, uint8."""
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
-
-    def encode_document(self, text: str) -> np.ndarray:
-        """Returns eos + `encode(text)` + eos, uint16."""
-        content = text.encode("utf-8")
-        tokens = np.full(len(content) + 2, self.eos_id, np.uint16)
-        tokens[1:-1] = np.frombuffer(content, np.uint8)
-        return tokens
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text; ids that are no bytes are left out, broken UTF-8 becomes U+FFFD.
@@ -143,19 +129,6 @@ class JsonTokenizer:
                 f"DataConfig.tokenizer: {self._path!r} cannot encode {texts[0][:40]!r}...: "
                 f"{' '.join(str(error).split())}; use a tokenizer that covers the text"
             ) from error
-
-    def encode_document(self, text: str) -> np.ndarray:
-        """Returns eos + `encode(text)` + eos, uint16, or uint32 above 65,536 tokens.
-
-        The text is encoded whole: where it can be cut without changing an id depends on the file's
-        normalizer, pre-tokenizer and model, and no cut is right for all of them. While it encodes,
-        the library takes some 100 bytes for each one of text: cut documents of tens of megabytes.
-        """
-        dtype = np.min_scalar_type(self.vocab_size - 1)
-        ids = self.encode(text)
-        tokens = np.full(len(ids) + 2, self.eos_id, np.promote_types(dtype, np.uint16))
-        tokens[1:-1] = ids
-        return tokens
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text; special tokens and unknown ids are left out."""
