@@ -7,11 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+from hypothesis import HealthCheck, settings
 
 from moda_jax.config import DataConfig
 from moda_jax.data.loader import load_data
 
 EOS = 256
+FUZZ = settings(
+    max_examples=40,
+    derandomize=True,  # the same cases in every run: a new one would fail somebody else's change
+    deadline=None,
+    suppress_health_check=list(HealthCheck),  # they are about time
+)
 _CACHE = tempfile.TemporaryDirectory(prefix="moda-jax-tests-")
 
 

@@ -13,6 +13,7 @@ from moda_jax.data.packing import best_fit_decreasing
 from moda_jax.data.shuffle import shuffled
 from tests.corpora import (
     EOS,
+    FUZZ,
     assert_batches_equal,
     expected_pieces,
     held_out_texts,
@@ -219,6 +220,7 @@ def test_state_of_other_documents_is_refused(tmp_path, texts):
         load(more).train.set_states([state])
 
 
+@FUZZ
 @given(st.lists(st.integers(1, 16), max_size=60), st.integers(16, 40))
 def test_rows_are_never_too_full(lengths, capacity):
     row, column, num_rows = best_fit_decreasing(np.array(lengths, np.int64), capacity)
@@ -240,6 +242,7 @@ def test_best_fit_by_hand():
     assert column[[1, 2, 3]].tolist() == [0, 5, 0]
 
 
+@FUZZ
 @given(st.integers(1, 3000), st.integers(0, 2**40), st.integers(0, 3))
 def test_a_shuffle_is_a_permutation(length, seed, epoch):
     places = shuffled(np.arange(length), length, (seed, epoch))

@@ -5,14 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moda_jax.data import units
 from moda_jax.data.prepare import prepare
 from moda_jax.data.prepared import Block, PreparedText, UnreadableBlockError, split
 from moda_jax.data.tokenizer import ByteTokenizer
-from tests.corpora import EOS, expected_pieces, load, pieces_of, write_jsonl
+from tests.corpora import EOS, FUZZ, expected_pieces, load, pieces_of, write_jsonl
 
 SHORT, LONG = "short", " ".join(str(i * i) for i in range(1000))
 
@@ -53,7 +53,7 @@ def test_the_stream_is_the_documents(folder):
 
 
 @given(st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@FUZZ
 def test_ranges_of_any_order_and_size(pristine, data):
     text = PreparedText(pristine, cached_tokens=data.draw(st.sampled_from([0, 2048, 10**6])))
     expected = np.array(everything())
@@ -99,7 +99,7 @@ def test_a_changed_byte_is_named_with_its_record(folder, place):
 
 
 @given(st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@FUZZ
 def test_changed_bytes_of_a_shard_are_an_error_or_the_same_text(pristine, tmp_path_factory, data):
     """Anywhere: blocks, their headers, the file's index."""
     folder = tmp_path_factory.mktemp("flipped")
@@ -183,7 +183,7 @@ def changed(value, data):
 
 
 @given(st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@FUZZ
 def test_a_changed_index_is_an_error_or_the_same_text(pristine, tmp_path_factory, data):
     index = json.loads((pristine / "index.json").read_text())
     shard = data.draw(st.sampled_from([None, 0, 1]))

@@ -6,11 +6,12 @@ import pathlib
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moda_jax.config import DataConfig
 from moda_jax.data.tokenizer import ByteTokenizer, decode_continuation, load_tokenizer
+from tests.corpora import FUZZ
 
 TEXT = "def f(x):\n\treturn x  # naïve, 東京 🙂\r\n"
 
@@ -197,7 +198,7 @@ def test_unusable_files_are_one_line_errors(tmp_path, content, message):
 
 
 @given(st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@FUZZ
 def test_a_damaged_file_is_an_error_or_a_tokenizer(pristine, tmp_path_factory, data):
     """A value of the JSON is another, or bytes are: what loads, encodes or says why not."""
     path = tmp_path_factory.mktemp("damaged") / "tokenizer.json"
