@@ -73,9 +73,9 @@ EQUATIONS_FLOAT32_DERIVATIVE = 1e-3
 # mechanism, each array relative to its largest entry: three layers' rounding.
 MECHANISM = 2e-5
 
-# By how much more an array of one number may be off: it is a sum over tokens and channels of products
-# of both signs, which cancel (a scale in front of a norm), so its rounding is relative to them and
-# not to it. 1.05 times MECHANISM measured.
+# By how much more an array of one number may be off: it is a sum over tokens and channels of
+# products of both signs, which cancel (a scale in front of a norm), so its rounding is relative to
+# them and not to it. 1.05 times MECHANISM measured.
 SINGLE_SUM = 5
 
 # Losses of three steps on a mesh against those on one device: sums in another order, and Adam, as
