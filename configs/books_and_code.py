@@ -4,8 +4,7 @@ Command:  moda-jax prepare books_and_code --vocab-size 16384
               trains data/bpe16k.json on both and prepares both; needs data/books.jsonl.xz, one
               JSON object with a "text" a line
           python train.py configs/books_and_code.py
-Cost:     training: computed, not measured: 4.7e+15 FLOP, a minute at 100 TFLOP/s;
-          preparation: 300,000 to 400,000 tokens/s a core (docs/data.md)
+Cost:     training: computed, not measured: 4.7e+15 FLOP, a minute at 100 TFLOP/s
 Expected: not measured; validation loss is printed for each source and their mean
 """
 

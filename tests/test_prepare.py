@@ -880,3 +880,19 @@ def test_a_long_last_line_is_looked_for_once(tmp_path, small_units, monkeypatch)
     monkeypatch.setattr(units, "_next_line", lambda *args: calls.append(args) or find(*args))
     units.plan_source(str(tmp_path / "a.jsonl"), text_field="text")
     assert len(calls) == 1
+
+
+def test_an_index_of_something_else_is_a_file_of_the_text(tmp_path):
+    write_folder(tmp_path / "texts", ["one", "two"])
+    (tmp_path / "texts" / "index.json").write_text('{"title": "a site"}')
+    run(tmp_path / "texts", tmp_path / "out")
+    assert texts_of(tmp_path / "out") == ["one", "two"]
+    with pytest.raises(ValueError, match="which holds other files"):
+        run(tmp_path / "texts", tmp_path / "texts")
+
+
+def test_a_copied_folder_is_a_prepared_one(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    run(source, tmp_path / "out")
+    (tmp_path / "out" / "prepare.lock").unlink()
+    assert run(source, tmp_path / "out").kept_shards == 1

@@ -9,7 +9,7 @@ A prepared folder holds:
   `digests.npy` uint64 [documents]: blake2b of each text; `sizes.npy` int64 [documents]: its UTF-8
   bytes.
 - `tokenizer.json`, if the tokenizer has a file.
-- `index.json`, written last: what there is, and the SHA-256 of every shard.
+- `index.json`, written last: what there is, and the SHA-256 of every shard and array.
 - `plan.json`: the state of the input's files; `prepare.lock`: empty, locked by who prepares.
 """
 
@@ -174,12 +174,19 @@ def prepare(
 
 
 def find_index(folder: str | Path) -> dict[str, Any] | None:
-    """The index of a prepared folder; None if it has none.
+    """The index of a prepared folder; None if it has none, or an index.json of something else.
 
     Raises ValueError for a damaged one, and for one of another version's format.
     """
     folder = Path(folder).expanduser()
-    return read_index(folder) if (folder / INDEX_FILE).is_file() else None
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        return None
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # which `read_index` names
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict) or not {"format", "tokenizer", "shards"} <= found.keys():
+            return None
+    return read_index(folder)
 
 
 def is_complete(folder: Path, index: dict[str, Any], *, look_inside: bool = False) -> bool:
@@ -231,7 +238,7 @@ def check_output(folder: Path) -> None:
     if not folder.is_dir():
         return
     names = {path.name for path in folder.iterdir()}
-    if names and LOCK_FILE not in names:
+    if names and LOCK_FILE not in names and find_index(folder) is None:
         raise ValueError(
             f"output: expected a new or empty folder, or a prepared one, got {str(folder)!r}, "
             f"which holds other files, as {min(names)!r}"

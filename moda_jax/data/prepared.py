@@ -273,6 +273,7 @@ _FIELDS = {
 _TOKENIZER_FIELDS = {"fingerprint": str, "vocab_size": int, "eos_id": int}
 _SHARD_FIELDS = {
     "file": str, "source": str, "documents": int, "tokens": int, "bytes": int, "size": int,
+    "sha256": str,
 }  # fmt: skip
 
 
