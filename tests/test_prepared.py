@@ -135,7 +135,7 @@ def test_what_is_damaged_is_skipped_and_counted(folder):
     missing = [piece for piece in wanted if piece not in found]
     assert set(found) < set(wanted)
     assert 4 <= len(missing) <= 6  # those with tokens in the 2048 of the block
-    assert data.num_skipped == len(missing)
+    assert data.num_skipped_held_out == len(missing)
     for _ in batches:  # an epoch
         next(data.train)
     assert data.train.num_skipped == len(missing)

@@ -160,9 +160,9 @@ class Data:
         return sum(source.train_tokens for source in self.sources)
 
     @property
-    def num_skipped(self) -> int:
-        """Pieces that this process could not read: since the run began, or to validate last."""
-        return self.train.num_skipped + sum(part.num_skipped for part in self.held_out)
+    def num_skipped_held_out(self) -> int:
+        """Pieces that this process could not read in the last validation of each source."""
+        return sum(part.num_skipped for part in self.held_out)
 
     def describe(self) -> str:
         """A line for every source, for the start screen."""

@@ -343,7 +343,7 @@ class _Run:
         self.console.step_done(step, metrics["loss"])
         if step % self.config.log_every == 0 or step == self.config.steps:
             metrics |= {"perplexity": perplexity(metrics["loss"]), **self.throughput.read()}
-            if skipped := sum(gather_json(self.data.num_skipped)):
+            if skipped := sum(gather_json(self.data.train.num_skipped)):
                 metrics["skipped_pieces"] = skipped
             self._write(step, metrics)
             self.console.log(step, metrics)
@@ -386,7 +386,7 @@ class _Run:
         validation = self._validation(self.config.eval_batches)
         if validation is None:
             return None
-        self._write(self.step, validation.metrics() | self._depth_metrics(self._attention_mass()))
+        self._write(self.step, self._validation_metrics(validation, self._attention_mass()))
         self.console.print(f"step {self.step}/{self.config.steps}  {validation}")
         self.throughput.pause()
         return validation.loss
@@ -435,6 +435,12 @@ class _Run:
         """[L, 1 + S] over the first validation batch."""
         batch = self._to_global(next(iter(self.data.validation(1))))
         return np.asarray(self.functions.attention_mass(self.state.params, batch))
+
+    def _validation_metrics(self, validation: Validation, mass: np.ndarray) -> dict[str, float]:
+        metrics = validation.metrics() | self._depth_metrics(mass)
+        if skipped := sum(gather_json(self.data.num_skipped_held_out)):
+            metrics["validation_skipped_pieces"] = skipped
+        return metrics
 
     def _depth_metrics(self, mass: np.ndarray) -> dict[str, float]:
         """Share of attention that goes to depth slots, mean over the layers that see any."""
@@ -490,7 +496,7 @@ class _Run:
         validation = self._validation(_FINAL_VALIDATION_FACTOR * self.config.eval_batches)
         assert validation is not None  # a stop signal ends the process now
         mass = self._attention_mass()
-        final = validation.metrics() | self._depth_metrics(mass)
+        final = self._validation_metrics(validation, mass)
         self._write(self.step, {FINAL + name: value for name, value in final.items()})
         sample = self._attempt("sample", self._sample)
         if self.is_main:
