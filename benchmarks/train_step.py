@@ -4,9 +4,10 @@
         [--batch-size 16] [--remat full] [--kernels 20] [--output docs/benchmarks/train_step]
 
 Each config of `configs/` runs its real optimizer step (`moda_jax.train.train_step`) on random
-tokens, one document a row, without data loading. Ratios are to the first config, in the same
-process. Without `--batch-size` every config gets the largest batch that the device's allocator can
-hold: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, JAX takes 0.75 of the memory by itself.
+tokens of Zipf's frequencies, one document a row, without data loading. Ratios are to the first
+config, in the same process. Without `--batch-size` every config gets the largest batch that the
+device's allocator can hold: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, JAX takes 0.75 of the memory
+by itself.
 """
 
 import argparse
@@ -216,11 +217,15 @@ def _compile(config: Config, batch_size: int, options: dict[str, Any] | None) ->
 
 
 def _batch(config: Config) -> Mapping[str, np.ndarray]:
-    """Random tokens; every row is one document."""
+    """Random tokens, as frequent as Zipf's law has words of text; every row is one document.
+
+    How often tokens are equal decides what the embedding's gradient costs.
+    """
     shape = config.batch_size, config.data.seq_len
-    tokens, targets = np.random.default_rng(0).integers(
-        0, config.model.vocab_size, (2, *shape), np.int32
-    )
+    frequency = 1 / np.arange(1, config.model.vocab_size + 1)
+    tokens, targets = np.random.default_rng(0).choice(
+        config.model.vocab_size, (2, *shape), p=frequency / frequency.sum()
+    ).astype(np.int32)  # fmt: skip
     return {
         "tokens": tokens,
         "targets": targets,

@@ -1,5 +1,6 @@
-"""RMSNorm, linear maps and rotary positions, as OLMo 2 has them; parameters by name."""
+"""Embedding, RMSNorm, linear maps and rotary positions; parameters by name."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,7 +65,21 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         out = jnp.tensordot(x, kernel, self.num_inputs)
-        return out if self.bias is None else out + self.bias[...].astype(x.dtype)
+        return out if self.bias is None else _add_bias(out, self.bias[...])
+
+
+@jax.custom_vjp
+def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias in x's dtype; the bias's gradient, a sum over all tokens, is summed in float32."""
+    return x + bias.astype(x.dtype)
+
+
+def _add_bias_backward(bias: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
+    over = tuple(range(d.ndim - bias.ndim))
+    return d, jnp.sum(d, axis=over, dtype=jnp.float32).astype(bias.dtype)
+
+
+_add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), bias), _add_bias_backward)
 
 
 class KVProjection(nnx.Module):
@@ -77,6 +92,70 @@ class KVProjection(nnx.Module):
         heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
         self.key = Linear(embed, heads, config, rngs=rngs, use_bias=use_bias)
         self.value = Linear(embed, heads, config, rngs=rngs, use_bias=use_bias)
+
+
+_CHUNK = 512
+"""Tokens whose embedding gradients one matrix product adds up before they are scattered."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table_VxD: jax.Array, ids_BxT: jax.Array, dtype: Any) -> jax.Array:
+    """Rows [B, T, D] of a float32 table by int32 ids, in `dtype`; NaN outside of 0 … V−1.
+
+    The table's gradient is summed in float32, whatever `dtype` is: a frequent token's is a sum of
+    thousands of rows, to which a bfloat16 sum would soon add nothing more.
+    """
+    ids = jnp.where(ids_BxT < 0, table_VxD.shape[0], ids_BxT)  # NumPy's -1 would be the last row
+    return jnp.take(table_VxD.astype(dtype), ids, axis=0, mode="fill")
+
+
+def _lookup_forward(table: jax.Array, ids: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
+    # The empty array says how many rows there are.
+    return lookup(table, ids, dtype), (ids, jnp.zeros((table.shape[0], 0), table.dtype))
+
+
+def _lookup_backward(_: Any, kept: Any, d_BxTxD: jax.Array) -> tuple[jax.Array, None]:
+    """On accelerators a scatter whose updates meet at one row waits for each of them in turn.
+
+    Token frequencies follow Zipf's law, so they meet often. Chunks are added up first.
+    """
+    ids, rows = kept
+    ids, d = (ids, d_BxTxD) if platforms.current() == "cpu" else sum_by_id(ids, d_BxTxD, len(rows))
+    zeros = jnp.zeros((len(rows), d.shape[-1]), jnp.float32)
+    ids = jnp.where(ids < 0, len(rows), ids)
+    return zeros.at[ids].add(d.astype(jnp.float32), mode="drop").astype(rows.dtype), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def sum_by_id(
+    ids_BxT: jax.Array, d_BxTxD: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Adds up rows of equal ids within chunks of a sequence, in float32, by a matrix product.
+
+    The sum stands where its id comes first in the chunk; everywhere else the id is `vocab_size`,
+    and the row means nothing.
+
+    Returns (ids [B, T′], sums [B, T′, D] float32), with T rounded up to whole chunks.
+    """
+    (batch, length), chunk = ids_BxT.shape, min(_CHUNK, ids_BxT.shape[1])
+    chunks = -(-length // chunk)
+    padding = ((0, 0), (0, chunks * chunk - length))
+    ids = jnp.pad(ids_BxT, padding, constant_values=vocab_size)
+    ids = ids.reshape(batch, chunks, chunk)
+    d = jnp.pad(d_BxTxD, (*padding, (0, 0))).reshape(batch, chunks, chunk, -1)
+    same = ids[..., :, None] == ids[..., None, :]
+    sums = jnp.einsum(
+        "bcij,bcjd->bcid",
+        same.astype(d.dtype),
+        d,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    is_first = jnp.argmax(same, axis=-1) == jnp.arange(chunk)
+    firsts = jnp.where(is_first, ids, vocab_size)
+    return firsts.reshape(batch, -1), sums.reshape(batch, chunks * chunk, -1)
 
 
 def stacked(make: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:

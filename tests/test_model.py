@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from moda_jax.config import (
+    DEPTH_CONFIGS,
     DenseConfig,
+    ExecutionConfig,
     MeshConfig,
     MHCConfig,
     MoDAConfig,
@@ -20,7 +23,7 @@ from moda_jax.config import (
     ResidualConfig,
 )
 from moda_jax.depth import make_mechanism
-from moda_jax.layers import RMSNorm, rope_table, rotate
+from moda_jax.layers import RMSNorm, lookup, rope_table, rotate
 from moda_jax.model.flops import count_flops, count_parameters
 from moda_jax.model.transformer import Transformer
 from moda_jax.ops.sharding import make_mesh
@@ -28,7 +31,7 @@ from moda_jax.train import losses
 from moda_jax.train.losses import next_token_loss
 from pallas_kernels import platforms
 from tests import models
-from tests.tolerances import SAME_MODEL
+from tests.tolerances import RELATIVE, SAME_MODEL
 
 SMALL = dataclasses.replace(models.SMALL, num_layers=3)
 
@@ -253,6 +256,61 @@ def test_a_rotation_is_turned_back(platform):
         (dx,) = back(d)
     np.testing.assert_allclose(rotated, plain_rotation(x, rope), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(dx, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_embeddings_gradient_is_summed_in_float32(platform, dtype):
+    """Rows longer than a chunk, one token in two thirds of the places, ids that name no row."""
+    rng = np.random.default_rng(2)
+    ids = rng.integers(0, 7, (2, 700))
+    ids[rng.random(ids.shape) < 0.6] = 3
+    ids[0, 5], ids[1, 600] = -1, 9
+    d = jnp.asarray(1 + rng.random((2, 700, 5)), dtype)
+    expected = np.zeros((9, 5))
+    known = (ids >= 0) & (ids < 9)
+    np.add.at(expected, ids[known], np.asarray(d, np.float64)[known])
+    table = jnp.asarray(rng.normal(size=(9, 5)), jnp.float32)
+    with platforms.compiling_for(platform):
+        rows, back = jax.vjp(lambda table: lookup(table, jnp.asarray(ids, jnp.int32), dtype), table)
+        (got,) = back(d)
+    assert rows.dtype == dtype
+    assert jnp.isnan(rows[~known]).all()
+    chex.assert_trees_all_equal(rows[known], table.astype(dtype)[ids[known]])
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, rtol=RELATIVE["float32"])
+
+
+@pytest.mark.parametrize("depth", DEPTH_CONFIGS.values(), ids=DEPTH_CONFIGS)
+def test_no_gradient_is_summed_over_tokens_in_16_bits(depth):
+    """Neither by reductions (biases) nor by scatters (embeddings): there may be 100,000 tokens."""
+    config = dataclasses.replace(
+        models.SMALL, num_layers=2, norm_placement="reordered", use_bias=True, depth=depth()
+    )
+    execution = ExecutionConfig(compute_dtype="bfloat16", attention="xla")
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), execution=execution))
+    graph, params = nnx.split(model)
+    inputs = batch(config, rows=23, length=29)
+
+    def loss(params):
+        return next_token_loss(nnx.merge(graph, params), inputs, z_loss=1e-5)[0]
+
+    found = [
+        (equation.primitive.name, [str(value.aval) for value in equation.invars])
+        for equation in equations_of(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+        if equation.primitive.name in ("reduce_sum", "scatter-add", "cumsum")
+        and equation.outvars[0].aval.dtype == jnp.bfloat16
+        and {23, 29} & set(equation.invars[-1].aval.shape)
+        and not {23, 29} <= set(equation.outvars[0].aval.shape)
+    ]
+    assert not found
+
+
+def equations_of(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        yield from (inner for sub in jaxprs_in_params(equation.params)
+                    for inner in equations_of(sub))  # fmt: skip
 
 
 def plain_rotation(x, rope):

@@ -317,6 +317,18 @@ def test_a_folder_that_cannot_be_made(config, tmp_path):
         train(config)
 
 
+def test_raw_text_is_prepared_in_the_folder_that_is_named(config, tmp_path):
+    shared = dataclasses.replace(config, prepared_dir=str(tmp_path / "shared"), steps=1)
+    for folder in ("a", "b"):
+        train(dataclasses.replace(shared, output_dir=str(tmp_path / folder)))
+        assert not (tmp_path / folder / "prepared").exists()
+    assert len(list((tmp_path / "shared").glob("corpus*"))) == 1
+    (tmp_path / "file").write_text("")
+    bad = dataclasses.replace(shared, prepared_dir=str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"Config.prepared_dir: cannot .*; choose another --prep"):
+        train(bad)
+
+
 @pytest.mark.slow
 def test_real_sigterm(config, tmp_path):
     whole = renamed(config, "whole")

@@ -1,6 +1,7 @@
 """Every setting of a run beside the model and the data: optimizer, mesh, and the run itself."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from moda_jax.config.checks import require, require_positive, require_types
@@ -78,6 +79,9 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     output_dir: str = "runs"
+    prepared_dir: str | None = None
+    """Folder in which raw text is kept as tokens, for all runs that name it; None:
+    <output_dir>/prepared."""
     seed: int = 0
     init_from: str | None = None
     """Another run's folder, or its checkpoints/STEP: a new run begins with the parameters of the
@@ -131,6 +135,7 @@ class Config:
         for field in ("sample_tokens", "max_skipped_steps", "profile"):
             require(self, field, getattr(self, field) >= 0, "a number >= 0")
         require(self, "init_from", self.init_from != "", "a folder, or None")
+        require(self, "prepared_dir", self.prepared_dir != "", "a folder, or None")
         cache_ok = bool(self.compilation_cache)
         require(self, "compilation_cache", cache_ok, '"auto", "off" or a folder')
         # What the command line cannot decode arrives as lone surrogates.
@@ -155,3 +160,8 @@ class Config:
                 getattr(self.model, field) % parts == 0,
                 f"a multiple of mesh.{axis} = {parts}",
             )
+
+    @property
+    def prepared_folder(self) -> Path:
+        """Where raw text is kept as tokens."""
+        return Path(self.prepared_dir or Path(self.output_dir, "prepared"))

@@ -109,7 +109,7 @@ def prepare_config(config: Config, options: PrepareOptions) -> None:
     if options.vocab_size is not None:
         _train_for(config.data, options)
     folders = prepare_sources(
-        config.data, Path(config.output_dir) / "prepared", workers=options.workers, say=print_line
+        config.data, config.prepared_folder, workers=options.workers, say=print_line
     )
     for text, folder in folders.items():
         index = read_index(folder)

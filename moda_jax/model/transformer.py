@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from moda_jax.config import ExecutionConfig, ModelConfig
 from moda_jax.depth import make_mechanism
 from moda_jax.depth.mechanism import GatherLayout, Mechanism, Step
-from moda_jax.layers import Linear, RMSNorm, parameter, stacked
+from moda_jax.layers import Linear, RMSNorm, lookup, parameter, stacked
 from moda_jax.model.execution import resolve_compute_dtype, resolve_execution
 from moda_jax.model.layer import Layer, cast
 from moda_jax.model.stack import (
@@ -115,9 +115,8 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """[B, T, D] in the compute dtype; NaN for ids outside of 0 … V−1, negative ones, too."""
-        table = self.embedding[...].astype(self.compute_dtype)
-        ids = jnp.where(tokens < 0, table.shape[0], tokens)  # NumPy's -1 would be the last row
-        return constrain(jnp.take(table, ids, axis=0, mode="fill"), "batch", None, None)
+        rows = lookup(self.embedding[...], tokens, self.compute_dtype)
+        return constrain(rows, "batch", None, None)
 
     def logits(self, hidden_BxTxD: jax.Array) -> jax.Array:
         """[B, T, V]: products in the compute dtype, accumulated and returned in float32."""

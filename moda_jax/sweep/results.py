@@ -23,6 +23,7 @@ _BY_SOURCE = f"{_LOSS}/"
 _IRRELEVANT = {
     "name",
     "output_dir",
+    "prepared_dir",
     "log_every",
     "checkpoint_every",
     "keep_last",

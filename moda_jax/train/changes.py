@@ -38,6 +38,7 @@ EFFECTS = {
     "max_skipped_steps": "from this step on",
     "init_from": "no effect: the run goes on from its own checkpoint",
     "compilation_cache": "where compiled programs are kept, not what they compute",
+    "prepared_dir": _SAME_TEXT,
     "log_every": _WRITTEN,
     "profile": _WRITTEN,
     "sample_prompt": _WRITTEN,

@@ -115,8 +115,9 @@ def train(
         initialize_processes()
         mesh = make_mesh(config.mesh)
         clock.lap("devices")
-        _make_folder(Path(config.output_dir))  # prepared text is kept in it
-        cache_dir = Path(config.output_dir) / "prepared"
+        _make_folder("output_dir", Path(config.output_dir))
+        cache_dir = config.prepared_folder
+        _make_folder("output_dir" if config.prepared_dir is None else "prepared_dir", cache_dir)
         if jax.process_count() > 1:  # the first prepares for those that share its disk
             on_main(lambda: _prepare(config.data, cache_dir))
         data = load_data(
@@ -165,7 +166,7 @@ class _Run:
         execution = describe_execution(config, self.functions.execution)
         self.mechanism = make_mechanism(config.model)
         self.console = RunConsole(steps=config.steps, quiet=not self.is_main)
-        _make_folder(self.directory)
+        _make_folder("output_dir", self.directory)
         self.owner = cleanup.enter_context(FolderOwner(self.directory))
         folder = self.directory / "checkpoints"
         self.checkpoints = Checkpoints(folder, keep_last=config.keep_last)
@@ -542,13 +543,13 @@ class _Run:
         return text
 
 
-def _make_folder(directory: Path) -> None:
+def _make_folder(field: str, directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"Config.output_dir: cannot make the folder {str(directory)!r}: {error.strerror}; "
-            f"choose another --output-dir or --name"
+            f"Config.{field}: cannot make the folder {str(directory)!r}: {error.strerror}; "
+            f"choose another --{field.replace('_', '-')}"
         ) from error
 
 
