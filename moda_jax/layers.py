@@ -25,15 +25,22 @@ def parameter(value: jax.Array, axes: Axes) -> nnx.Param:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) · scale over the last `len(shape)` axes, in float32, then back to x's dtype."""
+    """x / rms(x) · scale over the last `len(shape)` axes, in float32, then back to x's dtype.
 
-    def __init__(self, shape: Sequence[int], axes: Axes, eps: float) -> None:
-        self.scale = parameter(jnp.ones(shape, jnp.float32), axes)
+    Without `has_scale` the scale is 1, and there is no parameter.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], axes: Axes, eps: float, *, has_scale: bool = True
+    ) -> None:
+        ones = jnp.ones(shape, jnp.float32)
+        self.scale = nnx.data(parameter(ones, axes) if has_scale else None)
+        self.num_axes = len(shape)
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.scale[...]
-        over = tuple(range(-scale.ndim, 0))
+        scale = 1.0 if self.scale is None else self.scale[...]
+        over = tuple(range(-self.num_axes, 0))
         x_f32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x_f32), axis=over, keepdims=True)
         return (x_f32 * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)

@@ -23,6 +23,7 @@ PATHS = {
     **{
         f"{name}_norm": f"layers/{name}_norm/scale" for name in ("attention", "mlp", "query", "key")
     },
+    "key_pair_norm": "layers/pair_scale",
     "final_norm": "final_norm/scale",
     "head": "head/kernel",
     "dense_scalar": "depth/weights",
@@ -97,6 +98,7 @@ def _depth_settings(c: dict[str, Any]) -> dict[str, Any]:
         "write_every": c["every"],
         "window": c["window"],
         "reserved": c["reserved"],
+        "key_norm": "reader" if c.get("reader") else "writer",
     }
 
 

@@ -90,6 +90,7 @@ def test_choices(cls, field):
         (ModelConfig, "depth", ("moda", {"name": "moda"}, None, MoDAConfig)),
         (MoDAConfig, "window", (0,)),
         (MoDAConfig, "reserved", (1,)),  # without a window
+        (Config, "prepared_dir", ("",)),
         (ExecutionConfig, "slot_gradient_block", ("all", 0)),
         (ExecutionConfig, "attention", ("",)),
         (ModelConfig, "rope_theta", (0.0, -1.0)),
@@ -122,6 +123,12 @@ def test_depth_attention_returns_the_width_of_the_stream():
     message = r"^ModelConfig.embed_dim: expected num_heads \* head_dim = 128 .*, got 96$"
     with pytest.raises(ValueError, match=message):
         ModelConfig(embed_dim=96, depth=DepthAttentionConfig())
+
+
+def test_a_readers_key_norm_needs_one():
+    message = "^ModelConfig.qk_norm: expected .full. or .head. with key_norm .reader., got 'none'$"
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(qk_norm="none", depth=MoDAConfig(key_norm="reader"))
 
 
 def test_blocks_are_of_gathering():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moda_jax.config import MoDAConfig
 from moda_jax.model import generation
 from tests.models import MECHANISMS, SMALL, VARIANTS, random_model
 from tests.tolerances import SAME_MODEL
@@ -23,9 +24,14 @@ def model():
     return build()
 
 
-@pytest.mark.parametrize("variant", ["residual", "every3-row5", "bounded", "pre-head-bias", "tied"])
+READER = {"reader": {"depth": MoDAConfig(window=3, reserved=1, key_norm="reader")}}
+
+
+@pytest.mark.parametrize(
+    "variant", ["residual", "every3-row5", "bounded", "pre-head-bias", "tied", "reader"]
+)
 def test_decode_equals_the_full_forward_at_every_position(variant):
-    model = build(**(VARIANTS | MECHANISMS)[variant])
+    model = build(**(VARIANTS | READER)[variant])
     tokens = np.random.default_rng(0).integers(0, 37, (3, 12)).astype(np.int32)
     lengths = jnp.array([1, 5, 3], jnp.int32)  # prompts of unequal length
     full = nnx.jit(lambda m, x: m(x))(model, tokens)

@@ -113,6 +113,8 @@ def test_parameter_counts_of_table_6(layers, depth, millions):
         {"depth": MoDAConfig(attention_kv="project", write_every=2), "use_bias": True},
         {"qk_norm": "head", "norm_placement": "pre", "depth": MoDAConfig(ffn_kv="none")},
         {"qk_norm": "none", "num_layers": 1},
+        {"depth": MoDAConfig(key_norm="reader")},
+        {"qk_norm": "head", "depth": MoDAConfig(key_norm="reader")},
         *models.MECHANISMS.values(),
     ],
 )

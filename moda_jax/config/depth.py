@@ -26,6 +26,11 @@ class DepthConfig:
     heads_are_input: ClassVar[bool] = False
     """Whether heads, side by side, are what a layer reads: N·H must be D."""
 
+    @property
+    def reader_norms_keys(self) -> bool:
+        """Whether the layer that reads a key scales it, not the one that wrote it."""
+        return False
+
     def __post_init__(self) -> None:
         require_types(self)
 
@@ -72,6 +77,10 @@ class MoDAConfig(DepthConfig):
     """Bounded slots (paper section 6.2): read only this many newest slots; None reads all."""
     reserved: int = 0
     """Bounded slots: the earliest slots that stay visible beside the window."""
+    key_norm: Literal["writer", "reader"] = "writer"
+    """Whose key norm a slot's key has. reader: keys are divided by their RMS when they are written,
+    and the scale of the layer that reads them, one number for both halves of a rotary pair, is
+    multiplied into its queries, which costs nothing: a scale by pair and a rotation commute."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +90,10 @@ class MoDAConfig(DepthConfig):
         require(self, "reserved", self.reserved >= 0, "a number >= 0")
         reserved_ok = self.reserved == 0 or self.window is not None
         require(self, "reserved", reserved_ok, "0 while window is None (every slot is visible)")
+
+    @property
+    def reader_norms_keys(self) -> bool:
+        return self.key_norm == "reader"
 
     @property
     def slots_per_writer(self) -> int:

@@ -57,6 +57,8 @@ class ModelConfig:
             self.norm_placement in placements,
             f"one of {placements} with depth {self.depth.name}, which defines no other",
         )
+        norm_ok = self.qk_norm != "none" or not self.depth.reader_norms_keys
+        require(self, "qk_norm", norm_ok, '"full" or "head" with key_norm "reader"')
         width = self.num_heads * self.head_dim
         width_ok = not self.depth.heads_are_input or width == self.embed_dim
         require(

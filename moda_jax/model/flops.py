@@ -80,6 +80,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     norms = 2 * config.embed_dim
     norms += {"none": 0, "full": width + kv_width, "head": 2 * config.head_dim}[config.qk_norm]
+    if config.depth.reader_norms_keys:  # the key norm's scale has one number for a pair
+        norms -= (kv_width if config.qk_norm == "full" else config.head_dim) // 2
     biases = (width + 2 * config.embed_dim + 2 * config.mlp_dim) * config.use_bias
     _, projection_biases = _projection_size(config)
     layer = _layer_weights(config) + norms + biases + projection_biases

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moda_jax.config import ModelConfig
 from moda_jax.depth.mechanism import ATTENTION, FFN, Carry, Mechanism, Output, Step
-from moda_jax.layers import KVProjection, Linear, RMSNorm, rotate
+from moda_jax.layers import KVProjection, Linear, RMSNorm, parameter, rotate
 from moda_jax.ops.history import History
 from moda_jax.ops.sharding import constrain
 
@@ -47,8 +48,10 @@ class Layer(nnx.Module):
         self.mlp = SwiGLU(config, rngs=rngs)
         self.attention_norm = RMSNorm((config.embed_dim,), (None,), config.norm_eps)
         self.mlp_norm = RMSNorm((config.embed_dim,), (None,), config.norm_eps)
+        by_reader = config.depth.reader_norms_keys
         self.query_norm = _qk_norm(config, "heads", config.num_heads)
-        self.key_norm = _qk_norm(config, "kv_heads", config.num_kv_heads)
+        self.key_norm = _qk_norm(config, "kv_heads", config.num_kv_heads, has_scale=not by_reader)
+        self.pair_scale = nnx.data(_pair_scale(config) if by_reader else None)
         self.placement = config.norm_placement
 
     def __call__(
@@ -79,12 +82,22 @@ class Layer(nnx.Module):
         """Query [B, T, N, H], key and value [B, T, K, H], normed and rotated."""
         query = step.keep(self.query(source_BxTxD), "query_product")
         query = query if self.query_norm is None else self.query_norm(query)
+        query = query if self.pair_scale is None else self._scale_pairs(query)
         query = constrain(rotate(query, step.rope), "batch", None, "heads", None)
 
         def keep(product):
             return step.keep(product, "key_product")
 
         return query, *self._keys_values(self.key_value, source_BxTxD, step.rope, keep)
+
+    def _scale_pairs(self, query_BxTxNxH: jax.Array) -> jax.Array:
+        """Queries times the scale of the keys that they meet, of the sequence and of depth."""
+        assert self.pair_scale is not None
+        scale = self.pair_scale[...]  # [H/2] or [K, H/2]
+        scale = jnp.concatenate([scale, scale], axis=-1)
+        if scale.ndim == 2:
+            scale = jnp.repeat(scale, query_BxTxNxH.shape[2] // scale.shape[0], axis=0)
+        return (query_BxTxNxH.astype(jnp.float32) * scale).astype(query_BxTxNxH.dtype)
 
     def depth_keys_values(
         self, weights: Any, source_BxTxD: jax.Array, rope: Rope, keep: Callable
@@ -130,9 +143,19 @@ def cast(weights: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, weights)
 
 
-def _qk_norm(config: ModelConfig, name: str, heads: int) -> RMSNorm | None:
+def _qk_norm(
+    config: ModelConfig, name: str, heads: int, *, has_scale: bool = True
+) -> RMSNorm | None:
     if config.qk_norm == "none":
         return None
     if config.qk_norm == "head":
-        return RMSNorm((config.head_dim,), (None,), config.norm_eps)
-    return RMSNorm((heads, config.head_dim), (name, None), config.norm_eps)
+        return RMSNorm((config.head_dim,), (None,), config.norm_eps, has_scale=has_scale)
+    return RMSNorm((heads, config.head_dim), (name, None), config.norm_eps, has_scale=has_scale)
+
+
+def _pair_scale(config: ModelConfig) -> nnx.Param:
+    """The key norm's scale by rotary pair, ones: [H/2], or [K, H/2] with a full QK-norm."""
+    pairs = config.head_dim // 2
+    if config.qk_norm == "head":
+        return parameter(jnp.ones((pairs,), jnp.float32), (None,))
+    return parameter(jnp.ones((config.num_kv_heads, pairs), jnp.float32), ("kv_heads", None))

@@ -67,7 +67,8 @@ def _layer(depth: "_Residual", layer: "_Layer") -> None:
     source = layer.norm(ATTENTION, x) if placement == "pre" else x
     query = layer.rotated_heads("query_norm", _linear(weights["query"], source))
     key_value = layer.keys_values(weights["key_value"], source)
-    out = _attention(query, depth.visible_slots(), (*key_value, layer.mask))
+    slots = [(layer.as_read(key), value) for key, value in depth.visible_slots()]
+    out = _attention(query, slots, (layer.as_read(key_value[0]), key_value[1], layer.mask))
     out = _linear(weights["out"], out, num_inputs=2)
     branch = layer.norm(ATTENTION, out) if placement == "reordered" else out
     depth.write(layer, ATTENTION, branch, source, key_value)
@@ -93,16 +94,31 @@ class _Layer(NamedTuple):
         return _rms_norm(x, self.config.norm_eps, self.weights[name]["scale"])
 
     def keys_values(self, projection: Params, source: jax.Array) -> KeyValue:
-        """Normed and rotated keys, and values, of x [B, T, D]."""
+        """Keys as they are kept, and values, of x [B, T, D]: normed and rotated, if not read so."""
         key, value = (_linear(projection[name], source) for name in ("key", "value"))
+        if self.config.depth.reader_norms_keys:
+            return self.normed_heads(key, 1.0), value
         return self.rotated_heads("key_norm", key), value
 
+    def as_read(self, key: jax.Array) -> jax.Array:
+        """A key that is kept without scale and rotation, with this layer's: one scale a pair."""
+        if not self.config.depth.reader_norms_keys:
+            return key
+        return self.rotated(key * jnp.concatenate([self.weights["pair_scale"]] * 2, axis=-1))
+
     def rotated_heads(self, norm: str, x: jax.Array) -> jax.Array:
-        """QK-norm over all heads together or one by one, then RoPE on the pairs (i, i + H/2)."""
+        """QK-norm, then RoPE."""
+        is_normed = self.config.qk_norm != "none"
+        return self.rotated(self.normed_heads(x, self.weights[norm]["scale"]) if is_normed else x)
+
+    def normed_heads(self, x: jax.Array, scale: jax.Array | float) -> jax.Array:
+        """RMSNorm over all heads together or one by one."""
+        over = (-2, -1) if self.config.qk_norm == "full" else (-1,)
+        return _rms_norm(x, self.config.norm_eps, scale, over)
+
+    def rotated(self, x: jax.Array) -> jax.Array:
+        """RoPE on the pairs (i, i + H/2)."""
         config = self.config
-        if config.qk_norm != "none":
-            over = (-2, -1) if config.qk_norm == "full" else (-1,)
-            x = _rms_norm(x, config.norm_eps, self.weights[norm]["scale"], over)
         pair = jnp.arange(config.head_dim // 2, dtype=x.dtype)
         frequency = config.rope_theta ** (-2 * pair / config.head_dim)
         angle = self.positions[..., None, None].astype(x.dtype) * frequency

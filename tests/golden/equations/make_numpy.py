@@ -67,6 +67,8 @@ def cases():
     add("moda_row4_one_layer", "moda", "reordered", **moda(4, L=1))
     add("attention_residuals_full_one_layer", "attention_residuals", "pre", form="full", L=1)
     add("dense_scalar_one_layer", "dense", "pre", form="scalar", L=1)
+    for placement in ("pre", "reordered"):
+        add("moda_reader", "moda", placement, **moda(4, reader=True))
     return table
 
 
@@ -94,12 +96,13 @@ def draw_parameters(config, rng):
     linear("down", L, F, D)
     normal("attention_norm", L, D, mean=1)
     normal("mlp_norm", L, D, mean=1)
-    if config["qk_norm"] == "full":
-        normal("query_norm", L, N * H, mean=1)
-        normal("key_norm", L, K * H, mean=1)
-    if config["qk_norm"] == "head":
-        normal("query_norm", L, H, mean=1)
-        normal("key_norm", L, H, mean=1)
+    if config["qk_norm"] != "none":
+        heads = (N, K) if config["qk_norm"] == "full" else (1, 1)
+        normal("query_norm", L, heads[0] * H, mean=1)
+        if config.get("reader"):
+            normal("key_pair_norm", L, heads[1] * H // 2, mean=1)
+        else:
+            normal("key_norm", L, heads[1] * H, mean=1)
     normal("final_norm", D, mean=1)
     linear("head", D, V)
 

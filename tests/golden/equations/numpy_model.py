@@ -92,6 +92,23 @@ class Row:
         """[T, heads*H] to [T, heads, H]."""
         return x.reshape(len(x), -1, self.config["H"])
 
+    def key_of_layer(self, x, l):
+        """What layer l keeps of a projected key [T, K*H]: [T, K, H]."""
+        if not self.config.get("reader"):
+            return self.normed_and_rotated(x, "key_norm", l)
+        if self.config["qk_norm"] == "full":
+            return self.split(self.norm(x, 1.0))
+        return self.norm(self.split(x), 1.0)
+
+    def key_as_read(self, key, l):
+        """With "reader", a kept key has had no scale and no rotation: layer l gives it its own."""
+        if not self.config.get("reader"):
+            return key
+        scale = self.params["key_pair_norm"][l]  # one number for i and i + H/2
+        scale = scale.reshape(-1, self.config["H"] // 2)
+        scale = np.concatenate([scale, scale], axis=1)
+        return rope(key * scale, self.positions, self.config["theta"])
+
     def normed_and_rotated(self, x, scale_name, l):
         """A projected query or key [T, heads*H] to [T, heads, H], with QK-norm and RoPE."""
         qk_norm = self.config["qk_norm"]
@@ -107,16 +124,17 @@ class Row:
 
     def attention(self, l, x):
         query = self.normed_and_rotated(self.linear("query", l, x), "query_norm", l)
-        key = self.normed_and_rotated(self.linear("key", l, x), "key_norm", l)
+        kept = self.key_of_layer(self.linear("key", l, x), l)
+        key = self.key_as_read(kept, l)
         value = self.split(self.linear("value", l, x))
-        slots = self.visible_slots()
+        slots = [(self.key_as_read(slot_key, l), v) for slot_key, v in self.visible_slots()]
         outputs = []
         for t in range(len(x)):
             sequence = [j for j in range(t + 1) if self.segments[j] == self.segments[t]]
             keys = [key[j] for j in sequence] + [slot_key[t] for slot_key, _ in slots]
             values = [value[j] for j in sequence] + [slot_value[t] for _, slot_value in slots]
             outputs.append(attend(query[t], np.stack(keys), np.stack(values)))
-        self.write_attention_slot(l, x, key, value)
+        self.write_attention_slot(l, x, kept, value)
         return self.linear("out", l, np.stack(outputs))
 
     def mlp(self, l, x):
@@ -173,7 +191,7 @@ class Row:
 
     def write_projected_slot(self, name, l, x):
         w = writers(self.config).index(l)
-        key = self.normed_and_rotated(self.linear(name + "_key", w, x), "key_norm", l)
+        key = self.key_of_layer(self.linear(name + "_key", w, x), l)
         value = self.split(self.linear(name + "_value", w, x))
         self.slots.append((key, value))
 
