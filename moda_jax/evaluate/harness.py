@@ -139,8 +139,10 @@ def run_tasks(
     logging.getLogger("lm_eval.api.task").addFilter(_is_news)
     local = [name for name in names if name in METRICS]
     others = [name for name in names if name not in METRICS]
-    # The harness takes seconds to look through all of its tasks.
-    manager = TaskManager(include_path=include_path, include_defaults=bool(others))
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not manager.task_index.keys() >= set(others):
+        # Only where they are needed: the harness reads its thousands of definitions for seconds.
+        manager = TaskManager(include_path=include_path)
     if unknown := [name for name in others if name not in manager.task_index]:
         raise ValueError(
             f"--tasks: expected paper, {', '.join(METRICS)}, or a task of lm-evaluation-harness or "

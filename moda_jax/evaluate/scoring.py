@@ -26,7 +26,7 @@ from moda_jax.train.losses import chunk_length
 BATCH_TOKENS = 1 << 14
 """Tokens of a batch on each device, padding included."""
 
-_SHORTEST = 64
+_SHORTEST, _FEWEST_ASKED = 64, 16
 _IN_FLIGHT = 2  # batches that the device may have before the host reads their results
 
 Report = Callable[[int, int], None]
@@ -171,7 +171,7 @@ def plan(rows: Sequence[Row], batch_rows: Callable[[int, int], int]) -> list[Bat
     for length, members in sorted(buckets.items(), reverse=True):
         members.sort(key=lambda number: len(rows[number].tokens), reverse=True)
         size = batch_rows(length, len(members))
-        asked = _power_of_two(max(len(rows[number].positions) for number in members))
+        asked = _asked_length(max(len(rows[number].positions) for number in members), length)
         batches += [
             Batch(members[start : start + size], (size, length, asked))
             for start in range(0, len(members), size)
@@ -180,13 +180,21 @@ def plan(rows: Sequence[Row], batch_rows: Callable[[int, int], int]) -> list[Bat
 
 
 def bucket_length(length: int) -> int:
-    """`length` rounded up to 64, 128, 192, 256, 384, 512, 768, ...: at most half of it is added.
-
-    Below 64 rows are short whatever is added.
-    """
+    """`length` rounded up to 64, 96, 128, 192, 256, 384, ...: above 64 less than half is added."""
     size = max(_power_of_two(length), _SHORTEST)
     three_quarters = size * 3 // 4
-    return three_quarters if size > 2 * _SHORTEST and length <= three_quarters else size
+    return three_quarters if size > _SHORTEST and length <= three_quarters else size
+
+
+def _asked_length(count: int, length: int) -> int:
+    """`count` rounded up to 16, 64, 256, ..., but to no more than a bucket's `length`.
+
+    Few sizes, since padding costs little here. A row that is shared may ask for more.
+    """
+    size = _FEWEST_ASKED
+    while size < count:
+        size *= 4
+    return min(size, length) if count <= length else size
 
 
 def _power_of_two(count: int) -> int:
