@@ -233,15 +233,19 @@ def test_what_the_model_would_say_is_greedy(requester):
 
 
 def test_requests_share_rows():
-    sequences = [[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 9], [7, 8], [1, 2, 3, 4, 6]]
-    rows, places = shared_rows([np.array(ids) for ids in sequences], [1, 2, 1, 1, 3])
+    sequences = [[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 9], [7, 8], [1, 2, 3, 4, 6], [1, 2, 3, 4]]
+    counts = [1, 2, 1, 1, 3, 3]
+    rows, places = shared_rows([np.array(ids) for ids in sequences], counts)
     assert sorted(list(row.tokens) for row in rows) == [[1, 2, 3, 4], [7]]
-    for ids, count, (row, part) in zip(sequences, [1, 2, 1, 1, 3], places, strict=True):
-        read = rows[row]
-        assert read.targets[part] == ids[-count:]
-        for position, target in zip(read.positions[part], ids[-count:], strict=True):
-            n = ids.index(target)
-            assert list(read.tokens[: position + 1]) == ids[:n]
+    for ids, count, (number, scores) in zip(sequences, counts, places, strict=True):
+        row = rows[number]
+        assert [row.targets[n] for n in scores] == ids[-count:]
+        for n in scores:
+            place = row.positions[n]
+            assert [*row.tokens[: place + 1], row.targets[n]] == ids[: place + 2]
+    # What follows 1, 1 2, 1 2 3 and 1 2 3 4: nothing is asked twice.
+    asked = sorted(zip(rows[0].positions, rows[0].targets, strict=True))
+    assert asked == [(0, 2), (1, 3), (1, 9), (2, 4), (2, 5), (3, 6)]
 
 
 def test_answers_to_one_question_are_one_row(scorer):

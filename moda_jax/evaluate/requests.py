@@ -248,27 +248,30 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
 
 def shared_rows(
     sequences: Sequence[np.ndarray], counts: Sequence[int]
-) -> tuple[list[Row], list[tuple[int, slice]]]:
+) -> tuple[list[Row], list[tuple[int, list[int]]]]:
     """Rows in which the last `counts` tokens of each sequence are predicted.
 
     What the model reads of a sequence is all but its last token. Where that is the beginning of
     what it reads of another, both share a row: the answers A to D of one question, for instance,
-    or a short continuation and a longer one that begins with it.
+    or two answers that differ in their last word. What both ask is asked once.
 
     Returns the rows and, for each sequence, its row and which of the row's scores are its own.
     """
     # Big-endian ids sort as the sequences do, and those with one beginning are neighbours.
     spelled = [np.asarray(ids[:-1], ">u4").tobytes() for ids in sequences]
-    rows: list[tuple[list[int], list[int], list[int]]] = []
-    places: list[tuple[int, slice]] = [(0, slice(0))] * len(sequences)
+    rows: list[tuple[list[int], dict[tuple[int, int], int]]] = []
+    places: list[tuple[int, list[int]]] = [(0, [])] * len(sequences)
     longest = None
     for number in sorted(range(len(sequences)), key=spelled.__getitem__, reverse=True):
         ids, count = sequences[number].tolist(), counts[number]
         if longest is None or not longest.startswith(spelled[number]):
             longest = spelled[number]
-            rows.append((ids[:-1], [], []))
-        _, positions, targets = rows[-1]
-        places[number] = len(rows) - 1, slice(len(targets), len(targets) + count)
-        positions.extend(range(len(ids) - 1 - count, len(ids) - 1))
-        targets.extend(ids[-count:])
-    return [Row(*row) for row in rows], places
+            rows.append((ids[:-1], {}))
+        _, asked = rows[-1]
+        first = len(ids) - count
+        pairs = enumerate(ids[first:], start=first - 1)
+        places[number] = len(rows) - 1, [asked.setdefault(pair, len(asked)) for pair in pairs]
+    return [
+        Row(tokens, [place for place, _ in asked], [target for _, target in asked])
+        for tokens, asked in rows
+    ], places
