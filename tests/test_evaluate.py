@@ -671,11 +671,13 @@ def test_harness_scores_a_local_task_as_by_hand(opened, likelihood, local_task, 
 
 
 @needs_harness
-@pytest.mark.parametrize("settings", [{"batch_size": 4}, {"max_batch_size": 4}, {"device": "cuda"}])
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": 4}, {"max_batch_size": 4}, {"device": "cuda:1"}]
+)
 def test_adapter_refuses_what_it_would_ignore(opened, settings):
     from moda_jax.evaluate.harness import ModaJaxLM
 
-    assert ModaJaxLM(opened, batch_size=1).requester.max_length == 32
+    assert ModaJaxLM(opened, batch_size=1, device="cuda:0").requester.max_length == 32
     with pytest.raises(ValueError, match="expected none"):
         ModaJaxLM(opened, **settings)
 

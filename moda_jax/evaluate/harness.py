@@ -27,6 +27,9 @@ from moda_jax.evaluate.scoring import BATCH_TOKENS
 MODEL_NAME = "moda_jax"
 """Of the adapter, for `lm_eval run --model`."""
 
+# What lm_eval's command passes, whatever the machine, where it is told nothing.
+_NO_BATCH_SIZE, _NO_DEVICE = ("None", "1", "auto"), (None, "cuda:0")
+
 
 class ModaJaxLM(LM):
     """A run's model for lm-evaluation-harness.
@@ -37,8 +40,7 @@ class ModaJaxLM(LM):
       max_length: most tokens that the model reads at a time; None: those of a training sequence.
       batch_tokens: tokens of a batch on each device, padding included.
       add_bos_token: contexts begin with the end-of-document token, as documents did in training.
-      batch_size: the harness passes 1 where nothing is said; "auto" means the same.
-      max_batch_size, device: None.
+      batch_size, max_batch_size, device: what the harness passes where nothing is said.
 
     Raises ValueError for another batch size, which `batch_tokens` sets, and another device, which
     JAX_PLATFORMS chooses.
@@ -57,12 +59,12 @@ class ModaJaxLM(LM):
         device: str | None = None,
     ) -> None:
         super().__init__()
-        if str(batch_size) not in ("None", "1", "auto") or max_batch_size is not None:
+        if str(batch_size) not in _NO_BATCH_SIZE or max_batch_size is not None:
             raise ValueError(
                 f"batch_size: expected none, as batch_tokens=N in --model_args sets how much is "
                 f"computed at a time, got {batch_size!r}, at most {max_batch_size!r}"
             )
-        if device is not None:
+        if device not in _NO_DEVICE:
             raise ValueError(f"device: expected none, as JAX_PLATFORMS chooses it, got {device!r}")
         opened = (
             run if isinstance(run, OpenRun) else open_run(run, step=step, batch_tokens=batch_tokens)
