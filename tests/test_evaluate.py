@@ -341,6 +341,13 @@ def test_generation_ends_before_a_stop_string(model, requester):
     assert one == [free[0][: free[0].find(free[0][2])]]
 
 
+@pytest.mark.slow
+def test_generation_on_a_mesh_is_the_same(model, requester):
+    everywhere = Requester(Scorer(model, batch_tokens=256), ByteTokenizer(), max_length=128)
+    requests = [(context, {"max_gen_toks": 12}) for context in ("Go", "Hello there", "x" * 70)]
+    assert everywhere.generate_until(requests) == requester.generate_until(requests)
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

@@ -51,7 +51,8 @@ class ProgressBar:
         def report(done: int, total: int) -> None:
             nonlocal shown
             now = time.monotonic()
-            rate = f"{done / max(now - started, 1e-9):,.0f}/s"
+            speed = done / max(now - started, 1e-9)
+            rate = f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s"
             if self._is_terminal:
                 self._bar.update(task, completed=done, total=total, rate=rate)
             elif now - shown > _LINE_SECONDS:
