@@ -624,6 +624,7 @@ def local_task(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "questions.yaml").write_text(
         f"""task: questions
+tag: quiz
 dataset_path: json
 dataset_kwargs:
   data_files:
@@ -675,6 +676,26 @@ def test_harness_scores_a_local_task_as_by_hand(opened, likelihood, local_task, 
     assert (found["acc"], found["acc_norm"]) == (right["acc"] / 4, right["acc_norm"] / 4)
     assert content["requests"] == 8
     assert "8 requests (8 sequences)" in printed
+
+
+@needs_harness
+@pytest.mark.filterwarnings("default")  # of the harness and of what it imports
+def test_a_group_is_shown_as_one_and_a_tag_as_its_tasks(opened, local_task):
+    from moda_jax.evaluate.harness import ModaJaxLM, run_tasks
+
+    folder, _ = local_task
+    (folder / "group.yaml").write_text(
+        "group: whole\ntask: [{group: half, task: [questions]}]\n"
+        "aggregate_metric_list: [{metric: acc}]\n"
+    )
+    scores = {}
+    for name in ("questions", "quiz", "whole"):
+        found = run_tasks(ModaJaxLM(opened), [name], data="", include_path=str(folder))
+        (scores[name],) = found.values()
+        assert list(found) == ["whole" if name == "whole" else "questions"]
+    assert scores["questions"] == scores["quiz"]
+    assert scores["whole"]["acc"] == scores["questions"]["acc"]
+    assert scores["whole"]["samples"] == 4
 
 
 @needs_harness

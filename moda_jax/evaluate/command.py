@@ -1,6 +1,7 @@
 """The command `moda-jax eval RUN`: perplexity of texts, and tasks of lm-evaluation-harness."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -183,7 +184,10 @@ def _evaluate_tasks(opened: OpenRun, names: Sequence[str], options: EvalOptions)
         "add_bos_token": options.add_bos_token,
         "limit": options.limit,
     }
-    beside = {"paper_table_4": _paper_scores(scores)}
+    beside = {
+        "paper_table_4": _paper_scores(scores),
+        "lm_eval": importlib.metadata.version("lm_eval"),
+    }
     _write("tasks", opened, settings | {"tasks": scores} | speed | beside, options)
 
 
@@ -236,7 +240,8 @@ def _write(kind: str, opened: OpenRun, results: Mapping[str, Any], options: Eval
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}-{opened.step}.json"
-    content = {"run": options.run, "step": opened.step, **results}
+    devices = f"{opened.scorer.num_row_shards} x {opened.scorer.device_kind}"
+    content = {"run": options.run, "step": opened.step, "devices": devices, **results}
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path)

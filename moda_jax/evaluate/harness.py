@@ -7,7 +7,7 @@ declares. A harness that reads no entry points, as 0.4.13, is told of it by `reg
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,9 @@ def run_tasks(
     include_path: str | None = None,
     limit: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Scores by task (for a group: of the group), as the harness names them, with `samples`.
+    """Scores by task or group, as the harness names them, with the number of `samples`.
+
+    A tag stands for its tasks.
 
     Args:
       lm: answers the requests.
@@ -164,18 +166,26 @@ def run_tasks(
             f"here, got {', '.join(others)}: {error}"
         ) from error
     assert results is not None  # as in all processes but the first
-    return {name: _scores(results, name) for name in names}
+    parts = results.get("group_subtasks", {})
+    inner = {part for group in parts.values() for part in group}
+    found = results["results"]
+    shown = [name for name in (*names, *found) if name in found and name not in inner - {*names}]
+    return {name: _scores(found[name], _count(results, name)) for name in dict.fromkeys(shown)}
 
 
-def _scores(results: Any, name: str) -> dict[str, Any]:
-    """Numbers by metric (of the harness's first filter), their standard errors and `samples`."""
-    members = results.get("group_subtasks", {}).get(name) or [name]
-    found: dict[str, Any] = {
-        "samples": sum(results["n-samples"][member]["effective"] for member in members)
-    }
-    for key, value in (results.get("groups", {}).get(name) or results["results"][name]).items():
-        metric, _, _ = key.partition(",")
-        if isinstance(value, int | float) and "," in key and metric not in found:
+def _count(results: Any, name: str) -> int:
+    """Documents of a task, or of all tasks in a group."""
+    if parts := results.get("group_subtasks", {}).get(name):
+        return sum(_count(results, part) for part in parts)
+    return results["n-samples"][name]["effective"]
+
+
+def _scores(metrics: Mapping[str, Any], samples: int) -> dict[str, Any]:
+    """Numbers by metric, of the harness's first filter where it has several."""
+    found: dict[str, Any] = {"samples": samples}
+    for key, value in metrics.items():
+        metric, comma, _ = key.partition(",")
+        if comma and isinstance(value, int | float) and metric not in found:
             found[metric] = float(value)
     return found
 
