@@ -39,7 +39,7 @@ class EvalOptions:
     """The run's folder."""
     step: Step = "newest"
     """Of the checkpoint; "best" has the lowest validation loss."""
-    sources: tuple[str, ...] = ()
+    sources: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=PATH ...]")] = ()
     """Texts, each as NAME=PATH."""
     window: int | None = None
     """Most tokens that the model reads of a text at a time; None: those of a training sequence."""
@@ -49,7 +49,7 @@ class EvalOptions:
     """Only the first bytes of each source; None: all."""
     text_field: str = "text"
     """The field of a .jsonl record, or the column, that holds the document."""
-    tasks: tuple[str, ...] = ()
+    tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[paper|TASK ...]")] = ()
     """"paper", or names of tasks."""
     data: str = DEFAULT_FOLDER
     """The folder that `make eval-data` filled."""
