@@ -61,8 +61,8 @@ def _quiet_libtpu() -> None:
 _COMMANDS = {
     "train": "[CONFIG] [--SETTING VALUE ...]   trains a language model",
     "prepare": "SOURCE --output FOLDER ...     tokenizes text once, for training",
-    "eval": "RUN [--sources NAME=PATH ...] [--tasks paper ...]   perplexity, and scores of tasks",
     "sweep": "FILE [--OPTION ...]              runs configs times seeds, and makes their table",
+    "eval": "RUN [--OPTION ...]                perplexity of texts, and scores of tasks",
 }
 
 
