@@ -49,7 +49,7 @@ Ctrl-C), the same command goes on; {EXIT_BAD_INPUT} bad input; {EXIT_DIVERGED} d
 {_TRACEBACK_SWITCH}=1 shows the traceback of an error."""
 
 
-def _quiet_libtpu() -> None:
+def quiet_libtpu() -> None:
     """The development tools bring libtpu, as a compiler; JAX loads it, and without a TPU it
     complains on stderr about these two, which then mean nothing.
     """
@@ -62,6 +62,7 @@ _COMMANDS = {
     "train": "[CONFIG] [--SETTING VALUE ...]   trains a language model",
     "prepare": "SOURCE --output FOLDER ...     tokenizes text once, for training",
     "sweep": "FILE [--OPTION ...]              runs configs times seeds, and makes their table",
+    "generate": "RUN --prompt TEXT ...         continues texts with the model of a run",
 }
 
 
@@ -78,6 +79,10 @@ def command() -> int:
         from moda_jax.sweep.command import main as sweep
 
         return sweep(arguments)
+    if name == "generate":
+        from moda_jax.train.generate_command import main as generate
+
+        return generate(arguments)
     if name in ("-h", "--help"):
         lines = [f"  moda-jax {command} {usage}" for command, usage in _COMMANDS.items()]
         print("\n".join(["usage:", *lines, "", "moda-jax COMMAND --help says more."]), flush=True)
@@ -104,7 +109,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = "train.py") -> int
         # What only training needs takes a second to import: not for a mistyped option.
         from moda_jax.train.trainer import train
 
-        _quiet_libtpu()
+        quiet_libtpu()
         finished = train(config, clock=StartClock.of_process()).finished
         sys.stdout.flush()
         return EXIT_FINISHED if finished else EXIT_STOPPED
