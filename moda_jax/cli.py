@@ -63,6 +63,7 @@ _COMMANDS = {
     "prepare": "SOURCE --output FOLDER ...     tokenizes text once, for training",
     "sweep": "FILE [--OPTION ...]              runs configs times seeds, and makes their table",
     "generate": "RUN --prompt TEXT ...         continues texts with the model of a run",
+    "visualize": "RUN --text FILE | --training  draws where a run's attention looks",
 }
 
 
@@ -83,6 +84,10 @@ def command() -> int:
         from moda_jax.train.generate_command import main as generate
 
         return generate(arguments)
+    if name == "visualize":
+        from moda_jax.visualize.command import main as visualize
+
+        return visualize(arguments)
     if name in ("-h", "--help"):
         lines = [f"  moda-jax {command} {usage}" for command, usage in _COMMANDS.items()]
         print("\n".join(["usage:", *lines, "", "moda-jax COMMAND --help says more."]), flush=True)
