@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None, *, program: str = "moda-jax visualiz
         if options.text is None and not options.training:
             raise ValueError("moda-jax visualize: expected --text FILE or --training, got neither")
         folder = Path(options.output or Path(options.run) / "pictures").expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--output: expected a folder, got a file: {str(folder)!r}")
         written = _draw_text(options, folder) if options.text is not None else []
         written += [_draw_training(options, folder)] if options.training else []
         for path in written:

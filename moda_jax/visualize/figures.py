@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from moda_jax.visualize.text_attention import TextAttention
 
@@ -54,10 +56,10 @@ def _draw_panel(axes: Axes, attention: TextAttention, layer: int, head: int):
     norm = PowerNorm(0.5, vmin=0.0, vmax=1.0)
     future = np.triu(np.ones((length, length), bool), 1)
     axes.set_facecolor(_UNSEEN)
-    settings = {"aspect": "auto", "norm": norm, "interpolation": "nearest"}
+    settings: dict[str, Any] = {"aspect": "auto", "norm": norm, "interpolation": "nearest"}
     sequence = np.ma.masked_array(weights[:, :length], future)
     image = axes.imshow(sequence, extent=(0, 1, length, 0), **settings)
-    ticks = [i for i in range(0, length, _tick_step(length))]
+    ticks = range(0, length, _tick_step(length))
     places, labels = [(i + 0.5) / length for i in ticks], [str(i) for i in ticks]
     right = 1.0
     if slots := len(attention.slots):
@@ -89,7 +91,7 @@ def plot_sink(attention: TextAttention, path: Path) -> None:
     else:
         axes.plot(layers, attention.sink[:, 0], "o-")
     axes.set(xlabel="layer", ylabel="mean weight on the first token", ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     _title(figure, attention.title)
     figure.savefig(path, dpi=120)
@@ -119,7 +121,7 @@ def plot_mass_by_step(
     image = by_layer.pcolormesh(edges, heights, mass, vmin=0.0, vmax=max(float(mass.max()), 1e-6))
     by_layer.set(xlabel="step", ylabel="layer")
     by_layer.invert_yaxis()
-    by_layer.yaxis.get_major_locator().set_params(integer=True)
+    by_layer.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=by_layer, label="mass on depth slots")
     _title(figure, title)
     figure.savefig(path, dpi=120)

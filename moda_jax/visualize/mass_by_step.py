@@ -29,7 +29,7 @@ def mass_by_step(
     }
     if not found:
         if any(DEPTH_MASS in record for record in records):
-            reason = "only its mean over the layers, from an earlier version: go on with the run"
+            reason = "only its mean over the layers (what an earlier version wrote)"
         else:
             reason = "none: no validation yet, or a model whose attention reads no depth slots"
         raise ValueError(f"{path}: expected {_BY_LAYER}LAYER of some validation, got {reason}")

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from moda_jax.config import ModelConfig
@@ -91,7 +92,7 @@ def look(
     if len(ids) < 2:
         raise ValueError("--text: expected a text of at least one token, got none")
     _check_length(config, len(ids), len(layers), len(heads))
-    maps = attention_maps(model, np.asarray(ids, np.int32), layers=layers, heads=heads)
+    maps = attention_maps(model, jnp.asarray(ids, jnp.int32), layers=layers, heads=heads)
     return TextAttention(
         title=title,
         mechanism=_describe(config),
@@ -142,9 +143,7 @@ def packed_bytes(length: int, num_slots: int) -> int:
 def _describe(config: ModelConfig) -> str:
     words = f"{config.depth.name}: {make_mechanism(config).describe()}"
     if has_own_softmax(config):
-        return (
-            f"{words}. Sequence and depth have a softmax each: a row of either part sums to 1."
-        )
+        return f"{words}. Sequence and depth have a softmax each: a row of either part sums to 1."
     if num_depth_slots(config):
         return f"{words}. One softmax: a row of both parts together sums to 1."
     return f"{words}. Its attention reads no depth slots: there is a sequence part only."
