@@ -49,7 +49,7 @@ Ctrl-C), the same command goes on; {EXIT_BAD_INPUT} bad input; {EXIT_DIVERGED} d
 {_TRACEBACK_SWITCH}=1 shows the traceback of an error."""
 
 
-def quiet_libtpu() -> None:
+def _quiet_libtpu() -> None:
     """The development tools bring libtpu, as a compiler; JAX loads it, and without a TPU it
     complains on stderr about these two, which then mean nothing.
     """
@@ -83,10 +83,12 @@ def command() -> int:
     if name == "generate":
         from moda_jax.train.generate_command import main as generate
 
+        _quiet_libtpu()
         return generate(arguments)
     if name == "visualize":
         from moda_jax.visualize.command import main as visualize
 
+        _quiet_libtpu()
         return visualize(arguments)
     if name in ("-h", "--help"):
         lines = [f"  moda-jax {command} {usage}" for command, usage in _COMMANDS.items()]
@@ -114,7 +116,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = "train.py") -> int
         # What only training needs takes a second to import: not for a mistyped option.
         from moda_jax.train.trainer import train
 
-        quiet_libtpu()
+        _quiet_libtpu()
         finished = train(config, clock=StartClock.of_process()).finished
         sys.stdout.flush()
         return EXIT_FINISHED if finished else EXIT_STOPPED

@@ -46,16 +46,26 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     return out.astype(operands.query.dtype), lse.transpose(0, 3, 1, 2).reshape(batch, q_len, heads)
 
 
-def attention_weights(operands: Operands, options: Options) -> jax.Array:
+def attention_weights(
+    operands: Operands, options: Options, depth_bias: jax.Array | None = None
+) -> jax.Array:
     """The softmax's weights [B, N, Tq, keys], float32 or wider, of a call with keys of some kind.
 
     The sequence's keys come first, if the call has them, then the depth slots; without
-    `depth_chunk`: S of them. A query's weights sum to 1, or are 0 if it sees nothing.
+    `depth_chunk`: S of them. A query's weights sum to 1, or are 0 if it sees nothing. depth_bias
+    [N] is added to the scores of depth slots.
     """
     assert options.depth_chunk is None
     batch, q_len, heads, _ = operands.query.shape
-    weights, _ = _softmax(_scores(_parts(operands, options)))
-    return weights.reshape(batch, heads, q_len, -1)
+    scores = _scores(_parts(operands, options)).reshape(batch, heads, q_len, -1)
+    if depth_bias is not None:
+        is_slot = jnp.arange(scores.shape[-1]) >= _num_keys(operands)
+        scores += jnp.where(is_slot, depth_bias[:, None, None], 0.0)
+    return _softmax(scores)[0]
+
+
+def _num_keys(operands: Operands) -> int:
+    return 0 if operands.key is None else operands.key.shape[1]
 
 
 def _parts(operands: Operands, options: Options) -> list[tuple[jax.Array, ...]]:

@@ -191,6 +191,23 @@ def test_a_terminal_gets_control_characters_spelled_out(run, drawn, monkeypatch)
     assert out.buffer.getvalue() == b"\\xe9\\x1b[2Jok\n"
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("chat_template.jinja", "{{ x }}"), ("tokenizer_config.json", '{"chat_template": ""}')],
+)
+def test_a_chat_template_is_named_and_not_applied(run, generate, drawn, tmp_path, file, content):
+    calls = drawn(b"ok")
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "huggingface").mkdir()
+    (copy / "huggingface" / "tokenizer_config.json").write_text("{}")
+    assert generate(copy, "--prompt", "a")[2] == ""
+    (copy / "huggingface" / file).write_text(content)
+    status, out, err = generate(copy, "--prompt", "a")
+    assert (status, out, err.count("\n")) == (0, "aok\n", 1)
+    assert err.startswith(f"note: {copy / 'huggingface' / file} is a chat template, which is not")
+    assert calls[0] == calls[1]
+
+
 def test_ctrl_c_ends_with_one_line(run, generate, drawn):
     drawn(b"half", interrupt=True)
     assert generate(run, "--prompt", "a ") == (130, "a half\n", "interrupted\n")

@@ -15,11 +15,13 @@ from moda_jax.config import DenseConfig, DepthAttentionConfig, MoDAConfig, Resid
 from moda_jax.data.tokenizer import ByteTokenizer
 from moda_jax.model import reference
 from moda_jax.model.attention_maps import attention_maps
+from moda_jax.ops import attention
 from moda_jax.train.metrics import METRICS_FILE
 from moda_jax.visualize import command, figures, text_attention
 from moda_jax.visualize.mass_by_step import mass_by_step
 from moda_jax.visualize.page import dequantize, pack, page_data, quantize, write_page
 from moda_jax.visualize.text_attention import TextAttention, look, token_texts
+from pallas_kernels import reference as pallas_reference
 from tests.models import SMALL, random_model
 from tests.runs import save_run
 from tests.tolerances import ATTENTION_WEIGHTS
@@ -38,10 +40,10 @@ def softmaxes(monkeypatch, model):
     def read(params):
         operands = []
 
-        def recorded(query, slots, sequence=None):
+        def recorded(query, slots, sequence=None, *rest):
             keys = [key for key, _ in slots]
             operands.append((query, keys, None if sequence is None else sequence[0]))
-            return attend(query, slots, sequence)
+            return attend(query, slots, sequence, *rest)
 
         monkeypatch.setattr(reference, "_attention", recorded)
         reference.forward(model.config, params, jnp.asarray(TOKENS)[None])
@@ -69,6 +71,15 @@ def by_hand(query, slots, key):
     e = np.exp(np.concatenate(scores, axis=-1) / size**0.5)
     assert e.dtype == np.float64
     return e / e.sum(axis=-1, keepdims=True)
+
+
+def test_a_bias_on_depth_scores():
+    """By hand: of equal scores, two tokens and one slot, a bias of log 2 gives the slot a half."""
+    ones = jnp.ones((1, 2, 2, 4))
+    options = attention.check(ones, ones, ones, ones[None], ones[None], implementation=None)
+    weights = pallas_reference.attention_weights(*options, jnp.log(jnp.array([2.0, 1.0])))
+    np.testing.assert_allclose(weights[0, 0], [[1 / 3, 0, 2 / 3], [1 / 4, 1 / 4, 1 / 2]], rtol=1e-6)
+    np.testing.assert_allclose(weights[0, 1], [[1 / 2, 0, 1 / 2], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-6)
 
 
 def close(got, expected):

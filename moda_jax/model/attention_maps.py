@@ -53,8 +53,11 @@ def num_depth_slots(config: ModelConfig) -> int:
 
 def num_bytes(config: ModelConfig, length: int, *, num_layers: int, num_heads: int) -> int:
     """What `attention_maps` of so many layers and heads holds, beside the model."""
-    kept = num_layers * num_heads + config.num_heads
-    return 4 * kept * length * (length + num_depth_slots(config))
+    slots = num_depth_slots(config)
+    kept = (num_layers * num_heads + config.num_heads) * length * (length + slots)
+    if has_own_softmax(config):  # of all layers and heads
+        kept += config.num_layers * config.num_heads * length * slots
+    return 4 * kept
 
 
 def attention_maps(
@@ -101,7 +104,8 @@ def _attention_maps(graph, layers, heads, state, tokens) -> AttentionMaps:
 
     def attend(layer, query, key, value, depth, kept):
         call = ShardedAttention.of(query, key, value, **depth, implementation=implementation(spec))
-        weights = reference.attention_weights(call.operands, call.options)[0]
+        bias = depth.get("depth_bias")
+        weights = reference.attention_weights(call.operands, call.options, bias)[0]
         if depth:
             weights = weights[..., : length + num_slots]
             visible = reference.slot_mask(call.operands, call.options)[:num_slots]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from moda_jax.cli import exit_status, parse_options, quiet_libtpu
+from moda_jax.cli import exit_status, parse_options
 from moda_jax.terminal import escape_controls
 from moda_jax.train.errors import EXIT_FINISHED, EXIT_INTERRUPTED
 
@@ -122,9 +122,11 @@ def _generate(options: GenerateOptions, prompts: Sequence[str]) -> None:
     from moda_jax.train.compilation_cache import CompilationCache
     from moda_jax.train.trained import load_named
 
-    quiet_libtpu()
     with CompilationCache("auto"):
         model, tokenizer, _ = load_named(options.run, options.step)
+        if (template := _chat_template(Path(options.run))) is not None:
+            line = f"note: {template} is a chat template, which is not applied; see --help"
+            print(escape_controls(line), file=sys.stderr)
         for number, prompt in enumerate(prompts, start=1):
             start = [tokenizer.eos_id] if options.document_start else []
             tokens = [*start, *tokenizer.encode(prompt)]
@@ -155,6 +157,18 @@ def _generate(options: GenerateOptions, prompts: Sequence[str]) -> None:
                 _show("\n")  # so that the message has a line of its own
                 raise
             _show(text.finish() + "\n")
+
+
+def _chat_template(run: Path) -> Path | None:
+    """The file of the chat template that came with an imported model."""
+    for folder in (run, run / "huggingface"):
+        for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
+            path = folder / name
+            if path.is_file() and (
+                name != "tokenizer_config.json" or b'"chat_template"' in path.read_bytes()
+            ):
+                return path
+    return None
 
 
 def _show(text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from moda_jax.cli import exit_status, parse_options, quiet_libtpu
+from moda_jax.cli import exit_status, parse_options
 from moda_jax.train.errors import EXIT_FINISHED
 from moda_jax.train.generate_command import read_text
 
@@ -79,7 +79,6 @@ def _draw_text(options: VisualizeOptions, folder: Path) -> list[Path]:
     from moda_jax.visualize.page import write_page
     from moda_jax.visualize.text_attention import look
 
-    quiet_libtpu()
     with CompilationCache("auto"):
         model, tokenizer, step = load_named(options.run, options.step)
         attention = look(
