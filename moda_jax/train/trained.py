@@ -16,7 +16,7 @@ from moda_jax.config import ExecutionConfig, MeshConfig, ModelConfig, dataclass_
 from moda_jax.data.tokenizer import Tokenizer
 from moda_jax.model.transformer import Transformer
 from moda_jax.ops.sharding import make_mesh, state_shardings
-from moda_jax.terminal import one_line
+from moda_jax.terminal import escape_controls
 from moda_jax.train.checkpoint import METRICS_ITEM, checkpoint_steps, saved_loss
 from moda_jax.train.manifest import find_damage
 from moda_jax.train.run_folder import load_folder_tokenizer
@@ -96,7 +96,7 @@ def load_named(directory: str, step: str) -> TrainedModel:
         trained = load_trained(directory, step=known[step] if step in known else int(step))
     for warning in caught:
         if issubclass(warning.category, DamagedCheckpointWarning):
-            print(f"warning: {one_line(warning.message)}", file=sys.stderr)  # type: ignore[arg-type]
+            print(f"warning: {escape_controls(str(warning.message))}", file=sys.stderr)
         else:
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
