@@ -63,7 +63,7 @@ _COMMANDS = {
     "prepare": "SOURCE --output FOLDER ...     tokenizes text once, for training",
     "sweep": "FILE [--OPTION ...]              runs configs times seeds, and makes their table",
     "generate": "RUN --prompt TEXT ...         continues texts with the model of a run",
-    "visualize": "RUN --text FILE | --training  draws where a run's attention looks",
+    "visualize": "RUN --text FILE ...         draws where a run's attention looks",
 }
 
 
