@@ -63,6 +63,8 @@ _COMMANDS = {
     "prepare": "SOURCE --output FOLDER ...     tokenizes text once, for training",
     "sweep": "FILE [--OPTION ...]              runs configs times seeds, and makes their table",
     "eval": "RUN [--OPTION ...]                perplexity of texts, and scores of tasks",
+    "generate": "RUN --prompt TEXT ...         continues texts with the model of a run",
+    "visualize": "RUN --text FILE ...         draws where a run's attention looks",
 }
 
 
@@ -84,6 +86,16 @@ def command() -> int:
         from moda_jax.sweep.command import main as sweep
 
         return sweep(arguments)
+    if name == "generate":
+        from moda_jax.train.generate_command import main as generate
+
+        _quiet_libtpu()
+        return generate(arguments)
+    if name == "visualize":
+        from moda_jax.visualize.command import main as visualize
+
+        _quiet_libtpu()
+        return visualize(arguments)
     if name in ("-h", "--help"):
         lines = [f"  moda-jax {command} {usage}" for command, usage in _COMMANDS.items()]
         print("\n".join(["usage:", *lines, "", "moda-jax COMMAND --help says more."]), flush=True)

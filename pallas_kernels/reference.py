@@ -31,6 +31,45 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     lse is the natural logarithm of the softmax's denominator. A query that sees nothing gets o = 0
     and lse = -inf.
     """
+    batch, q_len, heads, head_dim = operands.query.shape
+    kv_heads, parts = num_kv_heads(operands), _parts(operands, options)
+    dtype = accumulator_dtype(operands.query.dtype)
+    if not parts:
+        return jnp.zeros_like(operands.query), jnp.full((batch, q_len, heads), -jnp.inf, dtype)
+    weights, lse = _softmax(_scores(parts))
+    out, start = jnp.zeros((batch, kv_heads, heads // kv_heads, q_len, head_dim), dtype), 0
+    for _, mask, value in parts:
+        share = weights[..., start : start + mask.shape[-1]]
+        out += jnp.einsum("bkgts,bktsh->bkgth", share, value, precision="highest")
+        start += mask.shape[-1]
+    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, q_len, heads, head_dim)
+    return out.astype(operands.query.dtype), lse.transpose(0, 3, 1, 2).reshape(batch, q_len, heads)
+
+
+def attention_weights(
+    operands: Operands, options: Options, depth_bias: jax.Array | None = None
+) -> jax.Array:
+    """The softmax's weights [B, N, Tq, keys], float32 or wider, of a call with keys of some kind.
+
+    The sequence's keys come first, if the call has them, then the depth slots; without
+    `depth_chunk`: S of them. A query's weights sum to 1, or are 0 if it sees nothing. depth_bias
+    [N] is added to the scores of depth slots.
+    """
+    assert options.depth_chunk is None
+    batch, q_len, heads, _ = operands.query.shape
+    scores = _scores(_parts(operands, options)).reshape(batch, heads, q_len, -1)
+    if depth_bias is not None:
+        is_slot = jnp.arange(scores.shape[-1]) >= _num_keys(operands)
+        scores += jnp.where(is_slot, depth_bias[:, None, None], 0.0)
+    return _softmax(scores)[0]
+
+
+def _num_keys(operands: Operands) -> int:
+    return 0 if operands.key is None else operands.key.shape[1]
+
+
+def _parts(operands: Operands, options: Options) -> list[tuple[jax.Array, ...]]:
+    """Per key set: scores and mask [B, K, G, Tq, keys], values [B, K, Tq or 1, keys, H]."""
     dtype = accumulator_dtype(operands.query.dtype)
     batch, q_len, heads, head_dim = operands.query.shape
     kv_heads = num_kv_heads(operands)
@@ -39,24 +78,18 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     # product is not rounded, as the one in the maximum was.
     query_BxTxKxGxH = options.scale * operands.query.astype(dtype).reshape(grouped)
 
-    parts = []  # per key set: scores and mask [B, K, G, Tq, keys], values [B, K, Tq or 1, keys, H]
+    parts = []
     if operands.key is not None:
         parts.append(_sequence_part(operands, options, query_BxTxKxGxH))
     if operands.depth_key is not None and operands.depth_key.shape[0]:
         part = _depth_part if options.depth_chunk is None else _chunk_part
         parts.append(part(operands, options, query_BxTxKxGxH))
+    return parts
 
-    if not parts:
-        return jnp.zeros_like(operands.query), jnp.full((batch, q_len, heads), -jnp.inf, dtype)
-    scores = jnp.concatenate([jnp.where(mask, score, -jnp.inf) for score, mask, _ in parts], -1)
-    weights, lse = _softmax(scores)
-    out, start = jnp.zeros((batch, kv_heads, heads // kv_heads, q_len, head_dim), dtype), 0
-    for _, mask, value in parts:
-        share = weights[..., start : start + mask.shape[-1]]
-        out += jnp.einsum("bkgts,bktsh->bkgth", share, value, precision="highest")
-        start += mask.shape[-1]
-    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, q_len, heads, head_dim)
-    return out.astype(operands.query.dtype), lse.transpose(0, 3, 1, 2).reshape(batch, q_len, heads)
+
+def _scores(parts: list[tuple[jax.Array, ...]]) -> jax.Array:
+    """Of all key sets side by side; -inf where a query does not look."""
+    return jnp.concatenate([jnp.where(mask, score, -jnp.inf) for score, mask, _ in parts], -1)
 
 
 def _softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -90,7 +123,7 @@ def _token_mask(
     return mask[:, None, None]
 
 
-def _slot_mask(operands: Operands, options: Options) -> jax.Array:
+def slot_mask(operands: Operands, options: Options) -> jax.Array:
     """[S]: slots below depth_length and, if bounded, among the reserved or the newest ones."""
     assert operands.depth_key is not None
     slots = operands.depth_key.shape[0]
@@ -116,7 +149,7 @@ def _sequence_part(operands: Operands, options: Options, query: jax.Array):
 
 def _visible_depth(operands: Operands, options: Options, dtype) -> tuple[jax.Array, ...]:
     """Depth keys and values with invisible slots zeroed, and the mask of slots."""
-    slots = _slot_mask(operands, options)
+    slots = slot_mask(operands, options)
     seen = slots[:, None, None, None, None]
     key, value = (
         jnp.where(seen, x, 0).astype(dtype) for x in (operands.depth_key, operands.depth_value)

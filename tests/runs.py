@@ -4,14 +4,17 @@ import dataclasses
 import signal
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from moda_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, ResidualConfig
+from moda_jax.model.transformer import Transformer
 from moda_jax.ops.sharding import make_mesh
 from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.metrics import METRICS_FILE, read_metrics
-from moda_jax.train.train_step import make_train_functions
+from moda_jax.train.train_step import TrainState, make_train_functions
 from tests.models import FLOAT32
 
 STEPS = 6
@@ -76,6 +79,23 @@ class History:
         self.steps[step] = (metrics["loss"], metrics["grad_norm"])
         if step == self._stop_at:
             signal.raise_signal(self._number)
+
+
+def save_run(folder: Path, model: Transformer, losses: dict[int, float]) -> Path:
+    """A run's folder with `model` in checkpoints of these validation losses by step; no training.
+
+    Of its bytes tokenizer; the checkpoints of later steps have larger weights.
+    """
+    config = Config(name=folder.name, model=model.config, execution=FLOAT32)
+    data = {"identity": {"tokenizer": "bytes"}, "grain": {"position": 7}}
+    params = nnx.state(model)
+    with Checkpoints(folder / "checkpoints", keep_last=len(losses)) as checkpoints:
+        for factor, (step, loss) in enumerate(losses.items(), start=1):
+            scaled = jax.tree.map(lambda leaf, factor=factor: leaf * factor, params)
+            state = TrainState(np.int32(step), scaled, {})
+            state = jax.tree.map(jax.numpy.asarray, state)
+            checkpoints.save(step, state, data=data, config=config, validation_loss=loss)
+    return folder
 
 
 def final_state(config):

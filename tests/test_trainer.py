@@ -101,7 +101,11 @@ def test_a_finished_run_leaves_everything(config, capsys, monkeypatch):
     assert list(metrics_of(config, "loss")) == [1, 2, 3, 4, 5, 6]
     assert list(metrics_of(config, "validation_perplexity")) == [4, 6]
     assert result.validation_perplexity == pytest.approx(np.exp(result.validation_loss))
-    assert 0 < metrics_of(config, "depth_attention_mass")[6] < 1
+    mass = metrics_of(config, "depth_attention_mass")[6]
+    assert 0 < mass < 1
+    by_layer = [metrics_of(config, f"depth_attention_mass/{layer}")[6] for layer in (1, 2)]
+    assert sum(by_layer) / 2 == pytest.approx(mass, abs=1e-5)  # rounded to five digits
+    assert not metrics_of(config, "depth_attention_mass/0")  # which sees no slots
     losses = metrics_of(config, "loss")
     assert losses[6] < losses[1] - 0.1  # it learns
 

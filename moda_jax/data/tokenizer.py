@@ -147,6 +147,54 @@ def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Seq
     return whole[sum(1 for _ in pairs) :]
 
 
+class TextStream:
+    """The text of `decode_continuation`, piece by piece as tokens come, in whole characters.
+
+    A character's bytes may be spread over several tokens: they are held back until it is whole.
+    What turns out to be no character, or is cut off by the end, becomes U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        # The tokens that were shown last, then those that are held back: what a token stands for
+        # can depend on the one before it, not on all of them.
+        self._shown, self._held = list(prompt), list[int]()
+
+    def push(self, token: int) -> str:
+        """The text that can be shown now that `token` has come; empty while it must wait."""
+        self._held.append(token)
+        text = self._text(self._held)
+        if text and not text.endswith(_BROKEN):
+            return self._show(len(self._held))
+        if len(self._held) > _MOST_HELD:
+            # No character has more than four bytes: those before the last three are broken.
+            return self._show(len(self._held) - 3)
+        return ""
+
+    def finish(self) -> str:
+        """The text that was held back, now that no more tokens come."""
+        return self._show(len(self._held))
+
+    def _show(self, count: int) -> str:
+        shown, self._held = self._held[:count], self._held[count:]
+        text = self._text(shown)
+        if text:
+            self._shown = shown
+        else:
+            self._shown = self._shown + shown
+        return text
+
+    def _text(self, tokens: list[int]) -> str:
+        """What `tokens` add to the tokens that were shown."""
+        before = self._tokenizer.decode(self._shown)
+        return self._tokenizer.decode(self._shown + tokens)[len(before) :]
+
+
+_BROKEN = "\ufffd"
+"""What decoders put in the place of bytes that are no character."""
+_MOST_HELD = 16
+
+
 def _parse(path: str, content: bytes) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)

@@ -62,3 +62,7 @@ class DepthAttention(Mechanism[DepthAttentionConfig]):
 
     def describe(self) -> str:
         return f"attention over {self.num_entries} entries of depth"
+
+    def own_softmax_labels(self) -> list[str]:
+        """The embedding (e), and the layer whose output an entry is."""
+        return ["e", *map(str, range(self.num_entries - 1))]

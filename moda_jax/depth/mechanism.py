@@ -209,3 +209,7 @@ class Mechanism(Generic[Settings]):
     def slot_labels(self) -> list[str]:
         """One name per entry that attention reads, for pictures; empty if it reads none."""
         return []
+
+    def own_softmax_labels(self) -> list[str]:
+        """One name per entry that an attention over depth alone reads; empty if there is none."""
+        return []

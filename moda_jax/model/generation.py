@@ -1,4 +1,4 @@
-"""Text generation: prefill, then one compiled loop of decode steps.
+"""Text generation: prefill, then decode steps, in one compiled loop or one by one.
 
 A token's depth keys are its own: they are computed anew in each step and kept by nobody. What stays
 between steps is the sequence cache alone, the same bytes per token as a plain transformer's.
@@ -6,7 +6,7 @@ between steps is the sequence cache alone, the same bytes per token as a plain t
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -128,26 +128,101 @@ def generate(
     Numbers may be scalars, prompts arrays of NumPy or JAX. Raises ValueError on bad values, on an
     empty prompt, on ids outside the vocabulary.
     """
+    prompts, settings = _checked(
+        model, prompts, max_new_tokens, temperature, top_k, top_p, stop_tokens, seed
+    )
+    if len(prompts) == 0 or settings.max_new_tokens == 0:
+        return [[] for _ in prompts]
+    tokens, lengths = _padded(prompts)
+    graph, state = nnx.split(model)
+    new, counts = _generate(
+        graph, _bucket(settings.max_new_tokens), settings.top_k, state, tokens, lengths,
+        np.int32(settings.max_new_tokens), settings.temperature, settings.top_p,
+        np.asarray(settings.stop_tokens, np.int32), jax.random.key(settings.seed),
+    )  # fmt: skip
+    rows = zip(np.asarray(new).tolist(), np.asarray(counts).tolist(), strict=True)
+    return [row[:count] for row, count in rows]
+
+
+def stream(
+    model: Transformer,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: Sequence[int] = (),
+    seed: int = 0,
+) -> Iterator[int]:
+    """The tokens of `generate(model, [prompt], ...)[0]`, each as soon as it is drawn.
+
+    Arguments and errors are `generate`'s, whose loop is one program: this one returns to Python
+    after each token.
+    """
+    (prompt,), settings = _checked(
+        model, [prompt], max_new_tokens, temperature, top_k, top_p, stop_tokens, seed
+    )
+    return _stream(model, prompt, settings)
+
+
+def _stream(model: Transformer, prompt: list[int], settings: "_Settings") -> Iterator[int]:
+    if settings.max_new_tokens == 0:
+        return
+    tokens, lengths = _padded([prompt])
+    graph, state = nnx.split(model)
+    sampling = settings.temperature, settings.top_p, jax.random.key(settings.seed)
+    capacity = tokens.shape[1] + _bucket(settings.max_new_tokens)
+    token, cache = _first_token(graph, capacity, settings.top_k, state, tokens, lengths, *sampling)
+    for step in range(1, settings.max_new_tokens + 1):
+        following = None
+        if step < settings.max_new_tokens:
+            # The device draws the next token while the caller has this one.
+            following = _next_token(
+                graph, settings.top_k, state, cache, token, np.int32(step), *sampling
+            )
+        new = int(token[0])
+        yield new
+        if following is None or new in settings.stop_tokens:
+            return
+        token, cache = following
+
+
+class _Settings(NamedTuple):
+    """The arguments of `generate` as the compiled functions take them."""
+
+    max_new_tokens: int
+    temperature: np.float32
+    top_k: int | None
+    top_p: np.float32
+    stop_tokens: list[int]
+    seed: int
+
+
+def _checked(
+    model, prompts, max_new_tokens, temperature, top_k, top_p, stop_tokens, seed
+) -> tuple[list[list[int]], _Settings]:
     prompts = [[plain(x) for x in prompt] for prompt in prompts]
     stop_tokens, top_k, top_p = [plain(x) for x in stop_tokens], plain(top_k), plain(top_p)
     max_new_tokens, seed = check_int("max_new_tokens", max_new_tokens, 0), plain(seed)
     _check(prompts, temperature, top_k, top_p, stop_tokens, seed, model.config.vocab_size)
-    if len(prompts) == 0 or max_new_tokens == 0:
-        return [[] for _ in prompts]
+    top_p = np.float32(1.0 if top_p is None else top_p)
+    return prompts, _Settings(
+        max_new_tokens, np.float32(temperature), top_k, top_p, stop_tokens, seed
+    )
+
+
+def _bucket(count: int) -> int:
+    return -(-count // BUCKET) * BUCKET
+
+
+def _padded(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [B, P] and lengths [B], int32; P is a multiple of BUCKET."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    padded = -(-int(lengths.max()) // BUCKET) * BUCKET
-    tokens = np.zeros((len(prompts), padded), np.int32)
+    tokens = np.zeros((len(prompts), _bucket(int(lengths.max()))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    room = -(-max_new_tokens // BUCKET) * BUCKET
-    graph, state = nnx.split(model)
-    new, counts = _generate(
-        graph, room, top_k, state, tokens, lengths, np.int32(max_new_tokens),
-        np.float32(temperature), np.float32(1.0 if top_p is None else top_p),
-        np.asarray(stop_tokens, np.int32), jax.random.key(seed),
-    )  # fmt: skip
-    rows = zip(np.asarray(new).tolist(), np.asarray(counts).tolist(), strict=True)
-    return [row[:count] for row, count in rows]
+    return tokens, lengths
 
 
 def _check(prompts, temperature, top_k, top_p, stop_tokens, seed, vocab_size: int) -> None:
@@ -199,9 +274,7 @@ def _decode(
 
     def body(carry):
         step, logits, cache, new, counts, done = carry
-        chosen = sample(
-            logits, jax.random.fold_in(key, step), temperature=temperature, top_k=top_k, top_p=top_p
-        )
+        chosen = _draw_step(logits, key, step, temperature, top_k, top_p)
         new = new.at[:, step].set(chosen)
         counts += ~done
         done |= jnp.any(chosen[:, None] == stop_tokens, axis=-1)
@@ -214,6 +287,37 @@ def _decode(
     )  # fmt: skip
     *_, new, counts, _ = lax.while_loop(unfinished, body, init)
     return new, counts
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _first_token(graph, capacity, top_k, state, tokens, lengths, temperature, top_p, key):
+    """(the first new token of each row [B], cache) after the prompts."""
+
+    def run(state, tokens, lengths, temperature, top_p, key):
+        logits, cache = prefill(nnx.merge(graph, state), tokens, lengths, capacity)
+        return _draw_step(logits, key, 0, temperature, top_k, top_p), cache
+
+    whole = PartitionSpec(), PartitionSpec()
+    return left_to_the_compiler(run, whole)(state, tokens, lengths, temperature, top_p, key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def _next_token(graph, top_k, state, cache, tokens, step, temperature, top_p, key):
+    """(token number `step` of each row [B], cache) after `tokens` [B], the ones before."""
+
+    def run(state, cache, tokens, step, temperature, top_p, key):
+        logits, cache = decode_step(nnx.merge(graph, state), cache, tokens)
+        return _draw_step(logits, key, step, temperature, top_k, top_p), cache
+
+    whole = PartitionSpec(), PartitionSpec()
+    return left_to_the_compiler(run, whole)(state, cache, tokens, step, temperature, top_p, key)
+
+
+def _draw_step(logits, key, step, temperature, top_k, top_p) -> jax.Array:
+    """Token number `step`; each has a random key of its own."""
+    return sample(
+        logits, jax.random.fold_in(key, step), temperature=temperature, top_k=top_k, top_p=top_p
+    )
 
 
 def sample(

@@ -407,12 +407,14 @@ def scan_layers(
     state: Any = None,
     *,
     keep_entries: bool = False,
+    emit_depth: Callable[[ShardedAttention], Any] | None = None,
 ) -> tuple[jax.Array, Any, Any]:
     """Inference over all layers: (y, final state, what was emitted [L, ...]).
 
     `attend` does the layers' attention over the sequence, so that prefill, decoding and analysis
     share this scan. Bounded slots live in a ring buffer, which nobody could differentiate; with
-    `keep_entries` every entry keeps its own slot.
+    `keep_entries` every entry keeps its own slot. With `emit_depth` each layer emits a pair: what
+    `attend` does, and what `emit_depth` makes of its attention over depth alone (None without any).
     """
     params, x_BxTxD, tokens = vary_like((params, x_BxTxD, tokens), (params, x_BxTxD, tokens))
     program, rope = spec.program, _rope(spec, tokens)
@@ -421,6 +423,7 @@ def scan_layers(
         carry, buffers, state = loop
         layer, weights = layer_and_weights
         results: list[tuple[Any, Any]] = []
+        depth_calls: list[ShardedAttention] = []
 
         def attend_here(query, key, value, history, *, depth=None):
             arguments = depth_arguments(history, depth)
@@ -428,6 +431,7 @@ def scan_layers(
                 call = ShardedAttention.of(
                     query, None, None, **arguments, implementation=implementation(spec)
                 )
+                depth_calls.append(call)
                 return call.forward()[0], history
             out, *result = attend(layer, query, key, value, arguments, state)
             results.append(tuple(result))
@@ -437,6 +441,8 @@ def scan_layers(
         history = History(buffers, params.shared)
         carry, history = program.layer(weights, step, carry, history)
         ((state, emitted),) = results
+        if emit_depth is not None:
+            emitted = emitted, emit_depth(depth_calls[0]) if depth_calls else None
         return (carry, history.buffers, state), emitted
 
     capacity = program.capacity if keep_entries else program.inference_capacity

@@ -19,6 +19,8 @@ from tensorboardX.summary import scalar
 METRICS_FILE = "metrics.jsonl"
 FINAL = "final_"
 """Prefix of the metrics that belong to the end of a run."""
+DEPTH_MASS = "depth_attention_mass"
+"""The share of attention on depth slots, mean over the layers that see any; with /LAYER, of one."""
 _FLUSH_SECONDS = 10.0
 
 

@@ -1,6 +1,7 @@
 """`load_trained`: the model and tokenizer that a run left, or is still writing."""
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from moda_jax.config import ExecutionConfig, MeshConfig, ModelConfig, dataclass_
 from moda_jax.data.tokenizer import Tokenizer
 from moda_jax.model.transformer import Transformer
 from moda_jax.ops.sharding import make_mesh, state_shardings
+from moda_jax.terminal import escape_controls
 from moda_jax.train.checkpoint import METRICS_ITEM, checkpoint_steps, saved_loss
 from moda_jax.train.manifest import find_damage
 from moda_jax.train.run_folder import load_folder_tokenizer
@@ -60,7 +62,17 @@ def load_trained(
         raise ValueError(
             f"directory: expected a run's folder with checkpoints/ in it, got {str(directory)!r}"
         )
-    step = _find_step(folder, step)
+    while True:
+        steps = checkpoint_steps(folder)
+        try:
+            return _load(folder, _find_step(folder, step), mesh)
+        except (OSError, ValueError):
+            # A training that goes on removes its older checkpoints, perhaps while they are read.
+            if set(steps) <= set(checkpoint_steps(folder)):
+                raise
+
+
+def _load(folder: Path, step: int, mesh: Mesh | None) -> TrainedModel:
     run = read_run(folder / str(step))
     config = from_json(run["config"]["model"])
     execution = dataclass_from_json(run["config"]["execution"], ExecutionConfig, "execution.")
@@ -69,6 +81,27 @@ def load_trained(
     )
     model = _restore_model(folder / str(step), config, execution, mesh)
     return TrainedModel(model, tokenizer, step)
+
+
+def load_named(directory: str, step: str) -> TrainedModel:
+    """`load_trained` for a command line: its warnings are lines on stderr.
+
+    Raises ValueError, also for a step that is neither "newest" nor "best" nor a number.
+    """
+    known: dict[str, Literal["newest", "best"]] = {"newest": "newest", "best": "best"}
+    if step not in known and not step.isdecimal():
+        raise ValueError(f"--step: expected newest, best or a step's number, got {step!r}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DamagedCheckpointWarning)
+        trained = load_trained(directory, step=known[step] if step in known else int(step))
+    for warning in caught:
+        if issubclass(warning.category, DamagedCheckpointWarning):
+            print(f"warning: {escape_controls(str(warning.message))}", file=sys.stderr)
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    return trained
 
 
 def _restore_model(

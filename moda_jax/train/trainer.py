@@ -28,7 +28,7 @@ from moda_jax.train.divergence import SkippedSteps, divergence
 from moda_jax.train.errors import DivergenceError, SaveError
 from moda_jax.train.init_from import load_initial_params
 from moda_jax.train.memory import describe_out_of_memory, is_out_of_memory
-from moda_jax.train.metrics import FINAL, METRICS_FILE, MetricsWriter, read_metrics
+from moda_jax.train.metrics import DEPTH_MASS, FINAL, METRICS_FILE, MetricsWriter, read_metrics
 from moda_jax.train.owner import FolderOwner
 from moda_jax.train.processes import (
     SAVE,
@@ -444,10 +444,12 @@ class _Run:
         return metrics
 
     def _depth_metrics(self, mass: np.ndarray) -> dict[str, float]:
-        """Share of attention that goes to depth slots, mean over the layers that see any."""
+        """Share of attention that goes to depth slots: of each layer that sees any, their mean."""
         if mass.shape[1] == 1:
             return {}
-        return {"depth_attention_mass": float(mass[1:, 1:].sum(axis=1).mean())}
+        by_layer = mass[1:, 1:].sum(axis=1)
+        layers = {f"{DEPTH_MASS}/{n}": round(float(x), 5) for n, x in enumerate(by_layer, start=1)}
+        return {DEPTH_MASS: float(by_layer.mean())} | layers
 
     def _save(self, *, validation_loss: float | None) -> None:
         """Starts to save the state, unless it must not become the newest checkpoint.
