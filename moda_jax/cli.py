@@ -61,6 +61,8 @@ def _quiet_libtpu() -> None:
 _COMMANDS = {
     "train": "[CONFIG] [--SETTING VALUE ...]   trains a language model",
     "prepare": "SOURCE --output FOLDER ...     tokenizes text once, for training",
+    "import": "DIR --name RUN                  makes a run of a Hugging Face checkpoint",
+    "export": "RUN DIR                         writes a run as a Hugging Face checkpoint",
     "sweep": "FILE [--OPTION ...]              runs configs times seeds, and makes their table",
 }
 
@@ -74,6 +76,14 @@ def command() -> int:
         from moda_jax.data.prepare_command import main as prepare
 
         return prepare(arguments, program="moda-jax prepare")
+    if name == "import":
+        from moda_jax.huggingface.command import main_import
+
+        return main_import(arguments)
+    if name == "export":
+        from moda_jax.huggingface.command import main_export
+
+        return main_export(arguments)
     if name == "sweep":
         from moda_jax.sweep.command import main as sweep
 

@@ -16,6 +16,7 @@ from moda_jax.data.tokenizer import Tokenizer
 from moda_jax.model.transformer import Transformer
 from moda_jax.ops.sharding import make_mesh, state_shardings
 from moda_jax.train.checkpoint import METRICS_ITEM, checkpoint_steps, saved_loss
+from moda_jax.train.imported import is_imported, read_imported
 from moda_jax.train.manifest import find_damage
 from moda_jax.train.run_folder import load_folder_tokenizer
 
@@ -60,7 +61,7 @@ def load_trained(
         raise ValueError(
             f"directory: expected a run's folder with checkpoints/ in it, got {str(directory)!r}"
         )
-    step = _find_step(folder, step)
+    step = find_step(folder, step)
     run = read_run(folder / str(step))
     config = from_json(run["config"]["model"])
     execution = dataclass_from_json(run["config"]["execution"], ExecutionConfig, "execution.")
@@ -102,6 +103,8 @@ def read_params(folder: Path, target: nnx.State) -> nnx.State:
         folder: of the checkpoint, checkpoints/STEP.
         target: jax.ShapeDtypeStruct of each parameter, with its sharding.
     """
+    if is_imported(folder):
+        return read_imported(folder, target)
     saved = _restore(folder, params=ocp.args.StandardRestore(nnx.as_pure(target))).params
     return jax.tree.unflatten(jax.tree.structure(target), jax.tree.leaves(saved))
 
@@ -112,7 +115,7 @@ def _restore(folder: Path, **items: Any) -> Any:
         return checkpointer.restore(folder, args=ocp.args.Composite(**items))
 
 
-def _find_step(folder: Path, step: int | str) -> int:
+def find_step(folder: Path, step: int | str) -> int:
     """The chosen checkpoint; whole, after warnings about better ones that are not."""
     steps = checkpoint_steps(folder)
     # A damaged one might have been the best: it is looked at first, so that it is named.
