@@ -72,6 +72,10 @@ class MoDAConfig(DepthConfig):
     """Bounded slots (paper section 6.2): read only this many newest slots; None reads all."""
     reserved: int = 0
     """Bounded slots: the earliest slots that stay visible beside the window."""
+    score_bias: float | None = None
+    """Depth scores get this number and one more that is learned, for each layer and query head,
+    and starts at 0. For models that were trained without depth slots: weights on them begin
+    e^score_bias times as large. None: nothing is added."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -95,9 +95,7 @@ def read_model_config(settings: Mapping[str, Any], ignore: Collection[str] = ())
     if kind == MODA:
         return from_json(common | {name: _required(settings, name) for name in _OURS})
     placement, qk_norm = _NORMS[kind]
-    return ModelConfig(
-        **common, norm_placement=placement, qk_norm=qk_norm, depth=ResidualConfig()
-    )  # type: ignore[arg-type]
+    return ModelConfig(**common, norm_placement=placement, qk_norm=qk_norm, depth=ResidualConfig())  # type: ignore[arg-type]
 
 
 _OURS = ("norm_placement", "qk_norm", "use_bias", "depth")

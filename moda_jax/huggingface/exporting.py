@@ -65,12 +65,12 @@ def export_checkpoint(
     saved = read_run(checkpoint)
     model = from_json(saved["config"]["model"])
     kind = model_type_of(model)
-    tokenizer = load_folder_tokenizer(
-        run, saved["config"]["data"], expected=saved_tokenizer(saved)
-    )
+    tokenizer = load_folder_tokenizer(run, saved["config"]["data"], expected=saved_tokenizer(saved))
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory}: expected a new or empty folder, got one with files")
-    arrays = _imported(model, checkpoint) if is_imported(checkpoint) else _trained(model, checkpoint)
+    arrays = (
+        _imported(model, checkpoint) if is_imported(checkpoint) else _trained(model, checkpoint)
+    )
     directory.mkdir(parents=True, exist_ok=True)
     found: set[str] = set()
     with ShardWriter(directory, shard_bytes) as writer:
@@ -115,9 +115,7 @@ def _trained(model: ModelConfig, checkpoint: Path) -> Iterator[tuple[Parameter, 
             f"{checkpoint}: the export needs {gib(needed)} of memory, got {gib(there)}"
         )
     here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
-    )
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     arrays = jax.tree.leaves(read_params(checkpoint, target))
     for parameter, array in zip(parameters_of(model), arrays, strict=True):
         yield parameter, np.asarray(array)

@@ -162,4 +162,3 @@ class ShardWriter:
             self._folder / INDEX_FILE,
             {"metadata": {"total_size": self._total}, "weight_map": weight_map},
         )
-

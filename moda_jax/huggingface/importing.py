@@ -85,7 +85,9 @@ def import_checkpoint(
         ),
     )
     count = sum(int(np.prod(parameter.shape)) for parameter in parameters)
-    say(f"{source}: {settings['model_type']}, {count:,} parameters, tokenizer of {text.vocab_size:,}")
+    say(
+        f"{source}: {settings['model_type']}, {count:,} parameters, tokenizer of {text.vocab_size:,}"
+    )
     directory.mkdir(parents=True, exist_ok=True)
     with FolderOwner(directory):
         _copy_files(source, directory)
@@ -144,9 +146,7 @@ def _check_tensors(
         )
 
 
-def _check_room(
-    parameters: Sequence[Parameter], tensors: TensorFiles, directory: Path
-) -> None:
+def _check_room(parameters: Sequence[Parameter], tensors: TensorFiles, directory: Path) -> None:
     """Raises ValueError if memory or disk are too small, before anything is written."""
     sizes = [
         int(np.prod(parameter.shape)) * _stored_dtype(parameter, tensors).itemsize

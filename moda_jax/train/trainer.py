@@ -227,9 +227,11 @@ class _Run:
                 self.config.model,
                 self.functions.abstract_state.params,
                 tokenizer=self.data.tokenizer.fingerprint,
+                seed=self.config.seed,
             )
             self.state = self.functions.begin_with(initial.params)
             self.changes = initial.notes
+            self.owes_validation = initial.is_changed
             self.clock.lap("restore")
             return initial.source
         if restored is None:
