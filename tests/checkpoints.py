@@ -1,11 +1,19 @@
-"""Folders in Hugging Face's format, for tests."""
+"""Folders in Hugging Face's format and small runs, for tests."""
 
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from flax import nnx
 from safetensors.numpy import load_file, save_file
+
+from moda_jax.config import Config, DataConfig
+from moda_jax.data.tokenizer import ByteTokenizer
+from moda_jax.train.checkpoint import Checkpoints
+from moda_jax.train.run_folder import write_settings
+from tests.models import FLOAT32
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
 WORDS = ("<s>", "</s>", "a", "b", "c")
@@ -59,3 +67,18 @@ def read_tensors(folder):
         for file in sorted(folder.glob("*.safetensors"))
         for name, tensor in load_file(file).items()
     }
+
+
+def save_run(folder, model):
+    """A run's folder with a training's checkpoint of random parameters."""
+    config = Config("run", model=model.config, execution=FLOAT32, data=DataConfig(seq_len=16))
+    state = nnx.state(model)
+
+    class State:
+        params, step, optimizer = state, jnp.int32(3), {}
+
+    with Checkpoints(folder / "checkpoints", keep_last=1) as checkpoints:
+        data = {"identity": {"tokenizer": "bytes"}}
+        checkpoints.save(3, State, data=data, config=config, validation_loss=None)
+    write_settings(folder, config, ByteTokenizer())
+    return folder

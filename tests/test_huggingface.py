@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -18,14 +17,11 @@ from flax import nnx
 from moda_jax import load_trained
 from moda_jax.cli import load_config
 from moda_jax.config import (
-    Config,
-    DataConfig,
     MHCConfig,
     MoDAConfig,
     ModelConfig,
     ResidualConfig,
 )
-from moda_jax.data.tokenizer import ByteTokenizer
 from moda_jax.huggingface import exporting, importing
 from moda_jax.huggingface.command import main_export, main_import
 from moda_jax.huggingface.config import read_model_config, write_model_config
@@ -33,11 +29,16 @@ from moda_jax.huggingface.exporting import export_checkpoint
 from moda_jax.huggingface.importing import import_checkpoint
 from moda_jax.huggingface.weights import parameters_of
 from moda_jax.train import imported
-from moda_jax.train.checkpoint import Checkpoints
 from moda_jax.train.losses import next_token_loss
 from moda_jax.train.trainer import train
 from tests.attention_suite import assert_close
-from tests.checkpoints import golden, read_tensors, write_checkpoint, write_tokenizer
+from tests.checkpoints import (
+    golden,
+    read_tensors,
+    save_run,
+    write_checkpoint,
+    write_tokenizer,
+)
 from tests.models import FLOAT32, SMALL, VARIANTS, random_model
 from tests.runs import corpus_fixture, final_state, make_config, metrics_of  # noqa: F401
 from tests.tolerances import GOLDEN, SAME_MODEL
@@ -111,7 +112,7 @@ def test_exported_again_every_tensor_and_setting_comes_back(name, tmp_path):
 
 def test_sixteen_bits_stay_sixteen_bits_and_are_float32_in_a_model(tmp_path):
     settings, tensors, _ = golden("llama")
-    halves = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
+    halves = {name: x.astype(jnp.bfloat16) for name, x in tensors.items()}
     import_checkpoint(
         write_checkpoint(tmp_path / "in", settings, halves), tmp_path / "run", **QUIET
     )
@@ -121,7 +122,7 @@ def test_sixteen_bits_stay_sixteen_bits_and_are_float32_in_a_model(tmp_path):
     np.testing.assert_array_equal(model.embedding[...], wanted)
     export_checkpoint(tmp_path / "run", tmp_path / "out", **QUIET)
     for name, tensor in read_tensors(tmp_path / "out").items():
-        assert tensor.dtype == ml_dtypes.bfloat16
+        assert tensor.dtype == jnp.bfloat16
         np.testing.assert_array_equal(tensor, halves[name])
     assert json.loads((tmp_path / "out" / "config.json").read_bytes())["torch_dtype"] == "bfloat16"
     export_checkpoint(tmp_path / "run", tmp_path / "wide", dtype="float32", **QUIET)
@@ -280,7 +281,7 @@ def test_the_declared_end_of_text_and_the_tokenizers_files_come_along(tmp_path):
 
 
 def random_llama(folder, corpus):
-    """A checkpoint of random weights with the byte tokenizer, and the config of a run of its size."""
+    """A checkpoint of random weights, with bytes as tokens, and the config of a run like it."""
     config = make_config(corpus, folder)
     model = dataclasses.replace(
         config.model, norm_placement="pre", qk_norm="none", depth=ResidualConfig(), num_layers=2
@@ -341,21 +342,6 @@ def test_another_tokenizer_is_refused(corpus, tmp_path):
     import_checkpoint(source, Path(config.output_dir, "run"), **QUIET)
     with pytest.raises(ValueError, match="expected the tokenizer that was imported with the model"):
         train(config)
-
-
-def save_run(folder, model):
-    """A run's folder with a training's checkpoint of random parameters."""
-    config = Config("run", model=model.config, execution=FLOAT32, data=DataConfig(seq_len=16))
-    state = nnx.state(model)
-
-    class State:
-        params, step, optimizer = state, jnp.int32(3), {}
-
-    with Checkpoints(folder / "checkpoints", keep_last=1) as checkpoints:
-        data = {"identity": {"tokenizer": "bytes"}}
-        checkpoints.save(3, State, data=data, config=config, validation_loss=None)
-    importing.write_settings(folder, config, ByteTokenizer())
-    return folder
 
 
 @pytest.mark.parametrize(

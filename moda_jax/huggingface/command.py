@@ -17,8 +17,9 @@ from moda_jax.train.errors import EXIT_FINISHED
 _IMPORT = """Makes a run of a Hugging Face checkpoint.
 
 DIR holds config.json, safetensors (one file, or several with their index) and tokenizer.json of an
-OLMo 2, Llama or Qwen3 model. Training goes on with `moda-jax train RUN`, load_trained opens it. What
-this project does not compute as transformers does is refused by its name. PyTorch is not needed."""
+OLMo 2, Llama or Qwen3 model. Training goes on with `moda-jax train RUN`, load_trained opens it.
+What this project does not compute as transformers does is refused by its name. PyTorch is not
+needed."""
 
 _EXPORT = """Writes a run's model as a Hugging Face checkpoint into the new folder DIR.
 

@@ -46,9 +46,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 """Settings of theirs that have one value here; none, as a missing one, is always right."""
 
 _ARE_READ = frozenset(
-    {*_SIZES.values(), "architectures", "head_dim", "initializer_range", "layer_types", "model_type",
-     "num_key_value_heads", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window",
-     "tie_word_embeddings"}
+    {*_SIZES.values(), "architectures", "head_dim", "initializer_range", "layer_types",
+     "model_type", "num_key_value_heads", "rope_parameters", "rope_scaling", "rope_theta",
+     "sliding_window", "tie_word_embeddings"}
 )  # fmt: skip
 
 _SAY_NOTHING = frozenset(

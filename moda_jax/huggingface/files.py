@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -17,7 +17,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = f"{SINGLE_FILE}.index.json"
 
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"),
-          "BF16": np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
+          "BF16": np.dtype(jnp.bfloat16)}  # fmt: skip
 """The floating-point types that are read, by safetensors' names."""
 
 _UNUSED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -145,7 +145,7 @@ class ShardWriter:
     def __exit__(self, kind: Any, *_: object) -> None:
         """Gives the files their names; after an error it removes them."""
         if kind is not None:
-            for path, _ in self._shards:
+            for path, _names in self._shards:
                 path.unlink()
             return
         self._write()
@@ -153,7 +153,7 @@ class ShardWriter:
         if count == 1:
             self._shards[0][0].replace(self._folder / SINGLE_FILE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, (path, names) in enumerate(self._shards, 1):
             file = f"model-{number:05d}-of-{count:05d}.safetensors"
             path.replace(self._folder / file)

@@ -85,9 +85,8 @@ def import_checkpoint(
         ),
     )
     count = sum(int(np.prod(parameter.shape)) for parameter in parameters)
-    say(
-        f"{source}: {settings['model_type']}, {count:,} parameters, tokenizer of {text.vocab_size:,}"
-    )
+    kind = settings["model_type"]
+    say(f"{source}: {kind}, {count:,} parameters, tokenizer of {text.vocab_size:,}")
     directory.mkdir(parents=True, exist_ok=True)
     with FolderOwner(directory):
         _copy_files(source, directory)
@@ -141,8 +140,8 @@ def _check_tensors(
     if left:
         first = sorted(left)[0]
         raise ValueError(
-            f"tensor {first}: expected none of this name, as the model has no use for it; it is one "
-            f"of {len(left)}"
+            f"tensor {first}: expected none of this name, as the model has no use for it; "
+            f"there are {len(left)} such"
         )
 
 

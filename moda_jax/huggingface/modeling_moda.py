@@ -110,6 +110,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.use_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.use_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.use_bias)
+        # Depth scores get a number that was chosen and one that is learned for each query head.
+        self.bias_start = config.depth.get("score_bias")
+        if self.bias_start is not None and config.num_hidden_layers > 1:
+            self.score_bias = nn.Parameter(torch.zeros(self.num_heads))
         if self.qk_norm != "none":
             sizes = (width, kv_width) if self.qk_norm == "full" else (self.head_dim,) * 2
             self.q_norm = RMSNorm(sizes[0], config.rms_norm_eps)
@@ -144,6 +148,9 @@ class Attention(nn.Module):
         if slots:
             depth_key, depth_value = (torch.stack(part) for part in zip(*slots, strict=True))
             depth_scores = torch.einsum("btkgh,sbtkh->bkgts", query, depth_key).float()
+            if self.bias_start is not None:
+                bias = self.bias_start + self.score_bias.float()
+                depth_scores = depth_scores + bias.view(self.num_kv_heads, -1, 1, 1)
             scores = torch.cat((scores, depth_scores), dim=-1)
         # A query of padding that sees nothing would be 0 / 0.
         weights = torch.nan_to_num(scores.softmax(-1)).to(value.dtype)

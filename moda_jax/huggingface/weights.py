@@ -105,6 +105,9 @@ def _their_names(config: ModelConfig, path: tuple[str, ...]) -> tuple[tuple[str,
     module = ".".join(inner)
     if where in _OUTSIDE:
         return (f"{_OUTSIDE[where]}.{leaf}",), False
+    if where == "depth_layers":  # a vector, in every layer
+        names = (f"model.layers.{n}.self_attn.{path[-1]}" for n in range(config.num_layers))
+        return tuple(names), True
     if where == "depth":
         assert isinstance(config.depth, MoDAConfig)
         every = config.depth.write_every

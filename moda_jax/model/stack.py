@@ -294,7 +294,7 @@ def _attend_again(spec: StackSpec, tokens: TokenInfo, kept: Mapping[str, jax.Arr
         saved = [kept[name] for name in names] if names[0] in kept else None
 
         def make_call(query, key, value, bias, history):
-            view = depth if bias is None else depth._replace(score_bias=bias)
+            view = None if depth is None else depth._replace(score_bias=bias)
             return _attention_call(spec, query, key, value, history, view, tokens)
 
         bias = None if depth is None else depth.score_bias

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.contract import ArrayPair
-from pallas_kernels.operands import Gradients, Operands
+from pallas_kernels.operands import Gradients, Operands, Options
 
 if TYPE_CHECKING:
     from moda_jax.ops.sharded_attention import ShardedAttention
@@ -25,11 +25,11 @@ Partial = tuple[jax.Array, jax.Array]
 """(o, lse) of a part."""
 
 
-def forward(call: "ShardedAttention") -> Partial:
+def forward(call: "ShardedAttention", bias: jax.Array) -> Partial:
     """(o, lse) of both parts under one softmax."""
     sequence, depth = (part.forward() for part in _parts(call))
-    lse = jnp.logaddexp(sequence[1], depth[1] + call.depth_bias)
-    weights = _weight(sequence[1], lse), _weight(depth[1] + call.depth_bias, lse)
+    lse = jnp.logaddexp(sequence[1], depth[1] + bias)
+    weights = _weight(sequence[1], lse), _weight(depth[1] + bias, lse)
     out = sum(
         weight[..., None] * o.astype(weight.dtype)
         for weight, (o, _) in zip(weights, (sequence, depth), strict=True)
@@ -39,6 +39,7 @@ def forward(call: "ShardedAttention") -> Partial:
 
 def gradients(
     call: "ShardedAttention",
+    bias: jax.Array,
     out: jax.Array,
     lse: jax.Array,
     d_out: jax.Array,
@@ -47,7 +48,7 @@ def gradients(
     """The backward of `forward` but for the bias."""
     sequence, depth = _parts(call)
     of_sequence = sequence.gradients(out, lse, d_out, None)
-    of_depth = depth.gradients(out, lse - call.depth_bias, d_out, depth_grads)
+    of_depth = depth.gradients(out, lse - bias, d_out, depth_grads)
     query = of_sequence.query.astype(lse.dtype) + of_depth.query.astype(lse.dtype)
     return Gradients(
         query.astype(of_sequence.query.dtype),
@@ -59,12 +60,12 @@ def gradients(
 
 
 def bias_gradient(
-    call: "ShardedAttention", out: jax.Array, lse: jax.Array, d_out: jax.Array
+    call: "ShardedAttention", bias: jax.Array, out: jax.Array, lse: jax.Array, d_out: jax.Array
 ) -> jax.Array:
     """[N] float32: Σ over tokens of w (do·o_depth - do·o), w the weight of all depth slots."""
     _, depth = _parts(call)
     depth_out, depth_lse = depth.forward()
-    weight = _weight(depth_lse + call.depth_bias, lse)
+    weight = _weight(depth_lse + bias, lse)
     difference = depth_out.astype(weight.dtype) - out.astype(weight.dtype)
     per_token = weight * jnp.sum(d_out.astype(weight.dtype) * difference, axis=-1)
     return per_token.sum(axis=(0, 1))
@@ -91,7 +92,7 @@ def _parts(call: "ShardedAttention") -> tuple["ShardedAttention", "ShardedAttent
         operands.query_segments,
         operands.query_segments,
     )
-    plain = dataclasses.replace(options, depth_window=None, depth_reserved=0)
+    plain = Options(options.scale, options.is_causal)
     return (
         dataclasses.replace(call, operands=sequence, options=plain, depth_bias=None),
         dataclasses.replace(call, operands=depth, depth_bias=None),

@@ -54,7 +54,7 @@ class ShardedAttention:
           ValueError: the current mesh's tensor axis does not divide the key/value heads.
         """
         if self.depth_bias is not None:
-            return depth_bias.forward(self)
+            return depth_bias.forward(self, self.depth_bias)
 
         def attend(operands: Operands) -> tuple[jax.Array, jax.Array]:
             return vary_like(self.backend_for(operands).forward(operands, self.options), operands)
@@ -75,7 +75,7 @@ class ShardedAttention:
             assert self.operands.depth_key is not None
             chex.assert_shape(depth_grads, self.operands.depth_key.shape)
         if self.depth_bias is not None:
-            return depth_bias.gradients(self, out, lse, d_out, depth_grads)
+            return depth_bias.gradients(self, self.depth_bias, out, lse, d_out, depth_grads)
 
         def attend(operands, out, lse, d_out, depth_grads) -> Gradients:
             gradients = self.backend_for(operands).gradients(
@@ -96,7 +96,7 @@ class ShardedAttention:
         """Of `depth_bias`, [N] float32; None if there is none."""
         if self.depth_bias is None:
             return None
-        return depth_bias.bias_gradient(self, out, lse, d_out)
+        return depth_bias.bias_gradient(self, self.depth_bias, out, lse, d_out)
 
     def assert_rows(self, out: jax.Array, lse: jax.Array, d_out: jax.Array) -> None:
         """o and do are [B, Tq, N, H], lse is [B, Tq, N]."""

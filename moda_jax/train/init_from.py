@@ -15,7 +15,7 @@ from moda_jax.train.manifest import find_damage
 from moda_jax.train.processes import on_main
 from moda_jax.train.trained import READ_ITEMS, read_params, read_run, saved_tokenizer
 
-SUGGESTED_BIAS = -16.0
+SUGGESTED_BIAS = -24.0
 """`MoDAConfig.score_bias` for a plain model; docs/pytorch.md has what was measured."""
 
 
@@ -66,7 +66,7 @@ def load_initial_params(
             f"{where}: expected a model with model.depth {model.depth.name!r}, got "
             f"{there.depth.name!r}; another mechanism has other parameters"
         )
-    read, added = _split(target) if adds_depth else (target, None)
+    read, added = _split(target) if adds_depth else (target, nnx.State({}))
     if different := _differing_shape(_shapes_of(there), _shapes(read)):
         raise ValueError(
             f"{where}: expected parameters of this model's shapes, got others: "
