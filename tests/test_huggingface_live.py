@@ -89,8 +89,7 @@ def our_numbers(model, tokens, targets):
     return logits, loss, found
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(("kv_heads", "tied"), [(4, True), (2, False), (1, True)])
 @pytest.mark.parametrize("kind", ["olmo2", "llama", "qwen3"])
 def test_logits_loss_gradients_and_the_way_back(kind, kv_heads, tied, tmp_path):
     theirs = random_theirs(kind, kv_heads, tied, tmp_path / "in")

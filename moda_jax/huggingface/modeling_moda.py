@@ -257,7 +257,7 @@ class Decoder(nn.Module):
 
     def forward(self, x, visible, positions, cache):
         rope = self.rope(positions)
-        slots = []  # of these tokens: what they read over depth is their own
+        slots: list = []  # of these tokens: what they read over depth is their own
         for layer in self.layers:
             x = layer(x, rope, visible, slots, cache)
         return self.norm(x)
