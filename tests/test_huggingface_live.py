@@ -65,7 +65,11 @@ def their_numbers(model, tokens, targets):
     wanted = torch.from_numpy(targets).long().flatten()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted)
     loss.backward()
-    grads = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    # The first layer has no slots, so a bias on their scores is not used.
+    grads = {
+        name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
+        for name, p in model.named_parameters()
+    }
     return logits.detach().numpy(), loss.item(), grads
 
 
