@@ -61,9 +61,9 @@ def _quiet_libtpu() -> None:
 _COMMANDS = {
     "train": "[CONFIG] [--SETTING VALUE ...]   trains a language model",
     "prepare": "SOURCE --output FOLDER ...     tokenizes text once, for training",
+    "sweep": "FILE [--OPTION ...]              runs configs times seeds, and makes their table",
     "import": "DIR --name RUN                  makes a run of a Hugging Face checkpoint",
     "export": "RUN DIR                         writes a run as a Hugging Face checkpoint",
-    "sweep": "FILE [--OPTION ...]              runs configs times seeds, and makes their table",
 }
 
 
