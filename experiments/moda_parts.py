@@ -1,7 +1,5 @@
 """What of MoDA matters: its variants, 24 layers, post-norm, 50 M tokens.
 
-Not here, since no setting has it: a learned bias of the depth scores for each head.
-
 Command:  moda-jax sweep experiments/moda_parts.py
 """
 
@@ -18,6 +16,7 @@ _VARIANTS = {
     "window8": MoDAConfig(window=8),
     "window16": MoDAConfig(window=16),
     "reader": MoDAConfig(key_norm="reader"),
+    "score_bias": MoDAConfig(score_bias=0.0),
 }
 _MODELS = {"plain_wide": like(model(PLAIN), model(FFN_KV))}
 _MODELS |= {label: model(depth) for label, depth in _VARIANTS.items()}

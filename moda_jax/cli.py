@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
@@ -58,46 +59,58 @@ def _quiet_libtpu() -> None:
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-1")
 
 
+class _Command(NamedTuple):
+    usage: str
+    function: str
+    """module:name of what takes the arguments and returns the exit status."""
+
+
 _COMMANDS = {
-    "train": "[CONFIG] [--SETTING VALUE ...]   trains a language model",
-    "prepare": "SOURCE --output FOLDER ...     tokenizes text once, for training",
-    "sweep": "FILE [--OPTION ...]              runs configs times seeds, and makes their table",
-    "eval": "RUN [--OPTION ...]                perplexity of texts, and scores of tasks",
-    "generate": "RUN --prompt TEXT ...         continues texts with the model of a run",
-    "visualize": "RUN --text FILE ...         draws where a run's attention looks",
+    "train": _Command(
+        "[CONFIG] [--SETTING VALUE ...]   trains a language model", "moda_jax.cli:main"
+    ),
+    "prepare": _Command(
+        "SOURCE --output FOLDER ...     tokenizes text once, for training",
+        "moda_jax.data.prepare_command:main",
+    ),
+    "sweep": _Command(
+        "FILE [--OPTION ...]              runs configs times seeds, and makes their table",
+        "moda_jax.sweep.command:main",
+    ),
+    "eval": _Command(
+        "RUN [--OPTION ...]                perplexity of texts, and scores of tasks",
+        "moda_jax.evaluate.command:main",
+    ),
+    "generate": _Command(
+        "RUN --prompt TEXT ...         continues texts with the model of a run",
+        "moda_jax.train.generate_command:main",
+    ),
+    "visualize": _Command(
+        "RUN --text FILE ...          draws where a run's attention looks",
+        "moda_jax.visualize.command:main",
+    ),
+    "import": _Command(
+        "DIR --name RUN                  makes a run of a Hugging Face checkpoint",
+        "moda_jax.huggingface.command:main_import",
+    ),
+    "export": _Command(
+        "RUN DIR                         writes a run as a Hugging Face checkpoint",
+        "moda_jax.huggingface.command:main_export",
+    ),
 }
 
 
 def command() -> int:
     """The installed command `moda-jax NAME ...`; returns the exit status of that command."""
     name, *arguments = sys.argv[1:] or [""]
-    if name == "train":
-        return main(arguments, program="moda-jax train")
-    if name == "prepare":
-        from moda_jax.data.prepare_command import main as prepare
-
-        return prepare(arguments, program="moda-jax prepare")
-    if name == "eval":
-        from moda_jax.evaluate.command import main as evaluate
-
+    if found := _COMMANDS.get(name):
+        module, _, function = found.function.partition(":")
+        # Imported only now: what one command needs takes the others a second.
+        run = getattr(importlib.import_module(module), function)
         _quiet_libtpu()
-        return evaluate(arguments, program="moda-jax eval")
-    if name == "sweep":
-        from moda_jax.sweep.command import main as sweep
-
-        return sweep(arguments)
-    if name == "generate":
-        from moda_jax.train.generate_command import main as generate
-
-        _quiet_libtpu()
-        return generate(arguments)
-    if name == "visualize":
-        from moda_jax.visualize.command import main as visualize
-
-        _quiet_libtpu()
-        return visualize(arguments)
+        return run(arguments, program=f"moda-jax {name}")
     if name in ("-h", "--help"):
-        lines = [f"  moda-jax {command} {usage}" for command, usage in _COMMANDS.items()]
+        lines = [f"  moda-jax {command} {known.usage}" for command, known in _COMMANDS.items()]
         print("\n".join(["usage:", *lines, "", "moda-jax COMMAND --help says more."]), flush=True)
         return EXIT_FINISHED
     given = f", got {' '.join(sys.argv[1:])!r}" if sys.argv[1:] else ""

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from moda_jax.config import MeshConfig, MoDAConfig
+from moda_jax.config import DenseConfig, MeshConfig
 from moda_jax.ops.sharding import make_mesh
 from moda_jax.train.init_from import load_initial_params
 from moda_jax.train.train_step import make_train_functions
@@ -108,8 +108,8 @@ def test_another_model_names_the_first_difference(source):
     with pytest.raises(ValueError, match=expected) as caught:
         load(folder_of(source), dataclasses.replace(source, model=other))
     assert "\n" not in str(caught.value)
-    other = dataclasses.replace(model, depth=MoDAConfig())
-    with pytest.raises(ValueError, match="step|model.depth 'moda', got 'residual'; another mechan"):
+    other = dataclasses.replace(model, depth=DenseConfig())
+    with pytest.raises(ValueError, match="model.depth 'dense', got 'residual'; another mechanism"):
         load(folder_of(source), dataclasses.replace(source, model=other))
     # It changes no shape: the run may want it, but is told.
     other = dataclasses.replace(model, rope_theta=7.0)

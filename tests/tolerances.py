@@ -61,6 +61,9 @@ RUNNING_BFLOAT16 = 6e-3
 # of sums and the rounding of what is kept; 6.4e-6 measured.
 GOLDEN = 2e-5
 
+# Logits, loss and gradients of two to four layers against transformers, both in float32.
+TRANSFORMERS = 1e-5
+
 # The readable reference in float64 against the NumPy model: rounding alone.
 EQUATIONS = 1e-9
 EQUATIONS_DERIVATIVE = 1e-7

@@ -81,6 +81,10 @@ class MoDAConfig(DepthConfig):
     """Whose key norm a slot's key has. reader: keys are divided by their RMS when they are written,
     and the scale of the layer that reads them, one number for both halves of a rotary pair, is
     multiplied into its queries, which costs nothing: a scale by pair and a rotation commute."""
+    score_bias: float | None = None
+    """Depth scores get this number and one more that is learned, for each layer and query head,
+    and starts at 0. For models that were trained without depth slots: weights on them begin
+    e^score_bias times as large. None: nothing is added."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

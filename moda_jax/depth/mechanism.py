@@ -65,6 +65,8 @@ class DepthView(NamedTuple):
     reserved: int = 0
     own_slot: jax.Array | None = None
     """The slot that will hold the call's own key and value; None: no slot does."""
+    score_bias: jax.Array | None = None
+    """[N] float32, added to the scores of these entries; None: nothing is."""
 
 
 class Output(NamedTuple):
@@ -125,7 +127,7 @@ class Mechanism(Generic[Settings]):
         """What a sublayer reads, [B, T, D]; `weights` are the layer's `layer_parameters`."""
         return carry, carry, history
 
-    def depth_view(self, step: Step, history: History) -> DepthView | None:
+    def depth_view(self, step: Step, weights: Any, history: History) -> DepthView | None:
         """The entries that the layer's attention reads beside the sequence; None: none."""
         return None
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moda_jax.config import MoDAConfig
+from moda_jax.config import MoDAConfig, ModelConfig
 from moda_jax.depth.mechanism import ATTENTION, DepthView, GatherLayout, Mechanism, Output, Step
-from moda_jax.layers import KVProjection, stacked
+from moda_jax.layers import KVProjection, parameter, stacked
 from moda_jax.ops.depth_cache import DepthCache
 from moda_jax.ops.history import Entry, History
 
@@ -32,20 +32,30 @@ class WithEntries(NamedTuple):
     barrier in the middle of a layer would keep XLA from fusing across it (1% of a step)."""
 
 
+class ScoreBias(nnx.Module):
+    """What one layer learns to add to its depth scores."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.score_bias = parameter(jnp.zeros(config.num_heads), ("heads",))
+
+
 class MoDA(Mechanism[MoDAConfig]):
     """The history has s = 1 or 2 slots for each of the W writing layers."""
 
-    def depth_view(self, step: Step, history: History) -> DepthView | None:
+    def depth_view(self, step: Step, weights: Any, history: History) -> DepthView | None:
         if not self.num_entries:
             return None
         settings = self.settings
+        bias = None
+        if settings.score_bias is not None:
+            bias = weights.score_bias[...] + settings.score_bias
         if self._is_ring(history):  # a softmax does not care for the order of the slots
             slots = history.buffers[0].shape[0]
-            return DepthView(jnp.minimum(self._slots_before(step.layer), slots))
+            return DepthView(jnp.minimum(self._slots_before(step.layer), slots), score_bias=bias)
         reuses = settings.attention_kv == "reuse" and settings.write_every == 1
         own_slot = self._slot(step) if reuses else None
         visible = self._slots_before(step.layer)
-        return DepthView(visible, settings.window, settings.reserved, own_slot)
+        return DepthView(visible, settings.window, settings.reserved, own_slot, bias)
 
     def read(self, step, weights, sublayer, carry, history):
         return (carry if sublayer == ATTENTION else carry.x), carry, history
@@ -169,6 +179,10 @@ class MoDA(Mechanism[MoDAConfig]):
             settings.slots_per_writer, settings.write_every, self.num_entries, settings.window
         )
 
+    def layer_parameters(self, rngs: nnx.Rngs) -> nnx.Module | None:
+        is_biased = self.settings.score_bias is not None and self.num_entries
+        return ScoreBias(self.config) if is_biased else None
+
     def shared_parameters(self, rngs: nnx.Rngs) -> dict[str, Any]:
         kinds = {"attention_kv": self.settings.attention_kv, "ffn_kv": self.settings.ffn_kv}
         return {
@@ -184,7 +198,9 @@ class MoDA(Mechanism[MoDAConfig]):
     def num_parameters(self) -> int:
         config = self.config
         width = config.num_kv_heads * config.head_dim
-        return self._num_projections() * 2 * width * (config.embed_dim + config.use_bias)
+        is_biased = self.settings.score_bias is not None and self.num_entries
+        biases = config.num_layers * config.num_heads if is_biased else 0
+        return self._num_projections() * 2 * width * (config.embed_dim + config.use_bias) + biases
 
     def projection_flops(self, seq_len: int) -> int:
         width = self.config.num_kv_heads * self.config.head_dim

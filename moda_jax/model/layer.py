@@ -62,7 +62,7 @@ class Layer(nnx.Module):
             x, carry, history = depth.read(step, weights, ATTENTION, carry, history)
             source = self.attention_norm(x) if self.placement == "pre" else x
             query, key, value = self.query_key_value(source, step)
-            view = depth.depth_view(step, history)
+            view = depth.depth_view(step, weights, history)
             out, history = step.attend(query, key, value, history, depth=view)
             branch = self._branch(self.out(out), self.attention_norm, step.keep, "out")
             output = Output(branch, source, key, value)

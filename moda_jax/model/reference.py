@@ -68,7 +68,8 @@ def _layer(depth: "_Residual", layer: "_Layer") -> None:
     query = layer.rotated_heads("query_norm", _linear(weights["query"], source))
     key_value = layer.keys_values(weights["key_value"], source)
     slots = [(layer.as_read(key), value) for key, value in depth.visible_slots()]
-    out = _attention(query, slots, (layer.as_read(key_value[0]), key_value[1], layer.mask))
+    sequence = layer.as_read(key_value[0]), key_value[1], layer.mask
+    out = _attention(query, slots, sequence, depth.score_bias(layer))
     out = _linear(weights["out"], out, num_inputs=2)
     branch = layer.norm(ATTENTION, out) if placement == "reordered" else out
     depth.write(layer, ATTENTION, branch, source, key_value)
@@ -148,6 +149,10 @@ class _Residual:
         """Depth keys and values that attention sees, each at the query's own token."""
         return []
 
+    def score_bias(self, layer: _Layer) -> Any:
+        """What is added to the scores of those slots, [N] or 0."""
+        return 0.0
+
     def write(self, layer: _Layer, sublayer: int, branch, source, key_value=None) -> None:
         """Takes f; `source` is what its projections read, `key_value` attention's own."""
         self.h = self.h + branch
@@ -198,6 +203,12 @@ class _MoDA(_Residual):
         window, reserved = self.settings.window, self.settings.reserved
         newest = 0 if window is None else len(self.history) - window
         return [kv for s, kv in enumerate(self.history) if s < reserved or s >= newest]
+
+    def score_bias(self, layer):
+        start = self.settings.score_bias
+        if start is None or not self.history:
+            return 0.0
+        return start + layer.depth_weights["score_bias"]
 
     def write(self, layer, sublayer, branch, source, key_value=None):
         super().write(layer, sublayer, branch, source)
@@ -309,23 +320,28 @@ _MECHANISMS: dict[str, type[_Residual]] = {
 }
 
 
-def _attention(query: jax.Array, slots: Sequence[KeyValue], sequence=None) -> jax.Array:
+def _attention(
+    query: jax.Array, slots: Sequence[KeyValue], sequence=None, bias: Any = 0.0
+) -> jax.Array:
     """One softmax over the token's own depth keys and the sequence's: o [B, T, N, H].
 
     sequence: keys and values [B, T, K, H] and the mask [B, T, T] of what a token sees of them.
+    bias: [N], or 0, added to the scores of the depth keys after their scaling.
     """
     heads, head_dim = query.shape[2:]
 
     def per_query_head(x):  # query head n reads key/value head n // (N/K)
         return jnp.repeat(x, heads // x.shape[2], axis=2)
 
+    query = head_dim**-0.5 * query
     scores = [(query * per_query_head(key)).sum(axis=-1, keepdims=True) for key, _ in slots]
+    scores = [score + jnp.reshape(bias, (-1, 1)) for score in scores]
     if sequence is not None:
         *key_value, mask = sequence
         key, value = map(per_query_head, key_value)
         score = jnp.einsum("btnh,bjnh->btnj", query, key)
         scores.append(jnp.where(mask[:, :, None], score, -jnp.inf))
-    weights = jax.nn.softmax(head_dim**-0.5 * jnp.concatenate(scores, axis=-1), axis=-1)
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     out = sum(weights[..., s, None] * per_query_head(value) for s, (_, value) in enumerate(slots))
     if sequence is not None:
         out += jnp.einsum("btnj,bjnh->btnh", weights[..., len(slots) :], value)

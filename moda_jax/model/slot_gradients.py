@@ -276,6 +276,8 @@ def choose_strategy(
 def _why_not_gather(layout: GatherLayout | None, call: ShardedAttention | None) -> str | None:
     if layout is None or call is None:
         return "the history is read by other means than attention"
+    if call.depth_bias is not None:
+        return "depth scores have a bias"
     if call.options.depth_window is not None:
         return "bounded slots are not seen by all later layers"
     backend = call.backend()

@@ -292,26 +292,31 @@ def _attend_again(spec: StackSpec, tokens: TokenInfo, kept: Mapping[str, jax.Arr
             key, value = keep(key, "key"), keep(value, "value")
         names = [_own_name(name, key) for name in ("attention", "lse")]
         saved = [kept[name] for name in names] if names[0] in kept else None
-        make_call = functools.partial(_attention_call, spec, depth=depth, tokens=tokens)
-        out, thread = _attention(history, make_call, saved, query, key, value)
+
+        def make_call(query, key, value, bias, history):
+            view = None if depth is None else depth._replace(score_bias=bias)
+            return _attention_call(spec, query, key, value, history, view, tokens)
+
+        bias = None if depth is None else depth.score_bias
+        out, thread = _attention(history, make_call, saved, query, key, value, bias)
         return out, dataclasses.replace(history, thread=thread)
 
     return attend
 
 
-def _attention(history: History, make_call, saved, query, key, value):
+def _attention(history: History, make_call, saved, query, key, value, bias):
     """(o, thread); backward, depth gradients go into the thread."""
 
     @jax.custom_vjp
-    def attend(query, key, value, thread):
-        return forward(query, key, value, thread)[0]
+    def attend(query, key, value, bias, thread):
+        return forward(query, key, value, bias, thread)[0]
 
-    def forward(query, key, value, thread):
+    def forward(query, key, value, bias, thread):
         if saved is None:
-            out, lse = make_call(query, key, value, history).forward()
+            out, lse = make_call(query, key, value, bias, history).forward()
         else:
             out, lse = saved
-        return (out, thread), (query, key, value, out, lse)
+        return (out, thread), (query, key, value, bias, out, lse)
 
     def backward(residuals, cotangents):
         *inputs, out, lse = residuals
@@ -323,10 +328,10 @@ def _attention(history: History, make_call, saved, query, key, value):
             assert history.strategy is not None
             d, entries = history.strategy.attention(call, out, lse, d_out, thread.entries)
             thread = thread._replace(entries=entries)
-        return d.query, d.key, d.value, thread
+        return d.query, d.key, d.value, call.bias_gradient(out, lse, d_out), thread
 
     attend.defvjp(forward, backward)
-    return attend(query, key, value, history.thread)
+    return attend(query, key, value, bias, history.thread)
 
 
 def _attention_call(
@@ -354,6 +359,7 @@ def depth_arguments(history: History, depth: DepthView | None) -> dict[str, Any]
         "depth_length": depth.length,
         "depth_window": depth.window,
         "depth_reserved": depth.reserved,
+        "depth_bias": depth.score_bias,
     }
 
 

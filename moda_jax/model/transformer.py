@@ -276,7 +276,10 @@ def _mass(query_BxTxNxH, depth, num_slots: int, lse_BxTxN, real_BxT) -> jax.Arra
         key,
         preferred_element_type=jnp.float32,
     )
-    weight = jnp.exp(scores * head_dim**-0.5 - lse_BxTxN.reshape(grouped))
+    scores = scores * head_dim**-0.5
+    if depth["depth_bias"] is not None:
+        scores += depth["depth_bias"].reshape(grouped[2:])
+    weight = jnp.exp(scores - lse_BxTxN.reshape(grouped))
     slot = jnp.arange(num_slots)
     seen = slot < depth["depth_length"]
     if depth["depth_window"] is not None:

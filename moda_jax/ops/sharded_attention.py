@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from moda_jax.ops import attention, backends
+from moda_jax.ops import attention, backends, depth_bias
 from moda_jax.ops.explicit import OPERAND_AXES
 from moda_jax.ops.sharding import compiler_axes, partition_spec
 from pallas_kernels.contract import ArrayPair, GatheringKernels
@@ -32,14 +32,20 @@ class ShardedAttention:
     operands: Operands
     options: Options
     implementation: str | None
+    depth_bias: jax.Array | None = None
+    """[N] float32, added to the scores of depth slots; only beside a sequence."""
 
     @classmethod
     def of(
-        cls, *arrays: Any, implementation: str | None = None, **settings: Any
+        cls,
+        *arrays: Any,
+        implementation: str | None = None,
+        depth_bias: jax.Array | None = None,
+        **settings: Any,
     ) -> "ShardedAttention":
         """A call with the arguments of `moda_attention` but `return_lse`; raises what it raises."""
         operands, options = attention.check(*arrays, implementation=implementation, **settings)
-        return cls(operands, options, implementation)
+        return cls(operands, options, implementation, depth_bias)
 
     def forward(self) -> tuple[jax.Array, jax.Array]:
         """(o, lse), as `moda_attention` with return_lse; not differentiable.
@@ -47,6 +53,8 @@ class ShardedAttention:
         Raises:
           ValueError: the current mesh's tensor axis does not divide the key/value heads.
         """
+        if self.depth_bias is not None:
+            return depth_bias.forward(self, self.depth_bias)
 
         def attend(operands: Operands) -> tuple[jax.Array, jax.Array]:
             return vary_like(self.backend_for(operands).forward(operands, self.options), operands)
@@ -66,6 +74,8 @@ class ShardedAttention:
         if depth_grads is not None:
             assert self.operands.depth_key is not None
             chex.assert_shape(depth_grads, self.operands.depth_key.shape)
+        if self.depth_bias is not None:
+            return depth_bias.gradients(self, self.depth_bias, out, lse, d_out, depth_grads)
 
         def attend(operands, out, lse, d_out, depth_grads) -> Gradients:
             gradients = self.backend_for(operands).gradients(
@@ -81,6 +91,12 @@ class ShardedAttention:
             (specs, query, lse_spec, query, None if depth_grads is None else (depth, depth)),
             Gradients(*specs[: len(Gradients._fields)]),
         )
+
+    def bias_gradient(self, out: jax.Array, lse: jax.Array, d_out: jax.Array) -> jax.Array | None:
+        """Of `depth_bias`, [N] float32; None if there is none."""
+        if self.depth_bias is None:
+            return None
+        return depth_bias.bias_gradient(self, self.depth_bias, out, lse, d_out)
 
     def assert_rows(self, out: jax.Array, lse: jax.Array, d_out: jax.Array) -> None:
         """o and do are [B, Tq, N, H], lse is [B, Tq, N]."""

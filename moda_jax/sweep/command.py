@@ -39,13 +39,13 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], *, program: str = "moda-jax sweep") -> int:
     """Runs, or only lists or tabulates, an experiment; returns the exit status.
 
     After an error one line on stderr says what was expected. Raises SystemExit after `--help`.
     """
     try:
-        return _sweep(_parse(arguments))
+        return _sweep(_parse(arguments, program))
     except BrokenPipeError:
         discard_output()
         return EXIT_PIPE
@@ -57,9 +57,9 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_BAD_INPUT
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def _parse(arguments: Sequence[str], program: str) -> argparse.Namespace:
     parser = _Parser(
-        prog="moda-jax sweep",
+        prog=program,
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -15,6 +15,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from moda_jax.config import Config, from_json, to_json
 from moda_jax.config.files import flatten
+from moda_jax.train.imported import is_imported, read_imported
 from moda_jax.train.manifest import find_damage, write_manifest
 from moda_jax.train.processes import gather_json, on_main
 from moda_jax.train.train_step import TrainState
@@ -58,6 +59,7 @@ class Checkpoints:
             keep_checkpoints_without_metrics=False,
         )
         self._saving: int | None = None
+        self._write_more: Callable[[Path], None] | None = None
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -112,10 +114,55 @@ class Checkpoints:
             "run": ocp.args.JsonSave({"config": to_json(config), "data": gather_json(data)}),
         }
         loss = math.inf if validation_loss is None else validation_loss
+        self._save(step, items, loss)
+
+    def save_imported(
+        self, run: Mapping[str, Any], write_parameters: Callable[[Path], None]
+    ) -> None:
+        """Writes checkpoint 0 of parameters that were trained elsewhere, and waits for it.
+
+        Args:
+            run: "config" and "data" as `save` has them; of the data only a tokenizer's fingerprint.
+            write_parameters: called with the checkpoint's folder before it gets its name.
+
+        Raises OSError if it could not be written, whatever the reason is.
+        """
+        self._write_more = write_parameters
+        self._save(0, {"run": ocp.args.JsonSave(run)}, math.inf)
+        self.wait()
+        self._write_more = None
+
+    def _save(self, step: int, items: Mapping[str, Any], loss: float) -> None:
         with self._named_errors():
             self._manager.wait_until_finished()  # its error would be this step's
             self._saving = step
             self._manager.save(step, args=ocp.args.Composite(**items), metrics={_METRIC: loss})
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the newest checkpoint is an imported one: parameters, and nothing to go on."""
+        step = self.latest_step
+        return step is not None and is_imported(self._directory / str(step))
+
+    def restore_imported(self, target: nnx.State, config: Config, tokenizer: str) -> nnx.State:
+        """The parameters of the imported checkpoint, placed as `target` says.
+
+        Raises:
+            ValueError: it is another model than that of `config`, or was trained with another
+                tokenizer than that of the fingerprint `tokenizer`.
+        """
+        assert self.latest_step is not None
+        run = self._read_run(self.latest_step)
+        _check_model(run["config"]["model"], config, self._directory)
+        if (trained_with := run["data"][0]["identity"]["tokenizer"]) != tokenizer:
+            raise ValueError(
+                f"{self._directory}: expected the tokenizer that was imported with the model "
+                f"(fingerprint {trained_with}), got another one ({tokenizer})"
+            )
+        return read_imported(self._directory / str(self.latest_step), target)
+
+    def _read_run(self, step: int) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
 
     def restore(self, abstract_state: TrainState, config: Config) -> Restored | None:
         """The newest checkpoint, placed as `abstract_state` says; None if there is none.
@@ -126,7 +173,7 @@ class Checkpoints:
         step = self.latest_step
         if step is None:
             return None
-        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+        run = self._read_run(step)
         _check_model(run["config"]["model"], config, self._directory)
         _check_optimizer(run["config"], config, self._directory)
         items = {
@@ -175,6 +222,8 @@ class Checkpoints:
         """
         assert self._saving is not None
         (unnamed,) = self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        if self._write_more is not None:
+            self._write_more(unnamed)
         write_manifest(unnamed, self._saving)
 
     @contextmanager

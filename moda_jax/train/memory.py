@@ -1,7 +1,8 @@
-"""What to say when a run does not fit into the memory of its devices."""
+"""How much memory there is, and what to say when a run does not fit into that of its devices."""
 
 import dataclasses
 import re
+from pathlib import Path
 
 from jax.sharding import Mesh
 
@@ -10,6 +11,32 @@ from moda_jax.model.execution import Resolved, device_memory, saved_bytes_per_to
 from moda_jax.model.flops import count_parameters
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+_MEMORY_FILE = Path("/proc/meminfo")
+_GROUP = Path("/sys/fs/cgroup")
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that this process may still take; None where Linux does not say.
+
+    The smaller one of what the machine has and what the process's control group (a container) may
+    take beside the files that Linux would forget for it.
+    """
+    try:
+        lines = _MEMORY_FILE.read_text().splitlines()
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 2**10 for line in lines}
+        found = sizes["MemAvailable"]
+    except (OSError, ValueError, KeyError):
+        return None
+    try:
+        limit = int((_GROUP / "memory.max").read_text())
+        used = int((_GROUP / "memory.current").read_text())
+        statistics = (_GROUP / "memory.stat").read_text().split()
+        files = int(statistics[statistics.index("inactive_file") + 1])
+    except (OSError, ValueError):  # no group, or one without a limit ("max")
+        return found
+    return min(found, limit - used + files)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -24,16 +51,16 @@ def describe_out_of_memory(
     """One line: what was asked for, what the run needs by estimate, and what would lower it."""
     device = mesh.devices.flat[0]
     there = device_memory(device)
-    size = "" if there is None else f", which has {_gib(there)}"
+    size = "" if there is None else f", which has {gib(there)}"
     asked = _asked_bytes(str(error))
-    what = "" if asked is None else f" asked for {_gib(asked)} and"
+    what = "" if asked is None else f" asked for {gib(asked)} and"
     saved = _saved_bytes(config, resolved)
     shards = config.mesh.fsdp * config.mesh.tensor
     state = 16 * count_parameters(config.model).total // shards
     return (
         f"out of memory on {device.device_kind} ({device.platform}){size}: the run{what} needs, by "
-        f"estimate, {_gib(state)} a device for parameters, moments and gradients, and "
-        f"{_gib(saved)} for what layers save for the backward (workspaces and logits come "
+        f"estimate, {gib(state)} a device for parameters, moments and gradients, and "
+        f"{gib(saved)} for what layers save for the backward (workspaces and logits come "
         f"on top); {'; '.join(_remedies(config, resolved, saved, state))}"
     )
 
@@ -44,15 +71,15 @@ def _remedies(config: Config, resolved: Resolved, saved: int, state: int) -> lis
     if rows % 2 == 0:
         sums = state // 4 if parts == 1 else 0  # of the gradients, kept from part to part
         if saved // 2 > sums:
-            less = _gib(saved // 2 - sums)
+            less = gib(saved // 2 - sums)
             found.append(f"--accumulation-steps {2 * parts}: {less} less, the same training")
-        found.append(f"--batch-size {config.batch_size // 2}: {_gib(saved // 2)} less")
+        found.append(f"--batch-size {config.batch_size // 2}: {gib(saved // 2)} less")
     remat = resolved.execution.remat
     if remat != "full":
         without = saved - _saved_bytes(config, resolved, remat="full")
-        found.append(f"--execution.remat full instead of {remat}: {_gib(without)} less, slower")
-    found.append(f"--data.seq-len {max(config.data.seq_len // 2, 1)}: {_gib(saved // 2)} less")
-    found.append(f"twice the devices with --mesh.fsdp {2 * config.mesh.fsdp}: {_gib(state // 2)} "
+        found.append(f"--execution.remat full instead of {remat}: {gib(without)} less, slower")
+    found.append(f"--data.seq-len {max(config.data.seq_len // 2, 1)}: {gib(saved // 2)} less")
+    found.append(f"twice the devices with --mesh.fsdp {2 * config.mesh.fsdp}: {gib(state // 2)} "
                  f"less for parameters")  # fmt: skip
     return found
 
@@ -76,5 +103,6 @@ def _asked_bytes(message: str) -> int | None:
     return None if found is None else int(float(found[1]) * _UNITS[found[2]])
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Bytes in words."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**28 else f"{size / 2**20:,.1f} MiB"

@@ -27,8 +27,6 @@ def write_run_folder(directory: Path, config: Config, data: "Data") -> None:
 
     Each file is the old or the new one whenever the process is killed.
     """
-    if (content := data.tokenizer.content) is not None:
-        _replace(directory / TOKENIZER_FILE, content)
     corpus = {
         "sources": [
             {
@@ -44,6 +42,13 @@ def write_run_folder(directory: Path, config: Config, data: "Data") -> None:
         ]
     }
     _replace(directory / CORPUS_FILE, _to_bytes(corpus))
+    write_settings(directory, config, data.tokenizer)
+
+
+def write_settings(directory: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Writes the tokenizer and the settings: all that a folder needs beside checkpoints."""
+    if (content := tokenizer.content) is not None:
+        _replace(directory / TOKENIZER_FILE, content)
     _replace(directory / CONFIG_FILE, _to_bytes(to_json(config)))
 
 

@@ -18,6 +18,7 @@ from moda_jax.model.transformer import Transformer
 from moda_jax.ops.sharding import make_mesh, state_shardings
 from moda_jax.terminal import escape_controls
 from moda_jax.train.checkpoint import METRICS_ITEM, checkpoint_steps, saved_loss
+from moda_jax.train.imported import is_imported, read_imported
 from moda_jax.train.manifest import find_damage
 from moda_jax.train.run_folder import load_folder_tokenizer
 
@@ -65,7 +66,7 @@ def load_trained(
     while True:
         steps = checkpoint_steps(folder)
         try:
-            return _load(folder, _find_step(folder, step), mesh)
+            return _load(folder, find_step(folder, step), mesh)
         except (OSError, ValueError):
             # A training that goes on removes its older checkpoints, perhaps while they are read.
             if set(steps) <= set(checkpoint_steps(folder)):
@@ -135,6 +136,8 @@ def read_params(folder: Path, target: nnx.State) -> nnx.State:
         folder: of the checkpoint, checkpoints/STEP.
         target: jax.ShapeDtypeStruct of each parameter, with its sharding.
     """
+    if is_imported(folder):
+        return read_imported(folder, target)
     saved = _restore(folder, params=ocp.args.StandardRestore(nnx.as_pure(target))).params
     return jax.tree.unflatten(jax.tree.structure(target), jax.tree.leaves(saved))
 
@@ -145,7 +148,7 @@ def _restore(folder: Path, **items: Any) -> Any:
         return checkpointer.restore(folder, args=ocp.args.Composite(**items))
 
 
-def _find_step(folder: Path, step: int | str) -> int:
+def find_step(folder: Path, step: int | str) -> int:
     """The chosen checkpoint; whole, after warnings about better ones that are not."""
     steps = checkpoint_steps(folder)
     # A damaged one might have been the best: it is looked at first, so that it is named.

@@ -212,18 +212,27 @@ class _Run:
 
     def _restore_or_init(self) -> str:
         """Makes the state; returns where it came from."""
-        restored = self.checkpoints.restore(self.functions.abstract_state, self.config)
         self.step = 0
         self.owes_validation = False
+        if self.checkpoints.is_imported:
+            target, tokenizer = self.functions.abstract_state.params, self.data.tokenizer
+            params = self.checkpoints.restore_imported(target, self.config, tokenizer.fingerprint)
+            self.state = self.functions.begin_with(params)
+            self.owes_validation = True  # the loss that training begins with
+            self.clock.lap("restore")
+            return "imported parameters"
+        restored = self.checkpoints.restore(self.functions.abstract_state, self.config)
         if restored is None and self.config.init_from is not None:
             initial = load_initial_params(
                 self.config.init_from,
                 self.config.model,
                 self.functions.abstract_state.params,
                 tokenizer=self.data.tokenizer.fingerprint,
+                seed=self.config.seed,
             )
             self.state = self.functions.begin_with(initial.params)
             self.changes = initial.notes
+            self.owes_validation = initial.is_changed
             self.clock.lap("restore")
             return initial.source
         if restored is None:
