@@ -3,6 +3,7 @@
 `golden/make_torch.py` wrote the numbers; nothing here imports torch.
 """
 
+import re
 from pathlib import Path
 
 import jax
@@ -80,3 +81,15 @@ def test_sizes_that_do_not_divide_are_errors():
         query_from_official(x, 4)
     with pytest.raises(ValueError, match="num_slots: expected a divisor of the 6 rows, got 5"):
         depth_from_official(x, 5)
+
+
+def test_the_pages_example_with_pytorchs_tensors():
+    torch = pytest.importorskip("torch", reason='pip install -e ".[torch]" brings it')
+    page = Path(__file__).parent.parent / "docs" / "pytorch.md"
+    (example,) = re.findall(r"```python\n(import jax\n.*?)```", page.read_text("utf-8"), re.DOTALL)
+    names: dict = {}
+    exec(compile(example, str(page), "exec"), names)
+    arrays = [jnp.asarray(x.numpy()) for x in (*names["tensors"], *names["depth"])]
+    expected = moda_attention(*arrays, implementation="reference")
+    assert isinstance(names["out"], torch.Tensor)
+    assert_close("o", names["out"].numpy(), expected, RELATIVE["float32"])

@@ -40,10 +40,11 @@ def softmaxes(monkeypatch, model):
     def read(params):
         operands = []
 
-        def recorded(query, slots, sequence=None, *rest):
+        def recorded(query, slots, sequence=None, bias=0.0):
             keys = [key for key, _ in slots]
-            operands.append((query, keys, None if sequence is None else sequence[0]))
-            return attend(query, slots, sequence, *rest)
+            bias_1xN = jnp.broadcast_to(bias, (1, query.shape[2]))
+            operands.append((query, keys, None if sequence is None else sequence[0], bias_1xN))
+            return attend(query, slots, sequence, bias)
 
         monkeypatch.setattr(reference, "_attention", recorded)
         reference.forward(model.config, params, jnp.asarray(TOKENS)[None])
@@ -57,14 +58,15 @@ def softmaxes(monkeypatch, model):
     return [by_hand(*call) for call in operands]
 
 
-def by_hand(query, slots, key):
-    """Of query [T, N, H], keys of slots and sequence [T, K, H] or None."""
+def by_hand(query, slots, key, bias):
+    """Of query [T, N, H], keys of slots and sequence [T, K, H] or None, bias [N] of slots."""
     heads, size = query.shape[1:]
 
     def of_each_head(key):
         return np.repeat(key, heads // key.shape[1], axis=1)
 
     scores = [np.einsum("tnh,tnh->nt", query, of_each_head(x))[:, :, None] for x in slots]
+    scores = [score + bias[:, None, None] * size**0.5 for score in scores]
     if key is not None:
         score = np.einsum("tnh,jnh->ntj", query, of_each_head(key))
         scores = [np.where(PLACES[:, None] >= PLACES, score, -np.inf), *scores]
@@ -92,6 +94,9 @@ def close(got, expected):
         pytest.param(MoDAConfig(), [0, 2, 4], id="row4"),
         pytest.param(
             MoDAConfig(attention_kv="project", window=2, reserved=1), [0, 2, 3], id="bounded-row5"
+        ),
+        pytest.param(
+            MoDAConfig(ffn_kv="none", score_bias=-1.0, key_norm="reader"), [0, 1, 2], id="biased"
         ),
         pytest.param(ResidualConfig(), [0, 0, 0], id="plain", marks=pytest.mark.slow),
         pytest.param(MoDAConfig(ffn_kv="none"), [0, 1, 2], id="row3", marks=pytest.mark.slow),
