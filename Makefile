@@ -13,10 +13,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 RUN_STAMP := $(VENV)/.installed-run$(if $(EXTRAS),-$(EXTRAS))
 DEV_STAMP := $(VENV)/.installed-dev
+DOCS_STAMP := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
 .PHONY: help train bench test test-fast test-slow test-newer test-all mutants evidence-smoke lint format \
-  clean gpu-python
+  docs clean gpu-python
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -56,8 +57,11 @@ format: $(DEV_STAMP)  ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+docs: $(DOCS_STAMP)  ## build the site into site/ (site/index.html), strictly
+	@$(BIN)/python -m mkdocs build --strict --quiet
+
 clean:  ## remove environments and caches; runs/ and data/ stay
-	rm -rf .venv .venv-newer .venv-gpu .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-newer .venv-gpu .cache .mypy_cache .pytest_cache .ruff_cache build dist site *.egg-info
 	find benchmarks configs moda_jax pallas_kernels tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -89,3 +93,8 @@ $(DEV_STAMP): pyproject.toml | $(BIN)/python
 	@echo "Installing moda-jax and its development tools into $(VENV) (minutes the first time)"
 	@$(PIP) install -e ".[dev]"
 	@touch $@ $(VENV)/.installed-run
+
+$(DOCS_STAMP): pyproject.toml | $(BIN)/python
+	@echo "Installing what builds the site into $(VENV)"
+	@$(PIP) install -e ".[docs]"
+	@touch $@
