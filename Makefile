@@ -58,7 +58,7 @@ format: $(DEV_STAMP)  ## let ruff rewrite what it can
 	@$(BIN)/ruff format .
 
 docs: $(DOCS_STAMP)  ## build the site into site/ (site/index.html), strictly
-	@$(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:  ## remove environments and caches; runs/ and data/ stay
 	rm -rf .venv .venv-newer .venv-gpu .cache .mypy_cache .pytest_cache .ruff_cache build dist site *.egg-info
