@@ -57,8 +57,9 @@ format: $(DEV_STAMP)  ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+# Not --quiet: that would hide the warnings from --strict, too.
 docs: $(DOCS_STAMP)  ## build the site into site/ (site/index.html), strictly
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:  ## remove environments and caches; runs/ and data/ stay
 	rm -rf .venv .venv-newer .venv-gpu .cache .mypy_cache .pytest_cache .ruff_cache build dist site *.egg-info
