@@ -15,10 +15,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 RUN_STAMP := $(VENV)/.installed-run$(if $(EXTRAS),-$(EXTRAS))
 DEV_STAMP := $(VENV)/.installed-dev
+DOCS_STAMP := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
 .PHONY: help train bench eval-data dev test test-fast test-slow test-newer test-every test-all mutants \
-  evidence-smoke lint format clean gpu-python
+  evidence-smoke lint format docs clean gpu-python
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -71,8 +72,12 @@ format: $(DEV_STAMP)  ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+# Not --quiet: that would hide the warnings from --strict, too.
+docs: $(DOCS_STAMP)  ## build the site into site/ (site/index.html), strictly
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:  ## remove environments and caches; runs/ and data/ stay
-	rm -rf .venv .venv-newer .venv-gpu .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-newer .venv-gpu .cache .mypy_cache .pytest_cache .ruff_cache build dist site *.egg-info
 	find benchmarks configs moda_jax pallas_kernels tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -104,3 +109,8 @@ $(DEV_STAMP): pyproject.toml | $(BIN)/python
 	@echo "Installing moda-jax and its development tools into $(VENV) (minutes the first time)"
 	@$(PIP) install -e ".[dev]"
 	@touch $@ $(VENV)/.installed-run
+
+$(DOCS_STAMP): pyproject.toml | $(BIN)/python
+	@echo "Installing what builds the site into $(VENV)"
+	@$(PIP) install -e ".[docs]"
+	@touch $@

@@ -23,6 +23,7 @@ import numpy as np
 
 from benchmarks.ablation_steps import STEPS, AblationStep, Arrays, flatten, unflatten
 from benchmarks.attention import make_inputs, ours, with_gradients
+from benchmarks.pages import folded
 from benchmarks.shapes import SMOKE, TABLE_7, Shape
 from benchmarks.timing import milliseconds
 
@@ -137,6 +138,25 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
+def page(results: dict[str, Any]) -> str:
+    """The Markdown page: what came out, the table, and what the steps are."""
+    steps = {name: row["total"] for name, row in results["steps"].items() if "total" in row}
+    sentence = "No step was measured."
+    if steps:
+        slowest, fastest = max(steps, key=steps.__getitem__), min(steps, key=steps.__getitem__)
+        sentence = (
+            f"From *{slowest}* to *{fastest}*, forward and backward take "
+            f"**{steps[slowest]:.4g} to {steps[fastest]:.4g} ms**, a factor of "
+            f"{steps[slowest] / steps[fastest]:.0f}. The steps are those of the paper's §3.2, and "
+            "what ships."
+        )
+    return (
+        f"# From a loop to a kernel, {results['device']}\n\n{sentence}\n\n{table(results)}\n\n"
+        f"`{results['command']}`; JAX {results['jax']}, shape {results['shape']}.\n\n"
+        f"{folded('What the steps and columns are', _NOTES)}"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 if a step failed, after the others."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -156,11 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(results, indent=1) + "\n")
-    text = (
-        f"# From a loop to a kernel, {results['device']}\n\n`{results['command']}`; JAX "
-        f"{results['jax']}, shape {shape.name}.\n\n{table(results)}\n\n{_NOTES}"
-    )
-    options.json.with_suffix(".md").write_text(text)
+    options.json.with_suffix(".md").write_text(page(results))
     return int(any("error message" in row for row in results["steps"].values()))
 
 

@@ -1,8 +1,9 @@
-"""The table and the picture of what `benchmarks.attention` measured.
+"""Pages and pictures of what `benchmarks.attention` and `benchmarks.train_step` measured.
 
     python -m benchmarks.report [docs/benchmarks/attention.json]
+    python -m benchmarks.report docs/benchmarks/train_step.json
 
-writes attention.md and attention.png beside the file.
+writes attention.md and attention.png beside the file, of training steps train_step.png alone.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.pages import folded
 from benchmarks.shapes import SHAPES, SMOKE, Shape
 
 _HEADER = """\
@@ -20,8 +22,9 @@ official / ours | paper A100 |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 _NOTES = """\
-Milliseconds, medians, bfloat16, causal; ratios are of one process. *cuDNN* attends to the sequence
-alone, *+ XLA depth* adds the depth part as two einsums and a merge.
+A row is a shape: B rows of T tokens, K key/value heads with G query heads each, of size H, and S
+depth slots. Milliseconds, medians, bfloat16, causal; ratios are of one process. *cuDNN* attends to
+the sequence alone, *+ XLA depth* adds the depth part as two einsums and a merge.
 
 *Floor* is the time that neither part can do without, with the rates measured in the same run: for
 each pass the larger of its sequence products over the matrix rate and its bytes over the copy
@@ -32,6 +35,14 @@ backward) and the query-sized arrays (q, o; q, o, do, dq).
 the best of 32 tile settings: as published it does not compile there). *Paper A100* is its Table 2
 (FlashAttention-2 → MoDA) or Table 7.
 """
+
+_STEP_LABELS = {
+    "olmo2_700m_36": "700M: plain",
+    "moda_700m_row3": "700M: MoDA row 3\n(depth KV)",
+    "moda_700m_row4": "700M: MoDA row 4\n(+ FFN KV)",
+    "table6.row7": "71M: plain",
+    "table6.row9": "71M: MoDA row 9\n(depth and FFN KV)",
+}
 
 
 def floor_ms(shape: Shape, copy_rate: float, matrix_rate: float, *, backward: bool) -> float:
@@ -205,22 +216,103 @@ def _speeds(results: dict[str, Any], names: list[str], variant: str) -> list[tup
     ]
 
 
+def summary(results: dict[str, Any]) -> str:
+    """The page's first sentences: the best and the worst row, and the largest error."""
+    cudnn: dict[str, float] = {}
+    official: dict[str, float] = {}
+    for name, row in results["rows"].items():
+        ours, plain = (row.get(variant, {}).get("total") for variant in ("ours", "cudnn"))
+        if ours and plain:
+            cudnn[name] = plain / ours
+        if ours and (paper := _shape(name).official):
+            official[name] = paper / ours
+    sentences = []
+    if cudnn:
+        best, worst = max(cudnn, key=cudnn.__getitem__), min(cudnn, key=cudnn.__getitem__)
+        sentences.append(
+            "Attention with depth slots, forward and backward, runs at "
+            f"**{cudnn[best]:.1%} of the speed of cuDNN's attention without them** in the best "
+            f"row, {best} ({_in_words(_shape(best))}), and at {cudnn[worst]:.1%} in the worst, "
+            f"{worst} ({_in_words(_shape(worst))})."
+        )
+    if official:
+        best, worst = (
+            max(official, key=official.__getitem__),
+            min(official, key=official.__getitem__),
+        )
+        sentences.append(
+            f"It is {official[worst]:.2f} ({worst}) to {official[best]:.2f} times ({best}) as fast "
+            "as the paper's own kernel."
+        )
+    checks = [row["check"] for row in results["rows"].values() if "check" in row]
+    if checks:
+        ratio = max(check["worst ratio"] for check in checks)
+        same = all(check["bitwise equal"] for check in checks)
+        sentences.append(
+            f"Its errors are at most {ratio:.2f} times those of `xla` in bfloat16; two runs "
+            f"{'give' if same else 'do not always give'} the same bits."
+        )
+    return " ".join(sentences) or "No row was measured."
+
+
+def _in_words(shape: Shape) -> str:
+    return f"{shape.tokens} tokens, {shape.heads} query heads, {shape.slots} slots"
+
+
 def write(path: Path) -> None:
-    """Writes the .md and the .png beside the .json at `path`."""
+    """Writes the .md and the .png beside the .json at `path`, of training steps the .png alone."""
     results = json.loads(path.read_text())
-    note = f"{results['note']}\n\n" if "note" in results else ""  # put there by hand
-    text = (
-        f"# Attention, {results['device']}\n\n"
-        f"`{results['command']}`, then "
-        f"`python -m benchmarks.report docs/benchmarks/{path.name}`; JAX {results['jax']}. "
+    if "runs" in results:
+        plot_steps(results, path.with_suffix(".png"))
+        return
+    note = f"\n\n{results['note']}" if "note" in results else ""  # put there by hand
+    implementation = results["implementation"]
+    conditions = (
         f"Measured in the run: copy {results['copy TB/s']:.2f} TB/s, bfloat16 matrix product "
-        f"{results['matmul TFLOP/s']:.0f} TFLOP/s. Implementation: {results['implementation']}.\n\n"
-        f"{note}{_NOTES}\n## Forward and backward\n\n{table(results, 'total')}\n\n## Forward\n\n"
-        f"{table(results, 'forward')}\n\n{other_tables(results)}"
-        f"![Speed relative to cuDNN]({path.with_suffix('.png').name})\n"
+        f"{results['matmul TFLOP/s']:.0f} TFLOP/s. Implementation: {implementation}.{note}"
     )
-    path.with_suffix(".md").write_text(text)
+    text = (
+        f"# Attention on an {results['device']}: `{implementation.split()[0]}`\n\n"
+        f"{summary(results)}\n\n"
+        f"![Speed relative to cuDNN]({path.with_suffix('.png').name})\n\n"
+        f"`{results['command']}`, then "
+        f"`python -m benchmarks.report docs/benchmarks/{path.name}`; JAX {results['jax']}.\n\n"
+        f"{folded('What the columns mean', _NOTES)}\n"
+        f"{folded('How it was measured', conditions)}\n"
+        f"## Forward and backward\n\n{table(results, 'total')}\n\n## Forward\n\n"
+        f"{table(results, 'forward')}\n\n{other_tables(results)}"
+    )
+    path.with_suffix(".md").write_text(text.rstrip() + "\n")
     plot(results, path.with_suffix(".png"))
+
+
+def plot_steps(results: dict[str, Any], path: Path) -> None:
+    """Bars: tokens per second and memory of whole training steps, the newest run of each model."""
+    newest: dict[str, dict[str, Any]] = {}
+    for run in results["runs"]:  # the newest first
+        for step in run["results"]:
+            newest.setdefault(step["name"], step)
+    steps = {name: newest[name] for name in _STEP_LABELS}
+    plain = {"700M": steps["olmo2_700m_36"], "71M": steps["table6.row7"]}
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    for number, (name, step) in enumerate(steps.items()):
+        base = plain[_STEP_LABELS[name].partition(":")[0]]
+        ratio = step["tokens_per_second"] / base["tokens_per_second"]
+        gib = step.get("compiled_gib") or step["compiled_bytes"] / 2**30
+        color = "gray" if step is base else "tab:blue"
+        bars = ((speed, ratio, f"{ratio:.1%}"), (memory, gib, f"{gib:.1f}"))
+        for axes, height, label in bars:
+            axes.bar(number, height, color=color)
+            axes.annotate(label, (number, height), ha="center", va="bottom", fontsize=8)
+    for axes in (speed, memory):
+        axes.set_xticks(range(len(steps)), [_STEP_LABELS[name] for name in steps], fontsize=7)
+        axes.tick_params(axis="x", rotation=30)
+        axes.margins(y=0.12)
+    speed.set(ylabel="tokens/s, of the plain model", title="speed of a training step")
+    memory.set(ylabel="GiB by the compiler's account", title="memory of a training step")
+    figure.suptitle(f"{results['device']}; 700M: 32 rows of 4096, 71M: 256 rows of 512", fontsize=9)
+    figure.savefig(path, dpi=100)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import hlo_cost, tpu_chips, tpu_splash
+from benchmarks.pages import folded
 from benchmarks.tpu_chips import CHIPS
 from benchmarks.tpu_kernels import Call, Launch, launches
 from benchmarks.tpu_roofline import ISSUE, SMOKE
@@ -199,15 +200,15 @@ def _line(result: Compiled) -> str:
 
 
 _NOTES = """\
-No TPU was at hand: programs were compiled, not run. bfloat16, causal, B = 1, N = 16, K = 8. *Moda*
-is `moda_attention`, *vanilla* the same without slots, *splash* JAX's splash attention (blocks of
-512), *splash + depth* its (o, lse) merged with a depth-only call: forward alone, since JAX
-cannot differentiate the lse. *Gradient* is forward and backward.
+All is bfloat16, causal, B = 1, N = 16, K = 8. *Moda* is `moda_attention`, *vanilla* the same
+without slots, *splash* JAX's splash attention (blocks of 512), *splash + depth* its (o, lse) merged
+with a depth-only call: forward alone, since JAX cannot differentiate the lse. *Gradient* is forward
+and backward.
 
 *Reported* is `cost_analysis()`: of a kernel it knows what the kernel declares; splash attention
 declares nothing. *Moved* is HBM traffic, kernels by their block schedule; XLA may keep arrays in
 VMEM between kernels, so the traffic of a kernel's operands is an upper bound at small sizes.
-Largest share of its VMEM limit that a kernel's blocks take by the schedule: """
+"""
 
 
 def _write(
@@ -228,11 +229,31 @@ def _write(
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     share = max(size for call in rows.values() for size in _vmem(call).values())
-    table = "\n".join([HEADER, *map(_line, results)])
+    output.with_suffix(".md").write_text(_page(record, results, share / common.VMEM_LIMIT))
+
+
+def _page(record: dict[str, Any], results: list[Compiled], share: float) -> str:
+    """Markdown; `share` is the largest part of its VMEM limit that a kernel's blocks take."""
+    errors = record["errors"]
+    temporary = max(
+        (x.temporary_bytes for x in results if (x.variant, x.part) == ("moda", "forward")),
+        default=0,
+    )
+    tables = [
+        folded(
+            f"{chip}: all programs",
+            "\n".join([HEADER, *(_line(x) for x in results if x.chip == chip)]),
+        )
+        for chip in dict.fromkeys(x.chip for x in results)
+    ]
     failed = "".join(f"\n{name}: {error}\n" for name, error in errors.items())
-    output.with_suffix(".md").write_text(
-        f"# The attention operator compiled for TPU\n\n`{command}` (JAX {jax.__version__}).\n\n"
-        f"{_NOTES}{share / common.VMEM_LIMIT:.0%}.\n\n{table}\n{failed}"
+    return (
+        "# The attention operator compiled for TPU\n\n**No TPU was at hand: programs were "
+        f"compiled, not run.**\n\n{len(results)} of {len(results) + len(errors)} programs compile. "
+        f"By the schedule a kernel's blocks take at most {share:.0%} of the VMEM that it allows "
+        "itself. Beside its operands and results MoDA's forward needs at most "
+        f"{temporary / 1e6:.1f} MB.\n\n`{record['command']}` (JAX {record['jax']}).\n\n"
+        f"{folded('What the columns mean', _NOTES)}\n" + "\n".join(tables) + failed
     )
 
 

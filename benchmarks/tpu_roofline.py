@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from matplotlib.figure import Figure
 
 from benchmarks import tpu_splash
+from benchmarks.pages import folded
 from benchmarks.shapes import SHAPES
 from benchmarks.tpu_chips import CHIPS, Chip
 from benchmarks.tpu_kernels import Call, Launch, bound, launches, overlapped, roofline
@@ -105,7 +107,7 @@ def _numbers(kernel: Launch, chip: Chip, call: Call) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints a table per chip; writes both files if asked."""
+    """Prints a table per chip; writes all files if asked."""
     args = _arguments().parse_args(argv)
     rows = SMOKE if args.smoke else ROWS
     predictions = {
@@ -125,7 +127,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.tpu_roofline", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--chips", default=",".join(CHIPS), help="comma-separated")
-    parser.add_argument("--output", type=Path, help="writes OUTPUT.json and OUTPUT.md")
+    parser.add_argument("--output", type=Path, help="writes OUTPUT.json, .md and .png")
     parser.add_argument("--smoke", action="store_true", help="one tiny shape")
     return parser
 
@@ -156,6 +158,39 @@ adds into the float32 running gradient cache of a layer stack, elsewhere it writ
 """
 
 
+def summary(predictions: dict[str, dict[str, Any]]) -> str:
+    """The page's first sentences: the smallest and the largest overhead of depth on each chip."""
+    lines = []
+    for chip, found in predictions.items():
+        overhead = {name: result["total overhead"] for name, result in found.items()}
+        least, most = (
+            min(overhead, key=overhead.__getitem__),
+            max(overhead, key=overhead.__getitem__),
+        )
+        ends = (f"**{overhead[name]:.0%}** ({name})" for name in (least, most))
+        lines.append(f"- {chip}: from {' to '.join(ends)}")
+    return (
+        "How much longer attention with depth slots should take than the same kernels without "
+        "them, forward and backward, predicted:\n\n" + "\n".join(lines)
+    )
+
+
+def plot(predictions: dict[str, dict[str, Any]], path: Path) -> None:
+    """Bars: the predicted overhead of depth, forward and backward, row by row and chip by chip."""
+    names = list(next(iter(predictions.values())))
+    figure = Figure(figsize=(2.5 + 0.5 * len(names), 3.8), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(predictions)
+    for number, (chip, found) in enumerate(predictions.items()):
+        where = [i + (number - (len(predictions) - 1) / 2) * width for i in range(len(names))]
+        overhead = [100 * found[name]["total overhead"] for name in names]
+        axes.bar(where, overhead, width=0.95 * width, label=chip)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
+    axes.set(ylabel="predicted overhead, %", title="depth slots, forward and backward, bfloat16")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
 def _chip_text(chip: str, rows: dict[str, Call], found: dict[str, dict[str, Any]]) -> str:
     times = "\n".join([_TIMES, *(_row(name, rows[name], result) for name, result in found.items())])
     first = next(iter(found))
@@ -163,7 +198,8 @@ def _chip_text(chip: str, rows: dict[str, Call], found: dict[str, dict[str, Any]
         [_KERNELS, *(_kernel_row(*item) for item in found[first]["kernels"].items())]
     )
     return (
-        f"## {chip}\n\n{_peaks(CHIPS[chip])}\n\n{times}\n\nThe kernels of {first}:\n\n{kernels}\n"
+        f"## {chip}\n\n{_peaks(CHIPS[chip])}\n\n{times}\n\n"
+        f"{folded(f'The kernels of {first}', kernels)}"
     )
 
 
@@ -228,10 +264,14 @@ def _write(
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    title = "# Predicted times of the TPU kernels"
     output.with_suffix(".md").write_text(
-        f"{title}\n\n`{command}` (JAX {jax.__version__}).\n\n{_NOTES}\n{text}"
+        "# Predicted times of the TPU kernels\n\n**No TPU was at hand: all times on this page are "
+        f"predictions.**\n\n{summary(predictions)}\n\n"
+        f"![Predicted overhead of depth slots]({output.with_suffix('.png').name})\n\n"
+        f"`{command}` (JAX {jax.__version__}).\n\n"
+        f"{folded('How times are predicted, and what the columns mean', _NOTES)}\n{text}"
     )
+    plot(predictions, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

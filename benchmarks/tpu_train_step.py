@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import hlo_cost, tpu_chips
+from benchmarks.pages import folded
 from benchmarks.tpu_chips import Chip
 from benchmarks.tpu_kernels import mean_kernels
 from moda_jax.config import DEPTH_CONFIGS, Config, ExecutionConfig, MeshConfig
@@ -289,17 +290,37 @@ def write(
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    failed = "".join(f"\n{name}: {error}\n" for name, error in errors.items())
+    args.output.with_suffix(".md").write_text(_page(record, steps))
+
+
+def _page(record: dict[str, Any], steps: list[Step]) -> str:
+    """Markdown: what came out, the table, and what its columns mean."""
+    sentences = []
+    if steps:
+        fullest = max(steps, key=lambda step: step.total_bytes / step.hbm_bytes)
+        sentences.append(
+            f"{len(steps)} of {len(steps) + len(record['errors'])} steps compile and fit; the "
+            f"fullest, {fullest.name}, takes {fullest.total_bytes / fullest.hbm_bytes:.0%} of a "
+            f"chip's memory on {fullest.topology}."
+        )
+    twins = [(step, twin) for step in steps if (twin := _twin(step, steps))]
+    if ratios := [step.seconds / twin.seconds for step, twin in twins]:
+        sentences.append(
+            "By their roofline, a bound from below, steps with depth take "
+            f"{min(ratios):.2f} to {max(ratios):.2f} times those of the same layers without."
+        )
+    failed = "".join(f"\n{name}: {error}\n" for name, error in record["errors"].items())
     table = "\n".join([HEADER, *(row(step, steps) for step in steps)])
-    args.output.with_suffix(".md").write_text(
-        f"# Training steps compiled for TPU slices\n\n`{record['command']}` (JAX "
-        f"{jax.__version__}). {_NOTES}\n\n{table}\n{failed}"
+    return (
+        "# Training steps compiled for TPU slices\n\n**No TPU was at hand: nothing on this page "
+        f"was timed.** {' '.join(sentences)}\n\n{table}\n{failed}\n`{record['command']}` (JAX "
+        f"{record['jax']}).\n\n{folded('What the columns mean', _NOTES)}"
     )
 
 
 _NOTES = """\
-No TPU was at hand: nothing here was timed. Every program was compiled ahead of time by libtpu,
-which refuses one that does not fit its chip; rows of 4096 tokens unless the command says otherwise.
+Every program was compiled ahead of time by libtpu, which refuses one that does not fit its chip;
+rows of 4096 tokens unless the command says otherwise.
 
 *Mesh* is data x fsdp x tensor. Per chip: *arguments* are parameters, Adam's moments and the batch,
 *total* is what the step holds at its peak. *TFLOP* are executed, counted in the compiled program

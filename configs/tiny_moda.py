@@ -1,4 +1,4 @@
-"""MoDA, row 4: `tiny.py` under the name that its row has in the README's table.
+"""MoDA, row 4: `tiny.py` under the name that its row has in the table of docs/reproduce.md.
 
 Command:  python train.py configs/tiny_moda.py
 Cost:     1,401 tokens/s on one core of a server's CPU (measured, median of three runs side by

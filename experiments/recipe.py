@@ -120,7 +120,7 @@ def expected_speed(config: Config) -> float:
     """Tokens per second on one H200, computed: the FLOP/s that was measured for the mechanism.
 
     Of mechanisms that were not measured it is MoDA's, and certainly too high: on a CPU attention
-    residuals and hyper-connections take 1.3 to 1.9 times as long as MoDA (the README's table).
+    residuals and hyper-connections take 1.3 to 1.9 times as long as MoDA (docs/reproduce.md).
     """
     measured, speed = _MEASURED.get(config.model.depth.name, _MEASURED["moda"])
     flops = [count_flops(run.model, run.data.seq_len).train_per_token for run in (measured, config)]

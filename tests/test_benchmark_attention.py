@@ -65,6 +65,26 @@ def test_rows_of_the_picture_say_shapes_and_dtype(tmp_path, monkeypatch):
     assert "B8: 8 × 4096 × 16 × 64\nK 8, S 36, bf16" in labels
 
 
+@pytest.mark.parametrize("name", ["attention", "attention_triton"])
+def test_the_pages_are_what_the_command_writes(tmp_path, name):
+    path = tmp_path / f"{name}.json"
+    path.write_text((ROOT / f"docs/benchmarks/{name}.json").read_text())
+    report.write(path)
+    page = ROOT / f"docs/benchmarks/{name}.md"
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+
+
+def test_picture_of_training_steps(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    path = tmp_path / "train_step.json"
+    path.write_text((ROOT / "docs/benchmarks/train_step.json").read_text())
+    report.write(path)
+    speed, memory = ([text.get_text() for text in axes.texts] for axes in figures[0].axes)
+    assert speed == ["100.0%", "92.4%", "85.0%", "100.0%", "80.8%"]  # as train_step.md has them
+    assert memory == ["54.5", "65.0", "80.7", "12.1", "17.4"]
+
+
 def test_floor_is_the_rooflines_of_the_design():
     """B=1 T=16384 K=8 H=64 S=64: 0.5 ms of depth traffic; at N=64 the products take longer."""
     shape = SHAPES["T16K"]
