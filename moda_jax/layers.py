@@ -12,6 +12,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from moda_jax.config import ModelConfig
 from pallas_kernels import platforms
+from pallas_kernels.varying import vary_like
 
 Axes = tuple[str | None, ...]
 
@@ -72,12 +73,16 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         out = jnp.tensordot(x, kernel, self.num_inputs)
-        return out if self.bias is None else _add_bias(out, self.bias[...])
+        return out if self.bias is None else add_bias(out, self.bias[...])
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias in x's dtype; the bias's gradient, a sum over all tokens, is summed in float32."""
+    return _add_bias(*vary_like((x, bias), (x, bias)))
 
 
 @jax.custom_vjp
 def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x + bias in x's dtype; the bias's gradient, a sum over all tokens, is summed in float32."""
     return x + bias.astype(x.dtype)
 
 
@@ -105,20 +110,24 @@ _CHUNK = 512
 """Tokens whose embedding gradients one matrix product adds up before they are scattered."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup(table_VxD: jax.Array, ids_BxT: jax.Array, dtype: Any) -> jax.Array:
     """Rows [B, T, D] of a float32 table by int32 ids, in `dtype`; NaN outside of 0 … V−1.
 
     The table's gradient is summed in float32, whatever `dtype` is: a frequent token's is a sum of
     thousands of rows, to which a bfloat16 sum would soon add nothing more.
     """
-    ids = jnp.where(ids_BxT < 0, table_VxD.shape[0], ids_BxT)  # NumPy's -1 would be the last row
-    return jnp.take(table_VxD.astype(dtype), ids, axis=0, mode="fill")
+    return _lookup(*vary_like((table_VxD, ids_BxT), (table_VxD, ids_BxT)), dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lookup(table: jax.Array, ids: jax.Array, dtype: Any) -> jax.Array:
+    ids = jnp.where(ids < 0, table.shape[0], ids)  # NumPy's -1 would be the last row
+    return jnp.take(table.astype(dtype), ids, axis=0, mode="fill")
 
 
 def _lookup_forward(table: jax.Array, ids: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
     # The empty array says how many rows there are.
-    return lookup(table, ids, dtype), (ids, jnp.zeros((table.shape[0], 0), table.dtype))
+    return _lookup(table, ids, dtype), (ids, jnp.zeros((table.shape[0], 0), table.dtype))
 
 
 def _lookup_backward(_: Any, kept: Any, d_BxTxD: jax.Array) -> tuple[jax.Array, None]:
@@ -128,12 +137,12 @@ def _lookup_backward(_: Any, kept: Any, d_BxTxD: jax.Array) -> tuple[jax.Array, 
     """
     ids, rows = kept
     ids, d = (ids, d_BxTxD) if platforms.current() == "cpu" else sum_by_id(ids, d_BxTxD, len(rows))
-    zeros = jnp.zeros((len(rows), d.shape[-1]), jnp.float32)
+    zeros = vary_like(jnp.zeros((len(rows), d.shape[-1]), jnp.float32), d)
     ids = jnp.where(ids < 0, len(rows), ids)
     return zeros.at[ids].add(d.astype(jnp.float32), mode="drop").astype(rows.dtype), None
 
 
-lookup.defvjp(_lookup_forward, _lookup_backward)
+_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def sum_by_id(

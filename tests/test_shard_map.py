@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moda_jax import DepthCache, generate, moda_attention, next_token_loss
+from moda_jax.layers import add_bias, lookup
 from tests.models import FLOAT32, SMALL, random_model
 from tests.tolerances import RELATIVE, SAME_MODEL, STACK
 
@@ -137,6 +138,22 @@ def test_an_empty_cache_is_a_carry():
     with jax.set_mesh(on):
         placed = jax.device_put(entries, NamedSharding(on, P(None, "x")))
         np.testing.assert_array_equal(jax.jit(fill)(placed), entries)
+
+
+def test_parameters_of_an_embedding_and_of_a_bias():
+    """Whole on every device; their gradients are sums over all."""
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 7, (2, 5)), jnp.int32)
+    params = jnp.ones((7, 3)), jnp.arange(3.0)
+
+    def loss(params, ids):
+        return (add_bias(lookup(params[0], ids, jnp.float32), params[1]) ** 2).sum()
+
+    def summed(params, ids):
+        return lax.psum(loss(params, ids), "x")
+
+    mapped = jax.shard_map(summed, mesh=mesh(AxisType.Auto), in_specs=(P(), P("x")), out_specs=P())
+    got, expected = (jax.jit(jax.grad(f))(params, ids) for f in (mapped, loss))
+    assert_close(got, expected, RELATIVE["float32"])
 
 
 @pytest.mark.slow

@@ -91,6 +91,8 @@ class GatherLayout(NamedTuple):
     """S, slots that some layer reads."""
     window: int | None = None
     """Bounded slots: the newest that a layer reads; None: all."""
+    has_score_bias: bool = False
+    """Whether attention adds a bias to the slots' scores, so that they are not gathered."""
 
 
 class Mechanism(Generic[Settings]):

@@ -176,12 +176,19 @@ class MoDA(Mechanism[MoDAConfig]):
         if not self.num_entries:
             return None
         return GatherLayout(
-            settings.slots_per_writer, settings.write_every, self.num_entries, settings.window
+            settings.slots_per_writer,
+            settings.write_every,
+            self.num_entries,
+            settings.window,
+            self._has_score_bias,
         )
 
     def layer_parameters(self, rngs: nnx.Rngs) -> nnx.Module | None:
-        is_biased = self.settings.score_bias is not None and self.num_entries
-        return ScoreBias(self.config) if is_biased else None
+        return ScoreBias(self.config) if self._has_score_bias else None
+
+    @property
+    def _has_score_bias(self) -> bool:
+        return self.settings.score_bias is not None and self.num_entries > 0
 
     def shared_parameters(self, rngs: nnx.Rngs) -> dict[str, Any]:
         kinds = {"attention_kv": self.settings.attention_kv, "ffn_kv": self.settings.ffn_kv}
@@ -198,8 +205,7 @@ class MoDA(Mechanism[MoDAConfig]):
     def num_parameters(self) -> int:
         config = self.config
         width = config.num_kv_heads * config.head_dim
-        is_biased = self.settings.score_bias is not None and self.num_entries
-        biases = config.num_layers * config.num_heads if is_biased else 0
+        biases = config.num_layers * config.num_heads * self._has_score_bias
         return self._num_projections() * 2 * width * (config.embed_dim + config.use_bias) + biases
 
     def projection_flops(self, seq_len: int) -> int:

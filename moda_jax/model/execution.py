@@ -137,12 +137,14 @@ def describe_execution(config: Config, resolved: Resolved) -> dict[str, str]:
     key = jax.ShapeDtypeStruct(kv_shape, dtype)
     mechanism = make_mechanism(model)
     layout = mechanism.gather_layout()
-    depth = None
+    depth = bias = None
     if layout is not None:
         depth = jax.ShapeDtypeStruct((mechanism.num_entries, *kv_shape), dtype)
+        if layout.has_score_bias:
+            bias = jax.ShapeDtypeStruct((model.num_heads,), jnp.float32)
     found: list[tuple[AttentionChoice, Choice | None]] = []
 
-    def trace(query, key, depth, segment_ids):
+    def trace(query, key, depth, bias, segment_ids):
         call = ShardedAttention.of(
             query,
             key,
@@ -151,6 +153,7 @@ def describe_execution(config: Config, resolved: Resolved) -> dict[str, str]:
             depth,
             segment_ids=segment_ids,
             depth_window=None if layout is None else layout.window,
+            depth_bias=bias,
             implementation=None if execution.attention == "auto" else execution.attention,
         )
         choice = choose(layout, execution, call) if mechanism.num_entries else None
@@ -158,7 +161,7 @@ def describe_execution(config: Config, resolved: Resolved) -> dict[str, str]:
         return query
 
     segments = jax.ShapeDtypeStruct(kv_shape[:2], jnp.int32)
-    jax.eval_shape(trace, query, key, depth, segments)
+    jax.eval_shape(trace, query, key, depth, bias, segments)
     ((attention, choice),) = found
     lines = {"attention": str(attention)}
     if attention.is_slow and execution.attention == "auto":

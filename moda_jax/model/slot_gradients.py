@@ -117,7 +117,7 @@ class Gathering:
 
     def begin(self, state: GatherState, layer: jax.Array) -> tuple["Gathering", GatherState]:
         """Computes the final gradients of the slots that `layer` wrote."""
-        per_layer, every, num_slots, _ = self.layout
+        per_layer, every, num_slots, *_ = self.layout
         last = self.num_layers
         size = min(self.block, self.num_layers)
         first = layer // size * size
