@@ -14,7 +14,7 @@ from flax import nnx
 from moda_jax.config import DenseConfig, DepthAttentionConfig, MoDAConfig, ResidualConfig
 from moda_jax.data.tokenizer import ByteTokenizer
 from moda_jax.model import reference
-from moda_jax.model.attention_maps import attention_maps
+from moda_jax.model.attention_maps import _sink, attention_maps
 from moda_jax.ops import attention
 from moda_jax.train.metrics import METRICS_FILE
 from moda_jax.visualize import command, figures, text_attention
@@ -144,6 +144,11 @@ def test_depth_attention_has_a_softmax_of_its_own(monkeypatch):
     assert attention.slots == ["e", "0"]
     assert not attention.is_joint
     assert "a softmax each" in attention.mechanism
+
+
+def test_a_query_that_looks_at_depth_alone():
+    weights = jnp.array([[[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]])  # one head, two tokens, one slot
+    np.testing.assert_array_equal(_sink(weights, 2), [[0.0, 0.0]])
 
 
 def test_a_model_without_slots_has_a_sequence_part_only():

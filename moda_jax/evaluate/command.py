@@ -115,7 +115,7 @@ def evaluate(options: EvalOptions) -> None:
         )
         if texts:
             _evaluate_sources(opened, sources, texts, options, folder)
-        if manager:
+        if manager is not None:
             _evaluate_tasks(opened, tasks, manager, options, folder)
 
 
