@@ -105,10 +105,14 @@ def command() -> int:
     name, *arguments = sys.argv[1:] or [""]
     if found := _COMMANDS.get(name):
         module, _, function = found.function.partition(":")
-        # Imported only now: what one command needs takes the others a second.
-        run = getattr(importlib.import_module(module), function)
-        _quiet_libtpu()
-        return run(arguments, program=f"moda-jax {name}")
+
+        def run() -> int:
+            # Imported only now: what one command needs takes the others a second.
+            main = getattr(importlib.import_module(module), function)
+            _quiet_libtpu()
+            return main(arguments, program=f"moda-jax {name}")
+
+        return exit_status(run)  # Ctrl-C during an import, too, ends in a line
     if name in ("-h", "--help"):
         lines = [f"  moda-jax {command} {known.usage}" for command, known in _COMMANDS.items()]
         print("\n".join(["usage:", *lines, "", "moda-jax COMMAND --help says more."]), flush=True)

@@ -1,13 +1,16 @@
-"""The command line's options, from the config's dataclasses: their forms, and the short help."""
+"""The command line's options, from dataclasses: their forms, checks, and the short help."""
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 import shutil
+import tempfile
 import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from moda_jax.config import DEPTH_CONFIGS, Config
@@ -154,3 +157,61 @@ def _docs(cls: type, prefix: str = "") -> dict[str, str]:
         if dataclasses.is_dataclass(hints[name]):
             docs |= _docs(typing.cast(type, hints[name]), f"{option}.")
     return docs
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def require_positive(options: Any, *fields: str) -> None:
+    """Raises ValueError, naming the option, unless these are None or at least 1."""
+    for field in fields:
+        value = getattr(options, field)
+        if value is not None and value < 1:
+            raise ValueError(f"{_option(field)}: expected a number >= 1, got {value}")
+
+
+def refuse_unused(options: Any, fields: Sequence[str], where: str) -> None:
+    """Raises ValueError, naming the option, if one differs from its default where it says nothing.
+
+    `where` goes on after "expected none", as "without --text".
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    for field in fields:
+        if (value := getattr(options, field)) != defaults[field]:
+            raise ValueError(f"{_option(field)}: expected none {where}, got {value!r}")
+
+
+@contextlib.contextmanager
+def naming(options: dict[str, str]) -> Iterator[None]:
+    """Errors "NAME: expected ..." of the library name the command's option for that argument."""
+    try:
+        yield
+    except ValueError as error:
+        name, colon, rest = str(error).partition(":")
+        if not colon or name not in options:
+            raise
+        raise ValueError(f"{options[name]}:{rest}") from error
+
+
+def result_folder(option: str, given: str | None, run: str, name: str) -> Path:
+    """Makes the folder of results: `given`, or else `name` in the run's folder.
+
+    Raises ValueError if the run has no folder or, naming `option`, nothing can be written there.
+    """
+    if not Path(run).is_dir():
+        raise ValueError(f"RUN: expected a run's folder, got {run!r}")
+    if given == "":
+        raise ValueError(f"{option}: expected a folder, got an empty name")
+    try:
+        folder = Path(run, name) if given is None else Path(given).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, RuntimeError) as error:  # the second: no such user, as in ~user
+        reason = getattr(error, "strerror", None) or error
+        place = str(Path(run, name)) if given is None else given
+        raise ValueError(
+            f"{option}: expected a folder that can be written, got {place!r}: {reason}"
+        ) from error
+    return folder

@@ -277,6 +277,31 @@ def test_interrupt_before_training_ends_quietly(train_with, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_interrupt_while_a_command_is_imported_ends_quietly(monkeypatch, capsys):
+    def interrupt(module):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupt)
+    monkeypatch.setattr(sys, "argv", ["moda-jax", "eval", "run"])
+    assert cli.command() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_mistyped_option_does_not_wait_for_jax():
+    program = (
+        "import sys; from moda_jax.cli import command; sys.argv[1:] = sys.argv[1].split(); "
+        "status = command(); assert 'jax' not in sys.modules; sys.exit(status)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, "eval run --tsks piqa"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+
+
 def run_train_py(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(REPOSITORY / "train.py"), *arguments],

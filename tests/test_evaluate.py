@@ -15,20 +15,22 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from moda_jax.config import MeshConfig
+from moda_jax.config import Config, DataConfig, MeshConfig, to_json
 from moda_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from moda_jax.evaluate import command, requests, scoring
+from moda_jax.evaluate import opened as opening
 from moda_jax.evaluate.data import FOLDERS, unpack_tasks
 from moda_jax.evaluate.data import main as unpack_main
 from moda_jax.evaluate.opened import OpenRun
 from moda_jax.evaluate.paper_tasks import METRICS, TABLE_4
 from moda_jax.evaluate.perplexity import Text, measure, read_texts, summarize
 from moda_jax.evaluate.requests import Requester, encode_pairs, shared_rows
-from moda_jax.evaluate.scoring import Row, Scorer, bucket_length, plan
+from moda_jax.evaluate.scoring import Row, RowScores, Scorer, bucket_length, plan
 from moda_jax.evaluate.windows import text_rows, windows
 from moda_jax.model.generation import generate
 from moda_jax.ops.sharding import make_mesh
 from tests.models import SMALL, random_model
+from tests.runs import save_run
 from tests.tolerances import SAME_MODEL
 
 EOS = ByteTokenizer.eos_id
@@ -115,7 +117,7 @@ def test_windows_ask_each_position_once_with_enough_context(length, window, stri
     for n, (start, scored, end) in enumerate(found):
         assert 0 <= start <= scored < end <= length
         assert end - start == min(window, length)
-        assert n == 0 or scored - start >= window - stride
+        assert n == 0 or scored - start + 1 >= window - stride + 1
 
 
 def test_chunks_are_the_harness_s_rolling_windows():
@@ -488,8 +490,24 @@ def test_a_source_without_text_is_an_error(tmp_path):
 @pytest.fixture
 def opened(scorer, monkeypatch):
     run = OpenRun(scorer, ByteTokenizer(), 7, 32)
-    monkeypatch.setattr(command, "open_run", lambda *args, **kwargs: run)
+    monkeypatch.setattr(opening, "open_run", lambda *args, **kwargs: run)
     return run
+
+
+@pytest.fixture
+def unopened(monkeypatch):
+    """Whatever is refused is refused before the model is loaded."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(opening, "open_run", fail)
+
+
+def written(folder, kind):
+    """The content of the one file of its kind."""
+    (path,) = folder.glob(f"{kind}-7-*.json")
+    return json.loads(path.read_text())
 
 
 def test_command_prints_and_writes_perplexities(opened, tmp_path, capsys):
@@ -501,13 +519,18 @@ def test_command_prints_and_writes_perplexities(opened, tmp_path, capsys):
     )
     assert status == 0
     printed = capsys.readouterr().out
-    content = json.loads((tmp_path / "evaluation" / "perplexity-7.json").read_text())
+    content = written(tmp_path / "evaluation", "perplexity")
     expected = measure(
         opened.scorer, ByteTokenizer(), read_texts(str(tmp_path / "b.txt"), text_field="text"),
         window=32, stride=8,
     )  # fmt: skip
     assert content["sources"]["b"]["perplexity"] == pytest.approx(expected.perplexity)
-    assert (content["window"], content["stride"], content["step"]) == (32, 8, 7)
+    assert content["settings"] == {
+        "run": str(tmp_path), "step": 7, "sources": {x: f"{tmp_path / x}.txt" for x in "ab"},
+        "window": 32, "stride": 8, "max_bytes": None, "text_field": "text",
+    }  # fmt: skip
+    one_or_more = "1 device (" if opened.scorer.num_row_shards == 1 else "devices ("
+    assert one_or_more in printed
     for name in ("a", "b"):
         assert f"{content['sources'][name]['perplexity']:.3f}" in printed
     assert f"{content['mean']['bits_per_byte']:.4f}" in printed
@@ -521,13 +544,83 @@ def test_command_prints_and_writes_perplexities(opened, tmp_path, capsys):
         (["--sources", "a=x", "a=y"], "expected NAME=PATH with a new name each, got 'a=y'"),
         (["--sources", "a=/nowhere.txt"], "which does not exist"),
         (["--sources", "a=configs", "--windows", "3"], "--windows"),
+        (["--sources", "a=TEXT", "b=/nowhere.txt"], "error: --sources: expected"),
+        (["--sources", "a=TEXT", "--max-bytes", "-5"], "--max-bytes: expected a number >= 1, got"),
+        (["--sources", "a=TEXT", "--window", "0"], "--window: expected a number >= 1, got 0"),
+        (
+            ["--sources", "a=TEXT", "--window", "4", "--stride", "5"],
+            "--stride: expected at most the window, 4, got 5",
+        ),
+        (["--tasks", "piqa", "--limit", "0"], "--limit: expected a number >= 1, got 0"),
+        (["--tasks", "piqa", "--stride", "3"], "--stride: expected none without --sources, got 3"),
+        (["--sources", "a=TEXT", "--limit", "3"], "--limit: expected none without --tasks, got 3"),
+        (["--sources", "a=TEXT", "--add-bos-token"], "--add-bos-token: expected none without"),
+        (["--sources", "a=TEXT", "--output-dir", "TEXT"], "--output-dir: expected a folder that"),
+        (["--sources", "a=TEXT", "--output-dir", ""], "--output-dir: expected a folder, got an em"),
     ],
 )
-def test_command_refuses_in_a_line(opened, capsys, arguments, message):
-    assert command.main(["run", *arguments, "--compilation-cache", "off"]) == 2
+def test_command_refuses_in_a_line(unopened, capsys, tmp_path, arguments, message):
+    (tmp_path / "text.txt").write_text("a text")
+    arguments = [x.replace("TEXT", str(tmp_path / "text.txt")) for x in arguments]
+    assert command.main([str(tmp_path), *arguments, "--compilation-cache", "off"]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_run_without_a_folder_gets_none(unopened, capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("a text")
+    run = str(tmp_path / "none")
+    assert command.main([run, "--sources", f"a={tmp_path / 'text.txt'}"]) == 2
+    assert capsys.readouterr().err == f"error: RUN: expected a run's folder, got {run!r}\n"
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_stride_beyond_a_training_sequence(opened, capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("a text")
+    arguments = [str(tmp_path), "--sources", f"a={tmp_path / 'text.txt'}", "--stride", "33"]
+    assert command.main([*arguments, "--compilation-cache", "off"]) == 2
+    assert "--stride: expected at most the window, 32, got 33" in capsys.readouterr().err
+
+
+def test_other_settings_have_a_file_of_their_own(opened, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("It was the best of times.")
+    arguments = [str(tmp_path), "--sources", f"a={tmp_path / 'text.txt'}", "--output-dir"]
+    names = set()
+    for settings, count in (((), 1), (("--max-bytes", "5"), 2), ((), 2), (("--stride", "9"), 3)):
+        folder = tmp_path / "new" / "results"
+        options = [*arguments, str(folder), *settings, "--compilation-cache", "off"]
+        assert command.main(options) == 0, capsys.readouterr().err
+        names = {path.name for path in folder.iterdir()}
+        assert len(names) == count
+    assert all(name.endswith(".json") for name in names)
+
+
+def test_opening_a_run(tmp_path, capsys, model):
+    """Its sequences are the checkpoint's, and a damaged one is a line on stderr."""
+    run = save_run(tmp_path / "run", model, {4: 1.0, 8: 2.0})
+    saved = Config(name="any", model=model.config)
+    (run / "config.json").write_text(
+        json.dumps(to_json(dataclasses.replace(saved, data=DataConfig(seq_len=512))))
+    )
+    (run / "checkpoints" / "8" / "params" / "_METADATA").write_bytes(b"")
+    found = opening.open_run(str(run))
+    assert (found.step, found.seq_len) == (4, DataConfig().seq_len)
+    error = capsys.readouterr().err
+    assert error.startswith("warning: ")
+    assert error.count("\n") == 1
+    with pytest.raises(ValueError, match="--step: expected newest, best or a step's number, got"):
+        opening.open_run(str(run), step="foo")
+    with pytest.raises(ValueError, match='^--step: expected "newest", "best" or one of'):
+        opening.open_run(str(run), step=5)
+
+
+def test_a_text_of_probability_zero(scorer, monkeypatch):
+    monkeypatch.setattr(
+        scorer, "score", lambda rows, report: [RowScores(np.array([-np.inf]), np.array([False]))]
+    )
+    with pytest.raises(ValueError, match="expected a probability above 0"):
+        measure(scorer, ByteTokenizer(), [Text("a", 1)], window=4, stride=4)
 
 
 def test_table_4_has_the_paper_s_means():
@@ -557,6 +650,8 @@ def test_scores_stand_beside_the_paper_s():
     assert rows["mean of ten"][1] == "35.00"
     other = command.task_table({"other": {"samples": 3, "exact_match": 0.125}})
     assert other[1] == ("other", "exact_match", "0.1250", "", "3", "", "", "", "")
+    (_, row) = command.task_table({"other": {"samples": 1, "perplexity": None}})
+    assert row[2:5] == ("not finite", "", "1")
     assert len(other) == 2
 
 
@@ -671,7 +766,7 @@ def test_harness_scores_a_local_task_as_by_hand(opened, likelihood, local_task, 
         right["acc"] += np.argmax(sums) == document["gold"]
         shares = [total / len(answer) for total, answer in zip(sums, answers, strict=True)]
         right["acc_norm"] += np.argmax(shares) == document["gold"]
-    content = json.loads((tmp_path / "evaluation" / "tasks-7.json").read_text())
+    content = written(tmp_path / "evaluation", "tasks")
     found = content["tasks"]["questions"]
     assert found["samples"] == 4
     assert (found["acc"], found["acc_norm"]) == (right["acc"] / 4, right["acc_norm"] / 4)
@@ -682,8 +777,9 @@ def test_harness_scores_a_local_task_as_by_hand(opened, likelihood, local_task, 
 @needs_harness
 @pytest.mark.filterwarnings("default")  # of the harness and of what it imports
 def test_a_group_is_shown_as_one_and_a_tag_as_its_tasks(opened, local_task):
-    from moda_jax.evaluate.harness import ModaJaxLM, run_tasks
+    from moda_jax.evaluate.harness import ModaJaxLM, _scores, find_tasks, run_tasks
 
+    assert _scores({"acc,none": 1, "acc_stderr,none": math.nan}, 1)["acc_stderr"] is None
     folder, _ = local_task
     (folder / "group.yaml").write_text(
         "group: whole\ntask: [{group: half, task: [questions]}]\n"
@@ -691,7 +787,8 @@ def test_a_group_is_shown_as_one_and_a_tag_as_its_tasks(opened, local_task):
     )
     scores = {}
     for name in ("questions", "quiz", "whole"):
-        found = run_tasks(ModaJaxLM(opened), [name], data="", include_path=str(folder))
+        manager = find_tasks([name], data="", include_path=str(folder))
+        found = run_tasks(ModaJaxLM(opened), [name], manager, data="")
         (scores[name],) = found.values()
         assert list(found) == ["whole" if name == "whole" else "questions"]
     assert scores["questions"] == scores["quiz"]
@@ -712,7 +809,7 @@ def test_adapter_refuses_what_it_would_ignore(opened, settings):
 
 
 @needs_harness
-def test_missing_data_is_named(opened, tmp_path, capsys):
+def test_missing_data_is_named(unopened, tmp_path, capsys):
     arguments = [str(tmp_path), "--tasks", "paper", "--data", str(tmp_path)]
     assert command.main([*arguments, "--compilation-cache", "off"]) == 2
     assert "expected the folder that `make eval-data` fills" in capsys.readouterr().err
@@ -720,7 +817,7 @@ def test_missing_data_is_named(opened, tmp_path, capsys):
 
 @needs_harness
 @pytest.mark.slow  # the harness reads all of its definitions
-def test_unknown_task_is_named(opened, tmp_path, capsys):
+def test_unknown_task_is_named(unopened, tmp_path, capsys):
     arguments = [str(tmp_path), "--tasks", "no_such_task", "--compilation-cache", "off"]
     assert command.main(arguments) == 2
     assert "got no_such_task" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 import tokenizers
 from hypothesis import given
@@ -71,7 +72,7 @@ def text_of(run, step, prompt, **settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"temperature": 0.0},
+        pytest.param({"temperature": 0.0}, marks=pytest.mark.slow),
         {"temperature": 1.5, "top_k": 5, "top_p": 0.7, "seed": 4},
     ],
 )
@@ -89,8 +90,12 @@ def test_the_stream_is_what_generate_draws(settings):
 
 
 def test_the_stream_checks_before_it_draws():
+    model = random_model(SMALL)
     with pytest.raises(ValueError, match="top_k: expected None or 1 … 37, got 0"):
-        generation.stream(random_model(SMALL), [1], max_new_tokens=1, top_k=0)
+        generation.stream(model, [1], max_new_tokens=1, top_k=0)
+    with pytest.raises(ValueError, match=f"max_new_tokens: expected at most {2**31 - 128} after"):
+        generation.stream(model, [1], max_new_tokens=2**31 - 127)
+    generation.stream(model, [1], max_new_tokens=2**31 - 128)
 
 
 def test_it_prints_the_prompt_and_what_the_chosen_checkpoint_adds(run, generate):
@@ -107,10 +112,10 @@ def test_it_prints_the_prompt_and_what_the_chosen_checkpoint_adds(run, generate)
 
 def test_options_reach_the_sampler(run, generate, drawn):
     calls = drawn(b"ok")
-    options = ("--top-k", 3, "--top-p", 0.5, "--seed", 9, "--temperature", 0)
+    options = ("--top-k", 3, "--top-p", 0.5, "--seed", 9, "--temperature", 0.5)
     assert generate(run, "--prompt", "é", *options, "--max-tokens", 7) == (0, "éok\n", "")
     assert calls == [
-        {"prompt": [256, *"é".encode()], "max_new_tokens": 7, "temperature": 0.0, "top_k": 3,
+        {"prompt": [256, *"é".encode()], "max_new_tokens": 7, "temperature": 0.5, "top_k": 3,
          "top_p": 0.5, "stop_tokens": (256,), "seed": 9}
     ]  # fmt: skip
     generate(run, "--prompt", "a", "--no-document-start")
@@ -208,6 +213,17 @@ def test_a_chat_template_is_named_and_not_applied(run, generate, drawn, tmp_path
     assert calls[0] == calls[1]
 
 
+def test_a_cache_that_does_not_fit_is_one_line(run, generate, monkeypatch):
+    def stream(model, prompt, **settings):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+        yield
+
+    monkeypatch.setattr(generation, "stream", stream)
+    status, out, err = generate(run, "--prompt", "a", "--max-tokens", 1000)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: --max-tokens: expected a cache that fits in memory, got 1000")
+
+
 def test_ctrl_c_ends_with_one_line(run, generate, drawn):
     drawn(b"half", interrupt=True)
     assert generate(run, "--prompt", "a ") == (130, "a half\n", "interrupted\n")
@@ -222,16 +238,23 @@ def test_ctrl_c_ends_with_one_line(run, generate, drawn):
         (["RUN", "--prompt-file", "BINARY"], "--prompt-file: expected UTF-8 text"),
         (["RUN", "--prompt", "\udcff"], "--prompt: expected a text that UTF-8 can encode"),
         (["RUN", "--prompt", "a", "--max-tokens", "0"], "--max-tokens: expected a number >= 1"),
-        (["RUN", "--prompt", "a", "--temperature", "-1"], "temperature: expected a finite number"),
+        (["RUN", "--prompt", "a", "--max-tokens", "3000000000"], "--max-tokens: expected at most"),
+        (["RUN", "--prompt", "a", "--temperature", "-1"], "--temperature: expected a number >= 0"),
+        (["RUN", "--prompt", "a", "--temperature", "1e39"], "--temperature: expected a number >="),
+        (["RUN", "--prompt", "a", "--top-p", "2"], "--top-p: expected None or 0 < top_p <= 1"),
+        (
+            ["RUN", "--prompt", "a", "--temperature", "0", "--top-k", "3"],
+            "--top-k: expected none beside --temperature 0, which draws nothing, got 3",
+        ),
         (
             ["RUN", "--prompt", "a", "--step", "7"],
-            'step: expected "newest", "best" or one of [4, 8]',
+            '--step: expected "newest", "best" or one of [4, 8]',
         ),
         (["RUN", "--prompt", "a", "--step", "last"], "--step: expected newest, best or a step's"),
         (["RUN", "--prompt", "", "--no-document-start"], "--prompt: expected a text of at least"),
         (["RUN", "--chat"], "--chat: chat templates are not applied here"),
         (["RUN", "--prompt", "a", "--chat_template=x"], "--chat-template: chat templates are not"),
-        (["nothing", "--prompt", "a"], "directory: expected a run's folder"),
+        (["nothing", "--prompt", "a"], "RUN: expected a run's folder"),
         (["RUN", "--promt", "a"], "Unrecognized options: --promt"),
     ],
 )

@@ -14,7 +14,7 @@ from flax import nnx
 from moda_jax.config import DenseConfig, DepthAttentionConfig, MoDAConfig, ResidualConfig
 from moda_jax.data.tokenizer import ByteTokenizer
 from moda_jax.model import reference
-from moda_jax.model.attention_maps import attention_maps
+from moda_jax.model.attention_maps import _sink, attention_maps
 from moda_jax.ops import attention
 from moda_jax.train.metrics import METRICS_FILE
 from moda_jax.visualize import command, figures, text_attention
@@ -144,6 +144,11 @@ def test_depth_attention_has_a_softmax_of_its_own(monkeypatch):
     assert attention.slots == ["e", "0"]
     assert not attention.is_joint
     assert "a softmax each" in attention.mechanism
+
+
+def test_a_query_that_looks_at_depth_alone():
+    weights = jnp.array([[[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]])  # one head, two tokens, one slot
+    np.testing.assert_array_equal(_sink(weights, 2), [[0.0, 0.0]])
 
 
 def test_a_model_without_slots_has_a_sequence_part_only():
@@ -291,7 +296,7 @@ def test_a_text_of_a_run(run, visualize, text, tmp_path):
 
 @pytest.mark.parametrize("slots", [0, 2])
 def test_pictures_with_and_without_depth(tmp_path, slots):
-    attention = made_up(slots=slots, title="a $ run")
+    attention = made_up(slots=slots, title="a $ run 東\n")  # with what the font does not have
     figures.plot_weights(attention, tmp_path / "weights.png", most_layers=1, most_heads=4)
     figures.plot_sink(attention, tmp_path / "sink.png")
     assert is_png(tmp_path / "weights.png")
@@ -352,8 +357,11 @@ def test_a_run_without_mass_by_layer(visualize, tmp_path, records, reason):
         (["--text", "TEXT", "--layers", "2"], "--layers: expected different numbers in 0 … 1"),
         (["--text", "TEXT", "--heads", "0", "0"], "--heads: expected different numbers in 0 … 3"),
         (["--text", "TEXT", "--tokens", "1"], "--tokens: expected a number >= 2, got 1"),
-        (["--text", "TEXT", "--step", "5"], 'step: expected "newest", "best" or one of'),
-        (["--text", "TEXT", "--output", "TEXT"], "--output: expected a folder, got a file"),
+        (["--text", "TEXT", "--step", "5"], '--step: expected "newest", "best" or one of'),
+        (["--text", "TEXT", "--output", "TEXT"], "--output: expected a folder that can be w"),
+        (["--text", "TEXT", "--output", ""], "--output: expected a folder, got an empty name"),
+        (["--training", "--step", "4"], "--step: expected none without --text, got '4'"),
+        (["--training", "--layers", "1"], "--layers: expected none without --text, got (1,)"),
         (["--text", "LONG"], "--text: expected at most 2505 tokens for 2 layers and 4 heads (a pa"),
     ],
 )
@@ -364,7 +372,7 @@ def test_bad_input_is_one_line(run, visualize, text, tmp_path, arguments, messag
     status, out, err = visualize(run, *(names.get(argument, argument) for argument in arguments))
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"error: {message}")
-    assert not (run / "pictures").exists()
+    assert not list(run.glob("pictures/*"))
 
 
 def test_what_the_limit_names_fits(monkeypatch):

@@ -6,6 +6,7 @@ declares. A harness that reads no entry points, as 0.4.13, is told of it by `reg
 """
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,11 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import model_registry
 from lm_eval.tasks import TaskManager
 
-from moda_jax.evaluate.opened import OpenRun, Step, open_run
-from moda_jax.evaluate.paper_tasks import METRICS, load_tasks
+from moda_jax.evaluate import BATCH_TOKENS
+from moda_jax.evaluate.opened import OpenRun, open_run
+from moda_jax.evaluate.paper_tasks import METRICS, check_data, load_tasks
 from moda_jax.evaluate.progress import ProgressBar
 from moda_jax.evaluate.requests import Requester
-from moda_jax.evaluate.scoring import BATCH_TOKENS
 
 MODEL_NAME = "moda_jax"
 """Of the adapter, for `lm_eval run --model`."""
@@ -50,7 +51,7 @@ class ModaJaxLM(LM):
         self,
         run: str | OpenRun,
         *,
-        step: Step = "newest",
+        step: int | str = "newest",
         max_length: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
         add_bos_token: bool = False,
@@ -120,28 +121,18 @@ def register() -> None:
         model_registry.register(MODEL_NAME, target=f"{ModaJaxLM.__module__}:ModaJaxLM")
 
 
-def run_tasks(
-    lm: ModaJaxLM,
-    names: Sequence[str],
-    *,
-    data: str | Path,
-    include_path: str | None = None,
-    limit: int | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Scores by task or group, as the harness names them, with the number of `samples`.
+def find_tasks(
+    names: Sequence[str], *, data: str | Path, include_path: str | None = None
+) -> TaskManager:
+    """The harness's definitions, in which all of `names` but the paper's are.
 
-    A tag stands for its tasks.
-
-    Args:
-      lm: answers the requests.
-      names: the paper's tasks are read from the folder `data`; others are the harness's own or
-        those of `include_path`, a folder of its YAML files.
-      limit: documents of each task, the first; None: all.
-
-    Raises ValueError for a task that the harness does not know or whose data is not there.
+    Raises ValueError for a task that the harness does not know, or a paper's task whose data is not
+    in the folder `data`.
     """
     logging.getLogger("lm_eval.api.task").addFilter(_is_news)
-    local = [name for name in names if name in METRICS]
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"--include-path: expected a folder, got {include_path!r}")
+    check_data([name for name in names if name in METRICS], data)
     others = [name for name in names if name not in METRICS]
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not manager.task_index.keys() >= set(others):
@@ -152,6 +143,32 @@ def run_tasks(
             f"--tasks: expected paper, {', '.join(METRICS)}, or a task of lm-evaluation-harness or "
             f"of --include-path, got {', '.join(unknown)}"
         )
+    return manager
+
+
+def run_tasks(
+    lm: ModaJaxLM,
+    names: Sequence[str],
+    manager: TaskManager,
+    *,
+    data: str | Path,
+    limit: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Scores by task or group, as the harness names them, with the number of `samples`.
+
+    A tag stands for its tasks.
+
+    Args:
+      lm: answers the requests.
+      names: the paper's tasks are read from the folder `data`; others are the harness's own or
+        those of the folder of YAML files that `find_tasks` was given.
+      manager: what `find_tasks` has found.
+      limit: documents of each task, the first; None: all.
+
+    Raises ValueError for a task whose data is not there.
+    """
+    local = [name for name in names if name in METRICS]
+    others = [name for name in names if name not in METRICS]
     try:
         results = simple_evaluate(
             model=lm,
@@ -181,12 +198,16 @@ def _count(results: Any, name: str) -> int:
 
 
 def _scores(metrics: Mapping[str, Any], samples: int) -> dict[str, Any]:
-    """Numbers by metric, of the harness's first filter where it has several."""
+    """Numbers by metric, of the harness's first filter where it has several.
+
+    None stands for one that is not finite, as a perplexity where a probability is 0, or the
+    standard error of one sample.
+    """
     found: dict[str, Any] = {"samples": samples}
     for key, value in metrics.items():
         metric, comma, _ = key.partition(",")
         if comma and isinstance(value, int | float) and metric not in found:
-            found[metric] = float(value)
+            found[metric] = float(value) if math.isfinite(value) else None
     return found
 
 

@@ -1,14 +1,12 @@
 """A run, opened for evaluation."""
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from moda_jax.data.tokenizer import Tokenizer
-from moda_jax.evaluate.scoring import BATCH_TOKENS, Scorer, data_mesh
-from moda_jax.train.run_folder import read_run_config
-from moda_jax.train.trained import load_trained
-
-Step = int | Literal["newest", "best"]
+from moda_jax.evaluate import BATCH_TOKENS
+from moda_jax.evaluate.scoring import Scorer, data_mesh
+from moda_jax.train.trained import load_named, read_run
 
 
 class OpenRun(NamedTuple):
@@ -22,14 +20,14 @@ class OpenRun(NamedTuple):
     """Tokens of a sequence in training."""
 
 
-def open_run(
-    run: str | Path, *, step: Step = "newest", batch_tokens: int = BATCH_TOKENS
-) -> OpenRun:
+def open_run(run: str, *, step: int | str = "newest", batch_tokens: int = BATCH_TOKENS) -> OpenRun:
     """The model of the run in folder `run`, whole on each of all devices.
 
-    Raises ValueError as `load_trained` does.
+    Warnings and errors are `load_named`'s.
     """
     mesh = data_mesh()
-    trained = load_trained(run, step=step, mesh=mesh)
+    trained = load_named(run, str(step), mesh)
     scorer = Scorer(trained.model, mesh=mesh, batch_tokens=batch_tokens)
-    return OpenRun(scorer, trained.tokenizer, trained.step, read_run_config(Path(run)).data.seq_len)
+    # The folder's config is that of a run which goes on, perhaps with longer sequences.
+    saved = read_run(Path(run).absolute() / "checkpoints" / str(trained.step))
+    return OpenRun(scorer, trained.tokenizer, trained.step, saved["config"]["data"]["seq_len"])

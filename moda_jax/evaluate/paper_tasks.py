@@ -48,22 +48,23 @@ _DEFINITIONS = {
 """Of each task's definition: the harness takes seconds to read all that it has."""
 
 
-def load_tasks(names: Sequence[str], folder: str | Path) -> list[Any]:
-    """The harness's tasks, and for mmlu the group of its subjects, with the data of `folder`.
-
-    Raises ValueError if the data of a task is not there.
-    """
-    import lm_eval
-    from lm_eval.api.group import Group
-    from lm_eval.config.group import AggMetricConfig
-    from lm_eval.tasks import TaskManager
-
+def check_data(names: Sequence[str], folder: str | Path) -> None:
+    """Raises ValueError if the data of a task is not in `folder`."""
     for name in names:
         if not Path(folder, FOLDERS[name]).is_dir():
             raise ValueError(
                 f"--data: expected the folder that `make eval-data` fills, got {str(folder)!r} "
                 f"without {FOLDERS[name]}"
             )
+
+
+def load_tasks(names: Sequence[str], folder: str | Path) -> list[Any]:
+    """The harness's tasks, and for mmlu the group of its subjects, with the data of `folder`."""
+    import lm_eval
+    from lm_eval.api.group import Group
+    from lm_eval.config.group import AggMetricConfig
+    from lm_eval.tasks import TaskManager
+
     definitions = Path(lm_eval.__path__[0], "tasks")
     manager = TaskManager(
         include_defaults=False,

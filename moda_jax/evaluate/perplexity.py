@@ -13,7 +13,7 @@ import numpy as np
 
 from moda_jax.data.sections import sections_of
 from moda_jax.data.tokenizer import Tokenizer
-from moda_jax.data.units import encode_utf8, plan_source, read_unit
+from moda_jax.data.units import SourcePlan, encode_utf8, plan_source, read_unit
 from moda_jax.evaluate.scoring import Report, Row, Scorer
 from moda_jax.evaluate.windows import text_rows
 from moda_jax.train.validation import perplexity
@@ -72,9 +72,13 @@ def read_texts(source: str, *, text_field: str, max_bytes: int | None = None) ->
     A .txt file is one document. Blank documents are left out, as in training. Only the first
     `max_bytes` of the text are read, to the end of a character: the same text for every tokenizer.
 
-    Raises ValueError for a source without text, or a document that cannot be used.
+    Raises ValueError for a source that cannot be used; the iterator, for one without text or for a
+    document that cannot be used.
     """
-    units = plan_source(source, text_field=text_field)
+    return _read(source, plan_source(source, text_field=text_field), text_field, max_bytes)
+
+
+def _read(source: str, units: SourcePlan, text_field: str, max_bytes: int | None) -> Iterator[Text]:
     is_empty = True
     documents = (document for unit in units.units for document in read_unit(unit, text_field))
     left = math.inf if max_bytes is None else max_bytes
@@ -133,7 +137,7 @@ def measure(
         stride: by how much a window goes on; `window` makes chunks.
         report: is told rows that are done, and those that were gathered so far.
 
-    Raises ValueError for a bad window or stride, or if there is no text.
+    Raises ValueError for a bad window or stride, if there is no text, or if its probability is 0.
     """
     documents = tokens = num_bytes = done = 0
     sums: list[float] = []
@@ -160,7 +164,9 @@ def measure(
     compute()
     if not tokens:
         raise ValueError("texts: expected at least one token, got none")
-    return TextLoss(documents, tokens, num_bytes, math.fsum(sums))
+    if not math.isfinite(nats := math.fsum(sums)):
+        raise ValueError("texts: expected a probability above 0 for every token, got 0 for some")
+    return TextLoss(documents, tokens, num_bytes, nats)
 
 
 def summarize(losses: dict[str, TextLoss]) -> dict[str, Any]:

@@ -18,13 +18,11 @@ from jax import lax
 from jax.sharding import Mesh
 
 from moda_jax.config import MeshConfig
+from moda_jax.evaluate import BATCH_TOKENS
 from moda_jax.model.transformer import Transformer
 from moda_jax.ops.checks import check_int
 from moda_jax.ops.sharding import batch_sharding, make_mesh
 from moda_jax.train.losses import chunk_length
-
-BATCH_TOKENS = 1 << 14
-"""Tokens of a batch on each device, padding included."""
 
 _SHORTEST, _FEWEST_ASKED = 64, 16
 _IN_FLIGHT = 2  # batches that the device may have before the host reads their results

@@ -146,4 +146,6 @@ def _sink(weights_NxTxJ: jax.Array, length: int) -> jax.Array:
     # The first token's own query sees no other token.
     first = weights_NxTxJ[:, 1:, 0]
     sequence = weights_NxTxJ[:, 1:, :length].sum(axis=-1)
-    return jnp.stack([first.mean(axis=1), (first / sequence).mean(axis=1)], axis=-1)
+    # A query may look at depth alone, as far as float32 tells: then its share is 0, not 0 / 0.
+    share = first / jnp.maximum(sequence, jnp.finfo(jnp.float32).tiny)
+    return jnp.stack([first.mean(axis=1), share.mean(axis=1)], axis=-1)

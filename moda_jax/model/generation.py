@@ -5,7 +5,6 @@ between steps is the sequence cache alone, the same bytes per token as a plain t
 """
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -206,6 +205,9 @@ def _checked(
     stop_tokens, top_k, top_p = [plain(x) for x in stop_tokens], plain(top_k), plain(top_p)
     max_new_tokens, seed = check_int("max_new_tokens", max_new_tokens, 0), plain(seed)
     _check(prompts, temperature, top_k, top_p, stop_tokens, seed, model.config.vocab_size)
+    most = 2**31 - BUCKET - _bucket(max(map(len, prompts), default=0))
+    if max_new_tokens > most:  # positions are int32
+        fail("max_new_tokens", f"at most {most} after these prompts", max_new_tokens)
     top_p = np.float32(1.0 if top_p is None else top_p)
     return prompts, _Settings(
         max_new_tokens, np.float32(temperature), top_k, top_p, stop_tokens, seed
@@ -237,7 +239,8 @@ def _check(prompts, temperature, top_k, top_p, stop_tokens, seed, vocab_size: in
         outside = [x for x in ids if not is_int_in(x, 0, vocab_size)]
         require(name, not outside, f"ids in 0 … {vocab_size - 1}", outside[:1])
 
-    require("temperature", 0 <= temperature < math.inf, "a finite number >= 0", temperature)
+    in_float32 = 0 <= temperature <= float(np.finfo(np.float32).max)
+    require("temperature", in_float32, "a number >= 0 that float32 can hold", temperature)
     top_k_ok = top_k is None or is_int_in(top_k, 1, vocab_size + 1)
     require("top_k", top_k_ok, f"None or 1 … {vocab_size}", top_k)
     require("top_p", top_p is None or 0 < top_p <= 1, "None or 0 < top_p <= 1", top_p)

@@ -1,16 +1,21 @@
 """The command `moda-jax generate RUN --prompt TEXT`: continues texts, token by token."""
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from moda_jax.cli import exit_status, parse_options
+from moda_jax.options import naming, refuse_unused, require_positive
 from moda_jax.terminal import escape_controls
 from moda_jax.train.errors import EXIT_FINISHED, EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from moda_jax.data.tokenizer import TextStream
 
 _DESCRIPTION = f"""Continues texts with the model of a run, and prints them as they come.
 
@@ -19,6 +24,9 @@ document or --max-tokens are drawn. The prompt is the beginning of a document, a
 template is applied; where one is needed, write it into the prompt, special tokens included.
 Without a terminal stdout gets UTF-8. Ctrl-C ends it (status {EXIT_INTERRUPTED})."""
 
+_NAMES = {"max_new_tokens": "--max-tokens"} | {
+    name: f"--{name.replace('_', '-')}" for name in ("temperature", "top_k", "top_p", "seed")
+}
 _CHAT_OPTIONS = ("--chat", "--chat-template", "--messages", "--system", "--system-prompt")
 
 
@@ -43,7 +51,7 @@ class GenerateOptions:
     top_p: float | None = None
     """Draw among the likeliest tokens that together have this probability only."""
     seed: int = 0
-    """Of the drawing; the same seed draws the same text."""
+    """Of the drawing; the same seed draws the same text. At temperature 0 nothing is drawn."""
     step: str = "newest"
     """Which checkpoint: "newest", "best" (lowest validation loss), or a step's number."""
     echo: bool = True
@@ -81,8 +89,9 @@ def _refuse_chat(arguments: Sequence[str]) -> None:
 
 def _prompts(options: GenerateOptions) -> list[str]:
     """The texts to continue. Raises ValueError for none, for a file that is no UTF-8 text."""
-    if options.max_tokens < 1:
-        raise ValueError(f"--max-tokens: expected a number >= 1, got {options.max_tokens}")
+    require_positive(options, "max_tokens")
+    if options.temperature == 0:
+        refuse_unused(options, ("top_k", "top_p"), "beside --temperature 0, which draws nothing")
     if options.prompt_file is not None:
         if options.prompt:
             raise ValueError("--prompt-file: expected no --prompt beside it, got both")
@@ -117,9 +126,12 @@ def read_text(name: str, option: str) -> str:
 
 def _generate(options: GenerateOptions, prompts: Sequence[str]) -> None:
     # What only generation needs takes seconds to import: not for a mistyped option.
+    from jax.errors import JaxRuntimeError
+
     from moda_jax.data.tokenizer import TextStream
     from moda_jax.model.generation import stream
     from moda_jax.train.compilation_cache import CompilationCache
+    from moda_jax.train.memory import is_out_of_memory
     from moda_jax.train.trained import load_named
 
     with CompilationCache("auto"):
@@ -135,28 +147,42 @@ def _generate(options: GenerateOptions, prompts: Sequence[str]) -> None:
                     "--prompt: expected a text of at least one token with --no-document-start, "
                     "got none"
                 )
-            new_tokens = stream(
-                model,
-                tokens,
-                max_new_tokens=options.max_tokens,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                stop_tokens=(tokenizer.eos_id,),
-                seed=options.seed,
-            )
-            if len(prompts) > 1:
-                _show(f"[{number}/{len(prompts)}]\n")
-            if options.echo:
-                _show(prompt)
-            text = TextStream(tokenizer, tokens)
+            with naming(_NAMES):
+                new_tokens = stream(
+                    model,
+                    tokens,
+                    max_new_tokens=options.max_tokens,
+                    temperature=options.temperature,
+                    top_k=options.top_k,
+                    top_p=options.top_p,
+                    stop_tokens=(tokenizer.eos_id,),
+                    seed=options.seed,
+                )
             try:
-                for token in new_tokens:
-                    _show(text.push(token))
-            except KeyboardInterrupt:
-                _show("\n")  # so that the message has a line of its own
-                raise
-            _show(text.finish() + "\n")
+                # Drawn before anything is printed: this makes the cache, for which memory may lack.
+                first = list(itertools.islice(new_tokens, 1))
+                if len(prompts) > 1:
+                    _show(f"[{number}/{len(prompts)}]\n")
+                if options.echo:
+                    _show(prompt)
+                _show_tokens(itertools.chain(first, new_tokens), TextStream(tokenizer, tokens))
+            except JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise ValueError(
+                    f"--max-tokens: expected a cache that fits in memory, got {options.max_tokens} "
+                    f"after {len(tokens)} tokens of the prompt"
+                ) from error
+
+
+def _show_tokens(tokens: Iterable[int], text: "TextStream") -> None:
+    try:
+        for token in tokens:
+            _show(text.push(token))
+    except KeyboardInterrupt:
+        _show("\n")  # so that the message has a line of its own
+        raise
+    _show(text.finish() + "\n")
 
 
 def _chat_template(run: Path) -> Path | None:

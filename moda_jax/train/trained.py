@@ -16,6 +16,7 @@ from moda_jax.config import ExecutionConfig, MeshConfig, ModelConfig, dataclass_
 from moda_jax.data.tokenizer import Tokenizer
 from moda_jax.model.transformer import Transformer
 from moda_jax.ops.sharding import make_mesh, state_shardings
+from moda_jax.options import naming
 from moda_jax.terminal import escape_controls
 from moda_jax.train.checkpoint import METRICS_ITEM, checkpoint_steps, saved_loss
 from moda_jax.train.imported import is_imported, read_imported
@@ -84,17 +85,20 @@ def _load(folder: Path, step: int, mesh: Mesh | None) -> TrainedModel:
     return TrainedModel(model, tokenizer, step)
 
 
-def load_named(directory: str, step: str) -> TrainedModel:
+def load_named(directory: str, step: str, mesh: Mesh | None = None) -> TrainedModel:
     """`load_trained` for a command line: its warnings are lines on stderr.
 
-    Raises ValueError, also for a step that is neither "newest" nor "best" nor a number.
+    Raises ValueError, also for a step that is neither "newest" nor "best" nor a number; it names
+    RUN and --step.
     """
     known: dict[str, Literal["newest", "best"]] = {"newest": "newest", "best": "best"}
     if step not in known and not step.isdecimal():
         raise ValueError(f"--step: expected newest, best or a step's number, got {step!r}")
-    with warnings.catch_warnings(record=True) as caught:
+    chosen = known[step] if step in known else int(step)
+    names = naming({"step": "--step", "directory": "RUN"})
+    with names, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DamagedCheckpointWarning)
-        trained = load_trained(directory, step=known[step] if step in known else int(step))
+        trained = load_trained(directory, step=chosen, mesh=mesh)
     for warning in caught:
         if issubclass(warning.category, DamagedCheckpointWarning):
             print(f"warning: {escape_controls(str(warning.message))}", file=sys.stderr)

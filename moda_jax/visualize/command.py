@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from moda_jax.cli import exit_status, parse_options
+from moda_jax.options import refuse_unused, result_folder
 from moda_jax.train.errors import EXIT_FINISHED
 from moda_jax.train.generate_command import read_text
 
@@ -56,10 +57,11 @@ def main(argv: Sequence[str] | None = None, *, program: str = "moda-jax visualiz
         options = parse_options(VisualizeOptions, arguments, prog=program, description=_DESCRIPTION)
         if options.text is None and not options.training:
             raise ValueError("moda-jax visualize: expected --text FILE or --training, got neither")
-        folder = Path(options.output or Path(options.run) / "pictures").expanduser()
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--output: expected a folder, got a file: {str(folder)!r}")
-        written = _draw_text(options, folder) if options.text is not None else []
+        if options.text is None:
+            refuse_unused(options, ("tokens", "layers", "heads", "step"), "without --text")
+        text = None if options.text is None else read_text(options.text, "--text")
+        folder = result_folder("--output", options.output, options.run, "pictures")
+        written = _draw_text(options, text, folder) if text is not None else []
         written += [_draw_training(options, folder)] if options.training else []
         for path in written:
             print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)", flush=True)
@@ -68,9 +70,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = "moda-jax visualiz
     return exit_status(run)
 
 
-def _draw_text(options: VisualizeOptions, folder: Path) -> list[Path]:
-    assert options.text is not None
-    text = read_text(options.text, "--text")
+def _draw_text(options: VisualizeOptions, text: str, folder: Path) -> list[Path]:
     # What only this needs takes seconds to import: not for a mistyped option.
     from moda_jax.train.compilation_cache import CompilationCache
     from moda_jax.train.report import plot_attention_mass
@@ -90,7 +90,6 @@ def _draw_text(options: VisualizeOptions, folder: Path) -> list[Path]:
             layers=options.layers,
             heads=options.heads,
         )
-    folder.mkdir(parents=True, exist_ok=True)
     page, weights, mass, sink = (
         folder / name
         for name in ("attention.html", "attention.png", "depth_mass.png", "attention_sink.png")
@@ -116,10 +115,7 @@ def _draw_training(options: VisualizeOptions, folder: Path) -> Path:
     from moda_jax.visualize.mass_by_step import mass_by_step
 
     run = Path(options.run)
-    if not run.is_dir():
-        raise ValueError(f"RUN: expected a run's folder, got {options.run!r}")
     steps, layers, mass = mass_by_step(read_metrics(run / METRICS_FILE), run / METRICS_FILE)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "depth_mass_by_step.png"
     plot_mass_by_step(steps, mass, layers, f"{run.resolve().name}, mass on depth", path)
     return path

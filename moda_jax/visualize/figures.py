@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
 from moda_jax.visualize.text_attention import TextAttention
@@ -150,4 +151,9 @@ def _tick_step(length: int) -> int:
 
 
 def _title(figure: Figure, text: str) -> None:
-    figure.suptitle(text.replace("$", r"\$"), fontsize=10)  # a run's name is no mathematics
+    # What the font lacks would be an empty box and a warning.
+    known = get_font(findfont(FontProperties())).get_charmap()
+    spelled = "".join(
+        x if ord(x) in known else x.encode("unicode_escape").decode("ascii") for x in text
+    )
+    figure.suptitle(spelled.replace("$", r"\$"), fontsize=10)  # a run's name is no mathematics

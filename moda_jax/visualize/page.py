@@ -42,7 +42,9 @@ def write_page(attention: TextAttention, path: Path) -> None:
     """Writes the page, which needs no other file and no network."""
     template = importlib.resources.files(__package__).joinpath(_TEMPLATE).read_text("utf-8")
     # "<" could end the script element that holds the data.
-    data = json.dumps(page_data(attention), ensure_ascii=False).replace("<", "\\u003c")
+    data = json.dumps(page_data(attention), ensure_ascii=False, allow_nan=False).replace(
+        "<", "\\u003c"
+    )
     path.write_text(template.replace("{{DATA}}", data), encoding="utf-8")
 
 

@@ -79,7 +79,8 @@ def look(
       layers: numbers of those whose weights are kept; None: all.
       heads: of their query heads; None: all.
 
-    Raises ValueError for a text without tokens, one that is too long, or numbers that do not exist.
+    Raises ValueError for a text without tokens, one that is too long, numbers that do not exist, or
+    weights that are not finite.
     """
     config = model.config
     layers = list(range(config.num_layers)) if layers is None else list(layers)
@@ -93,6 +94,8 @@ def look(
         raise ValueError("--text: expected a text of at least one token, got none")
     _check_length(config, len(ids), len(layers), len(heads))
     maps = attention_maps(model, jnp.asarray(ids, jnp.int32), layers=layers, heads=heads)
+    if not all(np.isfinite(x).all() for x in (maps.weights, maps.mass, maps.sink)):
+        raise ValueError("expected attention weights, got NaN: the parameters are not finite")
     return TextAttention(
         title=title,
         mechanism=_describe(config),
