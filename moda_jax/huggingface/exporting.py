@@ -103,7 +103,7 @@ def _cast(name: str, part: np.ndarray, dtype: DType) -> np.ndarray:
     if not is_finite(tensor) and np.any(too_large := np.isinf(tensor) & np.isfinite(part)):
         raise ValueError(
             f"tensor {name}: expected numbers that {dtype} holds, got up to "
-            f"{np.abs(part[too_large]).max():.4g}; use bfloat16 or float32"
+            f"{float(np.abs(part[too_large]).max()):.4g}; use bfloat16 or float32"
         )
     return tensor
 
@@ -162,20 +162,22 @@ def _has_own_eos(run: Path, tokenizer: Tokenizer) -> bool:
 
 def _write_tokenizer(run: Path, directory: Path, tokenizer: Tokenizer) -> None:
     """tokenizer.json, and what came with it or the little that transformers needs."""
-    eos = {"eos_token": tokenizer.eos_token}
-    own = {"tokenizer_config.json": eos, "special_tokens_map.json": eos,
-           "generation_config.json": {"eos_token_id": tokenizer.eos_id}}  # fmt: skip
+    own: dict[str, dict[str, Any]] = {
+        "tokenizer_config.json": {"eos_token": tokenizer.eos_token},
+        "special_tokens_map.json": {"eos_token": tokenizer.eos_token},
+        "generation_config.json": {"eos_token_id": tokenizer.eos_id},
+    }
     if tokenizer.content is None:
         _bytes_as_library().save(str(directory / TOKENIZER_FILE))
     else:
         (directory / TOKENIZER_FILE).write_bytes(tokenizer.content)
     came = [name for name in TOKENIZER_FILES if (run / FILES_FOLDER / name).is_file()]
     for name in came:
-        source = run / FILES_FOLDER / name
+        imported = run / FILES_FOLDER / name
         if name in own and _has_own_eos(run, tokenizer):
-            write_json(directory / name, read_json(source) | own[name])
+            write_json(directory / name, read_json(imported) | own[name])
         else:
-            shutil.copyfile(source, directory / name)
+            shutil.copyfile(imported, directory / name)
     if "tokenizer_config.json" not in came:
         eos = tokenizer.eos_token or _BYTES_EOS
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos,
