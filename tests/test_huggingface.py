@@ -22,13 +22,14 @@ from moda_jax.config import (
     ModelConfig,
     ResidualConfig,
 )
-from moda_jax.huggingface import exporting, importing
+from moda_jax.huggingface import exporting, files, importing
 from moda_jax.huggingface.command import main_export, main_import
 from moda_jax.huggingface.config import read_model_config, write_model_config
 from moda_jax.huggingface.exporting import export_checkpoint
 from moda_jax.huggingface.importing import import_checkpoint
 from moda_jax.huggingface.weights import parameters_of
 from moda_jax.train import imported
+from moda_jax.train.errors import SaveError
 from moda_jax.train.losses import next_token_loss
 from moda_jax.train.trainer import train
 from tests.attention_suite import assert_close
@@ -129,6 +130,10 @@ def test_sixteen_bits_stay_sixteen_bits_and_are_float32_in_a_model(tmp_path):
     assert {x.dtype.name for x in read_tensors(tmp_path / "wide").values()} == {"float32"}
 
 
+OF_MODA = {"model_type": "moda", "architectures": ["MoDAForCausalLM"],
+           "norm_placement": "pre", "qk_norm": "head", "use_bias": False}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -147,6 +152,9 @@ def test_sixteen_bits_stay_sixteen_bits_and_are_float32_in_a_model(tmp_path):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1, got 0.5"),
         ({"sliding_window": 128}, "full attention in all layers, got sliding_window 128"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "got .*'sliding_attention'"),
+        ({"layer_types": ["full_attention"]}, r"layer_types \['full_attention'\] of 3 layers"),
+        ({"layer_types": [["full_attention"]] * 3}, "full attention in all layers, got"),
+        ({"layer_types": 3}, "full attention in all layers, got .*layer_types 3"),
         ({"use_sliding_window": True}, "use_sliding_window: expected False, got True"),
         ({"attention_bias": True}, "attention_bias: expected False, got True"),
         ({"mlp_bias": True}, "mlp_bias: expected False, got True"),
@@ -157,7 +165,29 @@ def test_sixteen_bits_stay_sixteen_bits_and_are_float32_in_a_model(tmp_path):
             {"logit_softcapping": 30.0},
             "logit_softcapping: expected .*say --ignore logit_softcapping",
         ),
+        ({"logit_scale": 0}, "logit_scale: expected a setting that is known"),
         ({"num_attention_heads": 3}, "num_heads: expected a multiple of num_kv_heads"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected a positive integer, got 0"),
+        ({"num_attention_heads": None}, "num_attention_heads: expected .* integer, got None"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: expected a positive integer, got True"),
+        ({"rms_norm_eps": None}, "rms_norm_eps: expected a positive number, got None"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a positive number, got nan"),
+        ({"rope_theta": 0}, "rope_theta: expected a positive number, got 0"),
+        ({"rope_theta": 10**400}, "rope_theta: expected a positive number, got 1000"),
+        ({"rope_parameters": "x"}, "rope_parameters: expected settings by name, got 'x'"),
+        ({"rope_scaling": [1]}, r"rope_scaling: expected settings by name, got \[1\]"),
+        (
+            {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 1e4},
+            r"rope_theta: expected one number, got \[10000.0, 500000.0\]",
+        ),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: expected true or .*, got 'false'"),
+        ({"model_type": ["llama"]}, r"model_type: expected one of .*, got \['llama'\]"),
+        (OF_MODA | {"depth": {"name": "mhc"}}, "model.depth: expected residual or moda, got mhc"),
+        (OF_MODA | {"depth": {"name": []}}, "model.depth: expected the settings of one of"),
+        (
+            OF_MODA | {"depth": {"name": "moda", "key_norm": "reader"}},
+            "model.depth.key_norm: expected writer, got reader",
+        ),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(change, message):
@@ -173,6 +203,7 @@ def test_settings_may_be_missing_or_in_the_newer_form():
     rope = {"rope_type": "default", "rope_theta": settings["rope_theta"]}
     assert read_model_config(newer | {"rope_parameters": rope}) == wanted
     assert read_model_config(settings | {"mystery": 1}, ignore=("mystery",)) == wanted
+    assert read_model_config(newer | {"rope_scaling": rope}) == wanted
     assert read_model_config(newer).rope_theta == 10_000
     few = {k: v for k, v in settings.items() if k not in ("head_dim", "num_key_value_heads")}
     assert read_model_config(few).num_kv_heads == settings["num_attention_heads"]
@@ -180,6 +211,9 @@ def test_settings_may_be_missing_or_in_the_newer_form():
         read_model_config(few | {"model_type": "qwen3"})
     with pytest.raises(ValueError, match="intermediate_size: expected a value, got none"):
         read_model_config({k: v for k, v in settings.items() if k != "intermediate_size"})
+    for name in ("nonsuch", "rope_scaling", "eos_token_id"):  # neither is anything to pass over
+        with pytest.raises(ValueError, match=f"--ignore {name}: expected a setting .* not known"):
+            read_model_config(settings, ignore=(name,))
 
 
 @pytest.mark.parametrize(
@@ -195,6 +229,10 @@ def test_settings_may_be_missing_or_in_the_newer_form():
             lambda t: t.update({"model.norm.weight": np.ones(16, np.int8)}),
             "tensor model.norm.weight: expected one of F32, F16, BF16, got I8",
         ),
+        (
+            lambda t: t["model.layers.1.mlp.up_proj.weight"].__setitem__((0, 1), np.nan),
+            "tensor model.layers.1.mlp.up_proj.weight: expected finite numbers, got NaN",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(spoil, message, tmp_path):
@@ -209,10 +247,15 @@ def test_tensors_that_do_not_fit_are_named(spoil, message, tmp_path):
 def test_old_constants_and_a_tied_head_are_passed_over(tmp_path):
     settings, tensors, _ = golden("llama_tied")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
-    tensors["lm_head.weight"] = np.zeros_like(tensors["model.embed_tokens.weight"])
-    source = write_checkpoint(tmp_path / "in", settings, tensors)
+    head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    source = write_checkpoint(tmp_path / "in", settings, tensors, shards=2)
     import_checkpoint(source, tmp_path / "run", **QUIET)
     assert load_trained(tmp_path / "run").model.head is None
+    # transformers leaves another matrix as the model's head.
+    head[-1, -1] += 1
+    other = write_checkpoint(tmp_path / "other", settings, tensors, shards=2)
+    with pytest.raises(ValueError, match="lm_head.weight: expected the embedding.*embeddings to f"):
+        import_checkpoint(other, tmp_path / "run-2", **QUIET)
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path):
@@ -229,6 +272,8 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     index.write_text(json.dumps(content))
     expect("index.json: expected files of this folder, got '../elsewhere.safetensors'")
     index.write_text("{")
+    expect("index.json: expected JSON, got a damaged file")
+    index.write_text('{"x":' + "[" * 100_000)
     expect("index.json: expected JSON, got a damaged file")
     index.unlink()
     expect("expected model.safetensors or model.safetensors.index.json$")
@@ -276,8 +321,102 @@ def test_the_declared_end_of_text_and_the_tokenizers_files_come_along(tmp_path):
     exported = json.loads((tmp_path / "out" / "config.json").read_bytes())
     names = ("eos_token_id", "bos_token_id", "max_position_embeddings")
     assert {name: exported[name] for name in names} == {name: settings[name] for name in names}
-    import_checkpoint(source, tmp_path / "other", eos_token="</s>", **QUIET)
-    assert load_trained(tmp_path / "other").tokenizer.eos_token == "</s>"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "eos_id"), [({"eos_token": "b"}, 3), ({"tokenizer": "bytes"}, 256)]
+)
+def test_an_export_declares_the_end_of_text_that_the_run_has(tokenizer, eos_id, tmp_path):
+    settings, tensors, _ = golden("llama_tied")
+    settings |= {"eos_token_id": 1, "bos_token_id": 0, "vocab_size": 300}
+    width = tensors["model.embed_tokens.weight"].shape[1]
+    tensors["model.embed_tokens.weight"] = np.ones((300, width), np.float32)
+    source = write_checkpoint(tmp_path / "in", settings, tensors)
+    came = {"tokenizer_config": {"eos_token": "</s>", "mine": 1}, "generation_config": {}}
+    for name, content in came.items():
+        (source / f"{name}.json").write_text(json.dumps({"eos_token_id": 1} | content))
+    import_checkpoint(source, tmp_path / "run", **tokenizer, **QUIET)
+    export_checkpoint(tmp_path / "run", tmp_path / "out", **QUIET)
+    exported = {
+        path.stem: json.loads(path.read_bytes()) for path in (tmp_path / "out").glob("*.json")
+    }
+    assert exported["config"]["eos_token_id"] == eos_id
+    if "eos_token" in tokenizer:
+        assert exported["config"]["bos_token_id"] == 0
+        assert exported["tokenizer_config"]["eos_token"] == "b"
+        assert exported["tokenizer_config"]["mine"] == 1
+        assert exported["generation_config"]["eos_token_id"] == eos_id
+    else:  # what came describes another tokenizer
+        assert exported["config"]["bos_token_id"] is None
+        assert exported["tokenizer_config"]["eos_token"] == "<|endoftext|>"
+        assert "generation_config" not in exported
+
+
+@pytest.mark.parametrize(("declared", "token"), [(3, "b"), ([2, 0], "a"), ([], "</s>")])
+def test_the_end_of_text_may_be_any_token(declared, token, tmp_path):
+    write_tokenizer(tmp_path / "tokenizer.json")
+    model = ModelConfig(vocab_size=29)
+    settings = {"eos_token_id": declared}
+    assert importing._find_tokenizer(tmp_path, None, None, settings, model).eos_token == token
+
+
+@pytest.mark.parametrize("declared", [99, -1, "x", True, [[0]], {}])
+def test_an_end_of_text_that_is_no_token_is_refused(declared, tmp_path):
+    write_tokenizer(tmp_path / "tokenizer.json")
+    settings = {"eos_token_id": declared}
+    with pytest.raises(ValueError, match="eos_token_id: expected the id of a token of"):
+        importing._find_tokenizer(tmp_path, None, None, settings, ModelConfig())
+
+
+def full_disk(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_failed_import_leaves_nothing_and_an_unfinished_one_is_named(
+    tmp_path, monkeypatch, caplog
+):
+    settings, tensors, _ = golden("llama")
+    source, run = write_checkpoint(tmp_path / "in", settings, tensors), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(imported, "save_file", full_disk)
+        with pytest.raises(SaveError, match="No space left on device; make room"):
+            import_checkpoint(source, run, **QUIET)
+    assert not run.exists()
+    assert not [record for record in caplog.records if record.exc_info]  # orbax's tracebacks
+    (run / "partial-x").mkdir(parents=True)
+    with pytest.raises(ValueError, match="got an import or export that did not finish; remove it"):
+        import_checkpoint(source, run, **QUIET)
+    (run / "config.json").touch()  # what was trained there is not to be removed
+    with pytest.raises(ValueError, match="got one with files"):
+        import_checkpoint(source, run, **QUIET)
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
+    run, out = import_golden("llama", tmp_path)[0], tmp_path / "out"
+    for function in ("_write_tokenizer", "write_json"):  # after the tensors
+        with monkeypatch.context() as patch:
+            patch.setattr(exporting, function, full_disk)
+            with pytest.raises(OSError, match="No space left"):
+                export_checkpoint(run, out, **QUIET)
+        assert not out.exists()
+    out.mkdir()
+    with monkeypatch.context() as patch:
+        save = files.save_file
+        patch.setattr(files, "save_file", lambda *args, **kw: full_disk(save(*args, **kw)))
+        with pytest.raises(OSError, match="No space left"):
+            export_checkpoint(run, out, **QUIET)
+    assert not any(out.iterdir())
+    export_checkpoint(run, out, **QUIET)
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_a_type_does_not_hold_are_refused():
+    part = np.array([[1.0, -(2.0**20)], [2.0, np.inf]], np.float32)
+    for kept in (part, part.astype(jnp.bfloat16)):
+        with pytest.raises(ValueError, match="tensor x: .* float16 holds, got up to 1.049e.06; u"):
+            exporting._cast("x", kept, "float16")
+    assert exporting._cast("x", part, "bfloat16").dtype == jnp.bfloat16
+    assert np.isinf(exporting._cast("x", part[1:], "float16")[0, 1])  # as it was
 
 
 def random_llama(folder, corpus):
@@ -387,6 +526,8 @@ def test_exports_say_what_does_not_fit_and_keep_what_is_there(tmp_path, monkeypa
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(ValueError, match="out: expected a new or empty folder, got one with files"):
         export_checkpoint(run, tmp_path / "out", **QUIET)
+    with pytest.raises(ValueError, match="mine: expected a new or empty folder, got no folder"):
+        export_checkpoint(run, tmp_path / "out" / "mine", **QUIET)
     monkeypatch.setattr(exporting, "available_memory", lambda: 100)
     with pytest.raises(ValueError, match="the export needs 1.9 GiB of memory, got 0.0 MiB"):
         export_checkpoint(run, tmp_path / "new", **QUIET)
@@ -400,7 +541,7 @@ def test_the_commands_import_export_and_explain_themselves_in_one_line(tmp_path,
     out = capsys.readouterr().out
     assert re.search(r"qwen3, [\d,]+ parameters, tokenizer of 5\nimported: \S+/runs/mine", out)
     assert main_import(arguments) == 2
-    assert "expected a new folder for the run, got one with files" in capsys.readouterr().err
+    assert "expected a new or empty folder, got one with files" in capsys.readouterr().err
     assert main_import([str(tmp_path), "--name", "a/b"]) == 2
     assert "name: expected a folder's name" in capsys.readouterr().err
     run = str(tmp_path / "runs" / "mine")

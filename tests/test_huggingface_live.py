@@ -161,6 +161,10 @@ def test_moda_models_open_in_transformers_and_generate_the_same(name, tmp_path):
         torch.from_numpy(logits[:, :-1]).flatten(0, 1), labels[:, 1:].flatten()
     )
     torch.testing.assert_close(theirs(labels, labels=labels).loss, shifted)
+    assert theirs.accepts_loss_kwargs is False  # so Trainer does not ask for another mean
+    for name in ("output_attentions", "output_hidden_states", "num_items_in_batch"):
+        with pytest.raises(ValueError, match=f"{name}: expected none, as it is not implemented"):
+            theirs(labels, **{name: True})
 
     # Prompts of two lengths: padding stands on the left there.
     prompts = [tokens[0, :7].tolist(), tokens[1, :4].tolist()]

@@ -84,7 +84,7 @@ def _value_from_json(value: Any, kind: Any, prefix: str) -> Any:
 
 
 def _depth_from_json(depth: Any, prefix: str) -> DepthConfig:
-    if not isinstance(depth, Mapping) or depth.get("name") not in DEPTH_CONFIGS:
+    if not isinstance(depth, Mapping) or depth.get("name") not in tuple(DEPTH_CONFIGS):
         raise ValueError(
             f"{prefix.rstrip('.')}: expected the settings of one of {sorted(DEPTH_CONFIGS)}, got "
             f"{depth!r}; a checkpoint of an older version cannot be loaded"

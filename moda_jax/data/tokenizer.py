@@ -85,16 +85,9 @@ class JsonTokenizer:
 
     def __init__(self, path: str, eos_token: str | None = None) -> None:
         """Raises ValueError if `path` is no such file or has no such end-of-document token."""
-        try:
-            content = pathlib.Path(path).expanduser().read_bytes()
-        except OSError as error:
-            raise ValueError(
-                f'DataConfig.tokenizer: expected "bytes" or the path of a tokenizer.json, '
-                f"got {path!r}: {error.strerror}"
-            ) from error
+        content, self._tokenizer = read_tokenizer(path)
         self._path = path
         self.content: bytes | None = content
-        self._tokenizer = _parse(path, content)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
@@ -195,7 +188,18 @@ _BROKEN = "\ufffd"
 _MOST_HELD = 16
 
 
-def _parse(path: str, content: bytes) -> tokenizers.Tokenizer:
+def read_tokenizer(path: str) -> tuple[bytes, tokenizers.Tokenizer]:
+    """The content of a tokenizer.json, and the object of the tokenizers library.
+
+    Raises ValueError if it is missing, is not one, or holds no vocabulary.
+    """
+    try:
+        content = pathlib.Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f'DataConfig.tokenizer: expected "bytes" or the path of a tokenizer.json, '
+            f"got {path!r}: {error.strerror}"
+        ) from error
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises plain Exception for what it cannot parse
@@ -205,7 +209,7 @@ def _parse(path: str, content: bytes) -> tokenizers.Tokenizer:
         ) from error
     if not tokenizer.get_vocab(with_added_tokens=True):
         raise ValueError(f"DataConfig.tokenizer: expected a vocabulary, got none in {path!r}")
-    return tokenizer
+    return content, tokenizer
 
 
 def _find_eos_id(path: str, tokenizer: tokenizers.Tokenizer, eos_token: str | None) -> int:

@@ -4,6 +4,7 @@ Whatever is not known to leave the function as it is, is refused by its name: a 
 loads computes what transformers computes.
 """
 
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -28,9 +29,14 @@ _SIZES = {
     "embed_dim": "hidden_size",
     "num_heads": "num_attention_heads",
     "mlp_dim": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
 }
 """Our fields: theirs, which must be there."""
+
+_HAVE_DEFAULTS = {
+    "qwen3": ("num_key_value_heads",),
+    "moda": ("num_key_value_heads", "head_dim", "rope_theta"),
+}
+"""Settings that must be there too: without them the PyTorch model takes a number of its own."""
 
 _ONLY: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
@@ -47,8 +53,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 _ARE_READ = frozenset(
     {*_SIZES.values(), "architectures", "head_dim", "initializer_range", "layer_types",
-     "model_type", "num_key_value_heads", "rope_parameters", "rope_scaling", "rope_theta",
-     "sliding_window", "tie_word_embeddings"}
+     "model_type", "num_key_value_heads", "rms_norm_eps", "rope_parameters", "rope_scaling",
+     "rope_theta", "sliding_window", "tie_word_embeddings"}
 )  # fmt: skip
 
 _SAY_NOTHING = frozenset(
@@ -71,29 +77,28 @@ def read_model_config(settings: Mapping[str, Any], ignore: Collection[str] = ())
     Raises ValueError, naming the setting, for a model type or setting that is not implemented.
     """
     kind = settings.get("model_type")
-    if kind not in _ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
         raise ValueError(
             f"config.json: model_type: expected one of {', '.join(_ARCHITECTURES)}, got {kind!r}"
         )
     _check(kind, settings, ignore)
-    sizes = {ours: _required(settings, theirs) for ours, theirs in _SIZES.items()}
+    for name in _HAVE_DEFAULTS.get(kind, ()):
+        _required(settings, name)
+    sizes = {ours: read_integer(settings, theirs) for ours, theirs in _SIZES.items()}
     heads = sizes["num_heads"]
-    # Qwen3's own default is a number; a null in the file means that of the others.
-    kv_heads = _required(settings, "num_key_value_heads") if kind == "qwen3" else None
-    kv_heads = kv_heads or settings.get("num_key_value_heads") or heads
-    head_dim = settings.get("head_dim")
-    if head_dim is None:
-        head_dim = _QWEN3_HEAD_DIM if kind == "qwen3" else sizes["embed_dim"] // heads
+    head_dim = _QWEN3_HEAD_DIM if kind == "qwen3" else sizes["embed_dim"] // heads
     common = sizes | {
-        "num_kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "norm_eps": float(sizes["norm_eps"]),
+        "num_kv_heads": read_integer(settings, "num_key_value_heads", heads),
+        "head_dim": read_integer(settings, "head_dim", head_dim),
+        "norm_eps": _number(settings, "rms_norm_eps"),
         "rope_theta": _rope_theta(settings),
-        "tie_embeddings": bool(settings.get("tie_word_embeddings", False)),
-        "init_std": float(settings.get("initializer_range") or 0.02),
+        "tie_embeddings": _bool(settings, "tie_word_embeddings"),
+        "init_std": _number(settings, "initializer_range", 0.02),
     }
     if kind == MODA:
-        return from_json(common | {name: _required(settings, name) for name in _OURS})
+        model = from_json(common | {name: _required(settings, name) for name in _OURS})
+        model_type_of(model)  # raises for what modeling_moda.py does not compute
+        return model
     placement, qk_norm = _NORMS[kind]
     return ModelConfig(**common, norm_placement=placement, qk_norm=qk_norm, depth=ResidualConfig())  # type: ignore[arg-type]
 
@@ -106,6 +111,44 @@ def _required(settings: Mapping[str, Any], name: str) -> Any:
     if name not in settings:
         raise ValueError(f"config.json: {name}: expected a value, got none")
     return settings[name]
+
+
+def read_integer(settings: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A positive integer of config.json; `default`, if there is one, for a missing one or null."""
+    return _positive(settings, name, default, int, "a positive integer")
+
+
+def _number(settings: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    return float(_positive(settings, name, default, int | float, "a positive number"))
+
+
+def _positive(settings: Mapping[str, Any], name: str, default: Any, kind: Any, what: str) -> Any:
+    value = _required(settings, name) if default is None else settings.get(name)
+    if value is None and default is not None:
+        return default
+    if (
+        not isinstance(value, kind)
+        or isinstance(value, bool)
+        or not 0 < value <= sys.float_info.max  # false for NaN
+    ):
+        raise ValueError(f"config.json: {name}: expected {what}, got {value!r}")
+    return value
+
+
+def _bool(settings: Mapping[str, Any], name: str) -> bool:
+    """False for a missing one or null."""
+    value = settings.get(name)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"config.json: {name}: expected true or false, got {value!r}")
+    return bool(value)
+
+
+def _mapping(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Empty for a missing one or null."""
+    value = settings.get(name)
+    if not isinstance(value, Mapping | None):
+        raise ValueError(f"config.json: {name}: expected settings by name, got {value!r}")
+    return value or {}
 
 
 def _check(kind: str, settings: Mapping[str, Any], ignore: Collection[str]) -> None:
@@ -122,18 +165,31 @@ def _check(kind: str, settings: Mapping[str, Any], ignore: Collection[str]) -> N
         raise ValueError(
             f"config.json: architectures: expected [{_ARCHITECTURES[kind]!r}], got {architectures}"
         )
-    windows = settings.get("sliding_window") is not None and kind != "qwen3"
-    layer_types = set(settings.get("layer_types") or ["full_attention"])
-    if windows or layer_types != {"full_attention"}:
+    window, layer_types = settings.get("sliding_window"), settings.get("layer_types")
+    has_window = window is not None and kind != "qwen3"
+    layers = read_integer(settings, "num_hidden_layers")
+    is_full = layer_types is None or (
+        isinstance(layer_types, list)
+        and len(layer_types) == layers
+        and all(layer_type == "full_attention" for layer_type in layer_types)
+    )
+    if has_window or not is_full:
         raise ValueError(
-            f"config.json: expected full attention in all layers, got sliding_window "
-            f"{settings.get('sliding_window')!r}, layer_types {sorted(layer_types)}, which are not "
-            f"implemented"
+            f"config.json: expected full attention in all layers, got sliding_window {window!r}, "
+            f"layer_types {layer_types!r:.80} of {layers} layers, which are not implemented"
         )
-    known = _ARE_READ | _ONLY.keys() | _SAY_NOTHING | set(ignore)
-    known |= set(_OURS) if kind == MODA else set()
+    used = _ARE_READ | _SAY_NOTHING | (set(_OURS) if kind == MODA else set())
+    for name in ignore:
+        if name in used or name not in settings:
+            got = "is known" if name in used else "is not there"
+            raise ValueError(
+                f"--ignore {name}: expected a setting of config.json that is not known, got one "
+                f"that {got}"
+            )
+    known = used | _ONLY.keys() | set(ignore)
     for name, value in settings.items():
-        if name not in known and value not in (None, False, [], {}):
+        says_something = value not in (None, [], {}) and value is not False  # 0 == False
+        if name not in known and says_something:
             raise ValueError(
                 f"config.json: {name}: expected a setting that is known not to change the model, "
                 f"got {value!r}; if it does not, say --ignore {name}"
@@ -141,9 +197,9 @@ def _check(kind: str, settings: Mapping[str, Any], ignore: Collection[str]) -> N
 
 
 def _rope_theta(settings: Mapping[str, Any]) -> float:
-    """The base of plain rotary positions; older files have it beside `rope_scaling`."""
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = settings.get(name) or {}
+    """The base of plain rotary positions, in whichever of three places files have it."""
+    ropes = {name: _mapping(settings, name) for name in ("rope_parameters", "rope_scaling")}
+    for name, rope in ropes.items():
         kind = rope.get("rope_type", rope.get("type", "default"))
         unknown = rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
         if kind != "default" or unknown or rope.get("partial_rotary_factor", 1) != 1:
@@ -151,8 +207,11 @@ def _rope_theta(settings: Mapping[str, Any]) -> float:
                 f"config.json: {name}: expected rotary positions without scaling (rope_type "
                 f"'default'), got {dict(rope)!r}, which is not implemented"
             )
-    inner = (settings.get("rope_parameters") or {}).get("rope_theta")
-    return float(inner or settings.get("rope_theta") or _ROPE_THETA)
+    given = [part for part in (*ropes.values(), settings) if part.get("rope_theta") is not None]
+    thetas = {_number(part, "rope_theta") for part in given}
+    if len(thetas) > 1:
+        raise ValueError(f"config.json: rope_theta: expected one number, got {sorted(thetas)}")
+    return thetas.pop() if thetas else _ROPE_THETA
 
 
 def model_type_of(config: ModelConfig) -> str:
@@ -196,6 +255,7 @@ def write_model_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "pad_token_id": None,
         "hidden_act": "silu",
         **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
+        "rms_norm_eps": config.norm_eps,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "initializer_range": config.init_std,

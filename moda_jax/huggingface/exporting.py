@@ -15,8 +15,15 @@ from moda_jax.data.shards import write_json
 from moda_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer
 from moda_jax.huggingface import modeling_source
 from moda_jax.huggingface.config import MODA, model_type_of, write_model_config
-from moda_jax.huggingface.files import DTYPES, ShardWriter, read_json
-from moda_jax.huggingface.importing import FILES_FOLDER, TOKENIZER_FILES
+from moda_jax.huggingface.files import (
+    DTYPES,
+    ShardWriter,
+    check_new,
+    fill_new,
+    is_finite,
+    read_json,
+)
+from moda_jax.huggingface.importing import FILES_FOLDER, TOKENIZER_FILES, declared_eos_id
 from moda_jax.huggingface.weights import Parameter, parameters_of
 from moda_jax.model.transformer import Transformer
 from moda_jax.train.imported import is_imported, read_imported_array
@@ -54,7 +61,7 @@ def export_checkpoint(
 
     Raises:
         ValueError: no such run or checkpoint, a damaged one, a mechanism that has no PyTorch model,
-            a folder with files, or too little memory.
+            a folder with files, too little memory, or numbers too large for `dtype`.
         OSError: the files could not be written.
     """
     run, directory = Path(run).expanduser().absolute(), Path(directory).expanduser()
@@ -66,31 +73,39 @@ def export_checkpoint(
     model = from_json(saved["config"]["model"])
     kind = model_type_of(model)
     tokenizer = load_folder_tokenizer(run, saved["config"]["data"], expected=saved_tokenizer(saved))
-    if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory}: expected a new or empty folder, got one with files")
+    check_new(directory)
     arrays = (
         _imported(model, checkpoint) if is_imported(checkpoint) else _trained(model, checkpoint)
     )
-    directory.mkdir(parents=True, exist_ok=True)
-    found: set[str] = set()
-    with ShardWriter(directory, shard_bytes) as writer:
+    with fill_new(directory) as folder:
+        found: set[str] = set()
+        writer = ShardWriter(folder, shard_bytes)
         for parameter, array in arrays:
             for name, part in _parts(parameter, array):
-                tensor = np.asarray(part, array.dtype if dtype is None else _dtype(dtype))
+                tensor = part if dtype is None else _cast(name, part, dtype)
                 found.add(tensor.dtype.name)
                 writer.add(name, tensor)
-    stored = found.pop() if len(found) == 1 else "float32"
-    settings = write_model_config(model, stored) | _token_settings(run, saved, tokenizer)
-    write_json(directory / CONFIG_FILE, settings)
-    _write_tokenizer(run, directory, tokenizer)
-    if kind == MODA:
-        shutil.copyfile(modeling_source(), directory / modeling_source().name)
+        writer.close()
+        stored = found.pop() if len(found) == 1 else "float32"
+        settings = write_model_config(model, stored) | _token_settings(run, saved, tokenizer)
+        write_json(folder / CONFIG_FILE, settings)
+        _write_tokenizer(run, folder, tokenizer)
+        if kind == MODA:
+            shutil.copyfile(modeling_source(), folder / modeling_source().name)
     say(f"{directory}: {kind}, {stored}, step {checkpoint.name} of {run.name}")
     return kind
 
 
-def _dtype(name: DType) -> np.dtype:
-    return next(dtype for dtype in DTYPES.values() if dtype.name == name)
+def _cast(name: str, part: np.ndarray, dtype: DType) -> np.ndarray:
+    """Raises ValueError, naming the tensor, if a finite number is infinite in `dtype`."""
+    with np.errstate(over="ignore"):  # which is what is looked for
+        tensor = np.asarray(part, next(x for x in DTYPES.values() if x.name == dtype))
+    if not is_finite(tensor) and np.any(too_large := np.isinf(tensor) & np.isfinite(part)):
+        raise ValueError(
+            f"tensor {name}: expected numbers that {dtype} holds, got up to "
+            f"{float(np.abs(part[too_large]).max()):.4g}; use bfloat16 or float32"
+        )
+    return tensor
 
 
 def _parts(parameter: Parameter, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -123,26 +138,46 @@ def _trained(model: ModelConfig, checkpoint: Path) -> Iterator[tuple[Parameter, 
 
 def _token_settings(run: Path, saved: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     """What config.json says of special tokens and lengths: as it was imported, or as trained."""
+    settings = _imported_settings(run)
+    names = ["max_position_embeddings"]
+    if tokenizer.content is not None:  # with "bytes" the ids that came stand for other tokens
+        names += ["bos_token_id", "pad_token_id"]
+    if not _has_own_eos(run, tokenizer):
+        names.append("eos_token_id")
+    default = {"max_position_embeddings": saved["config"]["data"]["seq_len"]}
+    kept = {name: settings[name] for name in names if name in settings}
+    return default | {"eos_token_id": tokenizer.eos_id} | kept
+
+
+def _imported_settings(run: Path) -> dict[str, Any]:
+    """The config.json that was imported; empty if none was."""
     original = run / FILES_FOLDER / CONFIG_FILE
-    if original.is_file():
-        names = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-        settings = read_json(original)
-        return {name: settings[name] for name in names if name in settings}
-    return {
-        "eos_token_id": tokenizer.eos_id,
-        "max_position_embeddings": saved["config"]["data"]["seq_len"],
-    }
+    return read_json(original) if original.is_file() else {}
+
+
+def _has_own_eos(run: Path, tokenizer: Tokenizer) -> bool:
+    """Whether the run's documents end with another token than the imported files declare."""
+    return declared_eos_id(_imported_settings(run)) != tokenizer.eos_id
 
 
 def _write_tokenizer(run: Path, directory: Path, tokenizer: Tokenizer) -> None:
     """tokenizer.json, and what came with it or the little that transformers needs."""
+    own: dict[str, dict[str, Any]] = {
+        "tokenizer_config.json": {"eos_token": tokenizer.eos_token},
+        "special_tokens_map.json": {"eos_token": tokenizer.eos_token},
+        "generation_config.json": {"eos_token_id": tokenizer.eos_id},
+    }
     if tokenizer.content is None:
         _bytes_as_library().save(str(directory / TOKENIZER_FILE))
     else:
         (directory / TOKENIZER_FILE).write_bytes(tokenizer.content)
     came = [name for name in TOKENIZER_FILES if (run / FILES_FOLDER / name).is_file()]
     for name in came:
-        shutil.copyfile(run / FILES_FOLDER / name, directory / name)
+        imported = run / FILES_FOLDER / name
+        if name in own and _has_own_eos(run, tokenizer):
+            write_json(directory / name, read_json(imported) | own[name])
+        else:
+            shutil.copyfile(imported, directory / name)
     if "tokenizer_config.json" not in came:
         eos = tokenizer.eos_token or _BYTES_EOS
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos,

@@ -1,10 +1,13 @@
 """The tensors of a checkpoint's safetensors files, one at a time."""
 
+import contextlib
+import itertools
 import json
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moda_jax.data.shards import write_json
+from moda_jax.train.run_folder import CONFIG_FILE
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = f"{SINGLE_FILE}.index.json"
@@ -28,11 +32,53 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError, naming the file, if it holds none."""
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
         raise ValueError(f"{path}: expected JSON, got a damaged file ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+_PARTIAL = "partial-"
+"""Begins the name of the folder in which the files of a new folder are made."""
+
+
+def check_new(directory: Path) -> None:
+    """Raises ValueError unless `directory` is an empty folder, or nothing is there yet."""
+    if not os.path.lexists(directory):
+        return
+    names = os.listdir(directory) if directory.is_dir() else []
+    got = "one with files" if names else "no folder"
+    if CONFIG_FILE not in names and any(name.startswith(_PARTIAL) for name in names):
+        got = "an import or export that did not finish; remove it, unless it is still running"
+    if names or not directory.is_dir():
+        raise ValueError(f"{directory}: expected a new or empty folder, got {got}")
+
+
+@contextlib.contextmanager
+def fill_new(directory: Path) -> Iterator[Path]:
+    """A folder whose content becomes that of `directory` at the end; after an error it is gone.
+
+    It is inside of `directory`, which is made if need be: so on the same disk.
+    """
+    is_made = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=directory) as partial:
+            yield Path(partial)
+            # config.json last: with it the folder counts as complete.
+            for name in sorted(os.listdir(partial), key=lambda name: name == CONFIG_FILE):
+                Path(partial, name).replace(directory / name)
+    except BaseException:
+        if is_made:
+            with contextlib.suppress(OSError):  # another's files may be there meanwhile
+                directory.rmdir()
+        raise
+
+
+def is_finite(tensor: np.ndarray) -> bool:
+    """Looks at a row after the other: needs no array of booleans as large as the tensor."""
+    return all(np.isfinite(row).all() for row in tensor)
 
 
 class TensorFiles:
@@ -104,7 +150,7 @@ class TensorFiles:
     def read(self, names: Sequence[str]) -> Iterator[np.ndarray]:
         """The tensors, each a view of its file, which is mapped only until the next one is read."""
         opened: str | None = None
-        with ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             for name in names:
                 file = self._file_of[name]
                 if file != opened:
@@ -113,9 +159,27 @@ class TensorFiles:
                     opened = file
                 yield tensors.get_tensor(name)
 
+    def are_equal(self, name: str, other: str) -> bool:
+        """Whether two matrices hold the same numbers; some rows at a time are in memory."""
+        if self.shape(name) != self.shape(other):
+            return False
+        with contextlib.ExitStack() as stack:
+            first, second = (
+                stack.enter_context(self._open(self._file_of[x])).get_slice(x)
+                for x in (name, other)
+            )
+            edges = [*range(0, self.shape(name)[0], _COMPARED_ROWS), self.shape(name)[0]]
+            return all(
+                np.array_equal(first[start:end], second[start:end])
+                for start, end in itertools.pairwise(edges)
+            )
+
+
+_COMPARED_ROWS = 1024
+
 
 class ShardWriter:
-    """Writes tensors into files of at most `shard_bytes` and their index."""
+    """Writes tensors into files of at most `shard_bytes` and, when it is closed, their index."""
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
         self._folder, self._shard_bytes = folder, shard_bytes
@@ -139,15 +203,8 @@ class ShardWriter:
         self._shards.append((path, list(self._waiting)))
         self._waiting, self._size = {}, 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        """Gives the files their names; after an error it removes them."""
-        if kind is not None:
-            for path, _names in self._shards:
-                path.unlink()
-            return
+    def close(self) -> None:
+        """Writes what waits, and gives the files their names, which have their count in them."""
         self._write()
         count = len(self._shards)
         if count == 1:

@@ -2,22 +2,23 @@
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moda_jax.config import Config, DataConfig, ModelConfig, to_json
-from moda_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from moda_jax.huggingface.config import read_model_config
-from moda_jax.huggingface.files import TensorFiles, read_json
+from moda_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, read_tokenizer
+from moda_jax.huggingface.config import read_integer, read_model_config
+from moda_jax.huggingface.files import TensorFiles, check_new, fill_new, is_finite, read_json
 from moda_jax.huggingface.weights import Parameter, parameters_of
 from moda_jax.train.checkpoint import Checkpoints
-from moda_jax.train.imported import write_imported
+from moda_jax.train.imported import NotImportable, write_imported
 from moda_jax.train.memory import available_memory, gib
 from moda_jax.train.owner import FolderOwner
 from moda_jax.train.run_folder import CONFIG_FILE, write_settings
+from moda_jax.train.saving import Saver
 
 FILES_FOLDER = "huggingface"
 """In the run's folder: what came with the checkpoint and only an export has use for."""
@@ -56,8 +57,10 @@ def import_checkpoint(
 
     Raises:
         ValueError: a model type, setting, tensor or type that is not implemented, something that is
-            missing, damaged or too large for memory or disk, or a run that is there already.
-        OSError: the run could not be written.
+            missing, damaged, not finite or too large for memory or disk, or a run that is there
+            already.
+        SaveError: the checkpoint could not be written; as after any error, nothing is left.
+        OSError: the same of the run's other files.
     """
     source, directory = Path(source).expanduser(), Path(directory).expanduser()
     if not (source / CONFIG_FILE).is_file():
@@ -71,8 +74,7 @@ def import_checkpoint(
     tensors = TensorFiles(source)
     parameters = list(parameters_of(model))
     _check_tensors(model, parameters, tensors)
-    if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory}: expected a new folder for the run, got one with files")
+    check_new(directory)
     _check_room(parameters, tensors, directory)
     config = Config(
         name=directory.name,
@@ -81,35 +83,33 @@ def import_checkpoint(
         data=DataConfig(
             tokenizer="bytes" if text.content is None else str(directory / TOKENIZER_FILE),
             eos_token=text.eos_token,
-            seq_len=min(int(settings.get("max_position_embeddings") or _SEQ_LEN), _SEQ_LEN),
+            seq_len=min(read_integer(settings, "max_position_embeddings", _SEQ_LEN), _SEQ_LEN),
         ),
     )
     count = sum(int(np.prod(parameter.shape)) for parameter in parameters)
     kind = settings["model_type"]
     say(f"{source}: {kind}, {count:,} parameters, tokenizer of {text.vocab_size:,}")
-    directory.mkdir(parents=True, exist_ok=True)
-    with FolderOwner(directory):
-        _copy_files(source, directory)
-        run = {"config": to_json(config), "data": [{"identity": {"tokenizer": text.fingerprint}}]}
-        with Checkpoints(directory / "checkpoints", keep_last=1) as checkpoints:
-            arrays = _arrays(parameters, tensors)
-            checkpoints.save_imported(run, lambda folder: write_imported(folder, arrays))
-        write_settings(directory, config, text)
+    run = {"config": to_json(config), "data": [{"identity": {"tokenizer": text.fingerprint}}]}
+    arrays = _arrays(parameters, tensors)
+    with fill_new(directory) as folder, FolderOwner(directory) as owner:
+        with Saver(owner, Checkpoints(folder / "checkpoints", keep_last=1), say) as saver:
+            saver.save_imported(run, lambda checkpoint: write_imported(checkpoint, arrays))
+        _copy_files(source, folder, text)
+        write_settings(folder, config, text)
     return config
 
 
 def _arrays(
     parameters: Sequence[Parameter], tensors: TensorFiles
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Our parameters by name, one at a time."""
+    """Our parameters by name, one at a time. Raises NotImportable for what is not finite."""
     for parameter in parameters:
-        dtype = _stored_dtype(parameter, tensors)
-        if not parameter.stacked:
-            (tensor,) = tensors.read(parameter.names)
-            yield parameter.name, np.ascontiguousarray(parameter.to_ours(tensor), dtype)
-            continue
-        array = np.empty(parameter.shape, dtype)
-        for part, tensor in zip(array, tensors.read(parameter.names), strict=True):
+        array = np.empty(parameter.shape, _stored_dtype(parameter, tensors))
+        parts = array if parameter.stacked else array[None]
+        read = zip(parts, parameter.names, tensors.read(parameter.names), strict=True)
+        for part, name, tensor in read:
+            if not is_finite(tensor):
+                raise NotImportable(f"tensor {name}: expected finite numbers, got NaN or infinity")
             part[...] = parameter.to_ours(tensor)
         yield parameter.name, array
 
@@ -135,14 +135,23 @@ def _check_tensors(
                     f"tensor {name}: expected shape {parameter.their_shape} by config.json, got "
                     f"{tensors.shape(name)}"
                 )
-    if model.tie_embeddings:
-        left.discard("lm_head.weight")  # transformers does not read it either
+    if model.tie_embeddings and _HEAD in left:
+        if not tensors.are_equal(_HEAD, "model.embed_tokens.weight"):
+            raise ValueError(
+                f"tensor {_HEAD}: expected the embedding, as the model ties them, got another "
+                f"matrix; if it is the model's head, set tie_word_embeddings to false in "
+                f"config.json"
+            )
+        left.remove(_HEAD)
     if left:
         first = sorted(left)[0]
         raise ValueError(
             f"tensor {first}: expected none of this name, as the model has no use for it; "
             f"there are {len(left)} such"
         )
+
+
+_HEAD = "lm_head.weight"
 
 
 def _check_room(parameters: Sequence[Parameter], tensors: TensorFiles, directory: Path) -> None:
@@ -191,20 +200,30 @@ def _find_tokenizer(
 
 
 def _declared_eos(path: str, settings: dict[str, Any]) -> str | None:
-    """The token of config.json's eos_token_id, the first of several; None: it has none."""
-    declared = settings.get("eos_token_id")
-    ids = declared if isinstance(declared, list) else [declared]
-    if not ids or ids[0] is None:
+    """The token of config.json's eos_token_id; None: it has none."""
+    eos_id = declared_eos_id(settings)
+    if eos_id is None:
         return None
-    # Whatever ends documents by name would do to open the file: only the token's text is asked for.
-    vocabulary = read_json(Path(path)).get("added_tokens") or []
-    texts = {token.get("id"): token.get("content") for token in vocabulary}
-    return texts.get(ids[0])
+    _, library = read_tokenizer(path)
+    texts = {token: text for text, token in library.get_vocab(with_added_tokens=True).items()}
+    if type(eos_id) is not int or eos_id not in texts:
+        raise ValueError(
+            f"config.json: eos_token_id: expected the id of a token of {path!r}, got {eos_id!r}; "
+            f"--eos-token names another"
+        )
+    return texts[eos_id]
 
 
-def _copy_files(source: Path, directory: Path) -> None:
+def declared_eos_id(settings: Mapping[str, Any]) -> Any:
+    """The eos_token_id in the settings of config.json, the first of several; None: it has none."""
+    declared = settings.get("eos_token_id")
+    return next(iter(declared), None) if isinstance(declared, list) else declared
+
+
+def _copy_files(source: Path, directory: Path, tokenizer: Tokenizer) -> None:
+    """What describes another tokenizer than a byte's stays behind."""
     folder = directory / FILES_FOLDER
     folder.mkdir()
-    for name in (CONFIG_FILE, *TOKENIZER_FILES):
+    for name in (CONFIG_FILE, *(() if tokenizer.content is None else TOKENIZER_FILES)):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -270,6 +270,8 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     _no_split_modules = ["Layer"]  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    # The loss is a mean over each batch: Trainer is to divide it by its gradient accumulation.
+    accepts_loss_kwargs = False
 
     def __init__(self, config):
         super().__init__(config)
@@ -317,8 +319,16 @@ class MoDAForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits [B, T, V]; with `labels` [B, T] also the mean loss of each next token.
 
         attention_mask: [B, keys], 0 where there is padding. cache: of the keys and values so far;
-        older versions of transformers call it past_key_values.
+        older versions of transformers call it past_key_values. Raises ValueError for arguments of
+        transformers' models that this one does not implement, as output_attentions=True.
         """
+        names = ("output_attentions", "output_hidden_states")
+        for name, value in ({n: getattr(self.config, n, None) for n in names} | kwargs).items():
+            # `generate` may pass cache_position, which is what the cache says.
+            if name != "cache_position" and value is not None and value is not False:
+                raise ValueError(
+                    f"{name}: expected none, as it is not implemented, got {value!r:.40}"
+                )
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values if cache is None else cache

@@ -15,7 +15,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from moda_jax.config import Config, from_json, to_json
 from moda_jax.config.files import flatten
-from moda_jax.train.imported import is_imported, read_imported
+from moda_jax.train.imported import NotImportable, is_imported, read_imported
 from moda_jax.train.manifest import find_damage, write_manifest
 from moda_jax.train.processes import gather_json, on_main
 from moda_jax.train.train_step import TrainState
@@ -125,7 +125,8 @@ class Checkpoints:
             run: "config" and "data" as `save` has them; of the data only a tokenizer's fingerprint.
             write_parameters: called with the checkpoint's folder before it gets its name.
 
-        Raises OSError if it could not be written, whatever the reason is.
+        Raises NotImportable from `write_parameters`, and OSError if it could not be written,
+        whatever the reason is.
         """
         self._write_more = write_parameters
         self._save(0, {"run": ocp.args.JsonSave(run)}, math.inf)
@@ -231,6 +232,8 @@ class Checkpoints:
         """Turns whatever a write fails with into one line that names the checkpoint."""
         try:
             yield
+        except NotImportable:
+            raise
         except Exception as error:
             # orbax has struck off what it would have deleted after this save, and did not delete.
             self._manager.reload()

@@ -20,6 +20,10 @@ from moda_jax.train.memory import available_memory, gib
 _SUFFIX = ".safetensors"
 
 
+class NotImportable(ValueError):
+    """What is read cannot be a model's parameter; no write has failed."""
+
+
 def is_imported(folder: Path) -> bool:
     """Whether the checkpoint in `folder` was imported, and not saved by a training."""
     return any((folder / "params").glob(f"*{_SUFFIX}"))

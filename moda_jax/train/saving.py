@@ -35,6 +35,11 @@ class Saver:
                 self._say(f"checkpoint {step} was removed; the run goes on without it")
             self._checkpoints.save(*args, **kwargs)
 
+    def save_imported(self, *args: Any) -> None:
+        """`Checkpoints.save_imported`."""
+        with self._raising_save_errors():
+            self._checkpoints.save_imported(*args)
+
     def wait(self) -> None:
         """Waits for the writing to end: `latest_step` is what is on disk then."""
         with self._raising_save_errors():
