@@ -151,7 +151,7 @@ def sum_by_id(
     """Adds up rows of equal ids within chunks of a sequence, in float32, by a matrix product.
 
     The sum stands where its id comes first in the chunk; everywhere else the id is `vocab_size`,
-    and the row means nothing.
+    and the row means nothing. One row that is not finite reaches every sum of its chunk.
 
     Returns (ids [B, T′], sums [B, T′, D] float32), with T rounded up to whole chunks.
     """
@@ -166,7 +166,7 @@ def sum_by_id(
         "bcij,bcjd->bcid",
         same.astype(d.dtype),
         d,
-        precision=jax.lax.Precision.HIGHEST,
+        precision=jax.lax.Precision.HIGHEST,  # TPUs would round a float32 gradient to bfloat16
         preferred_element_type=jnp.float32,
     )
     is_first = jnp.argmax(same, axis=-1) == jnp.arange(chunk)

@@ -4,9 +4,9 @@
 
 The softmax over sequence and depth is the two partial ones, merged with their lse; the depth part's
 is b larger. Backward each part gets the merged o and lse. The depth part's weights are
-e^(scale · q·kd - (lse - b)), so its lse is the merged one without b. It costs a second call, which
-reads depth slots alone; b lets a trained model without depth slots begin with weights near zero on
-them (`MoDAConfig.score_bias`).
+e^(scale · q·kd - (lse - b)), so its lse is the merged one without b. It costs a second call
+forward and two backward, which read depth slots alone; b lets a trained model without depth slots
+begin with weights near zero on them (`MoDAConfig.score_bias`).
 """
 
 import dataclasses

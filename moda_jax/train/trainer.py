@@ -117,7 +117,8 @@ def train(
         clock.lap("devices")
         _make_folder("output_dir", Path(config.output_dir))
         cache_dir = config.prepared_folder
-        _make_folder("output_dir" if config.prepared_dir is None else "prepared_dir", cache_dir)
+        if config.prepared_dir is not None:
+            _make_folder("prepared_dir", cache_dir)
         if jax.process_count() > 1:  # the first prepares for those that share its disk
             on_main(lambda: _prepare(config.data, cache_dir))
         data = load_data(
